@@ -1,0 +1,65 @@
+"""Errors that name the argument, what came, and what would do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> None:
+    """A finite real number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be {_interval(low, high)}, got {value}")
+
+
+def check_integer(name: str, value: Any, *, low: int) -> None:
+    """An integer >= low."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """A bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+
+
+def check_float_tensor(name: str, value: Any) -> None:
+    """A real floating point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating point dtype, got {value.dtype}; call .float() on it first")
+
+
+def check_index_tensor(name: str, value: Any) -> None:
+    """An integer tensor that can index."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}")
+
+
+def check_values(name: str, value: Tensor, low: float, high: float) -> None:
+    """Every value in [low, high].
+
+    Values on an accelerator are not read back, which would stall it, and neither are values under ``torch.compile``.
+    """
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
+        return
+    if not bool(((value >= low) & (value <= high)).all()):
+        raise ValueError(f"{name} must be {_interval(low, high)}, got {value.min().item()} to {value.max().item()}")
+
+
+def _interval(low: float, high: float) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return "finite"
+    return f">= {low}" if math.isinf(high) else f"between {low} and {high}"

@@ -1,0 +1,449 @@
+r"""The loss, equations (4) and (9), as a module that takes NTXentLoss's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from slr_plugin import dense
+from slr_plugin._checks import check_flag, check_float_tensor, check_number
+from slr_plugin.contrast import Hidden, contrast
+from slr_plugin.distributed import gather, rank
+from slr_plugin.mixup import Mix, check_mix
+from slr_plugin.queue import KeyQueue
+from slr_plugin.refinery import Labels, one_hot, refine
+from slr_plugin.schedules import CosineConfidence
+
+Confidence = float | Callable[[int], float]
+
+
+class Crop(NamedTuple):
+    """One mixed view: its unit features (s, d) and how it was mixed."""
+
+    features: Tensor
+    mix: Mix
+
+
+class Settings(NamedTuple):
+    """What the mathematics of one call needs besides tensors."""
+
+    temperature: float
+    sharpening: float
+    confidence: float | Tensor
+    chunk_size: int | None
+
+    @property
+    def refines(self) -> bool:
+        """False only where the confidence is known to be 0; the estimator's pass is then skipped."""
+        return isinstance(self.confidence, Tensor) or self.confidence > 0
+
+
+class SLRLoss(nn.Module):
+    r"""Contrastive loss whose labels are refined during training; takes the place of lightly's NTXentLoss.
+
+    .. math:: L = (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y'), \qquad
+              L_c(x, y) = -\frac1s \sum_i \sum_k y_{ik} \log \mathrm{softmax}_k (\langle f_i, \bar b_k \rangle / \tau)
+
+    The keys :math:`\bar b` are the positives of the minibatch and the queue. Without mixed queries the second term is
+    :math:`L_c(x, \bar y)` with the refined labels of :mod:`slr_plugin.refinery`. Without a queue the loss is symmetric
+    in its two views, both of which may be trained. Labels carry no gradient. Time is about that of two products of
+    all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
+
+    Args:
+        temperature: tau, not 0 (:math:`|\tau| \ge 10^{-8}`).
+        memory_bank_size: ``(n, d)``, the queue's length and dimension; 0 for none. A bare int n warns and takes d from
+            the first batch.
+        gather_distributed: gather the keys of all processes: the loss and DDP's gradient are those of one process with
+            the whole batch, and all queues are equal. Without it every process has its own queue, which DDP's
+            ``broadcast_buffers=True`` overwrites with that of process 0.
+        sharpening: tau' in (0, 1], sharpens the estimator.
+        confidence: the prior confidence mu >= 0: a number, or a schedule ``step -> mu``. 0 means one-hot labels.
+            A :class:`slr_plugin.CosineConfidence` is evaluated on the device; another callable gets a Python int.
+        refined_weight: lambda in [0, 1], the weight of the refined term.
+        in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, the own positive and the queue;
+            with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise.
+
+    Attributes:
+        memory_bank: the queue; ``memory_bank.bank`` is its (n, d) buffer of unit rows.
+        step: int64 buffer, the number of calls that advanced the queue and the schedule.
+        stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
+            positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats).
+        chunk_size: keys per tile of the streaming pass; None chooses by device. Set it to trade memory for launches.
+
+    Raises:
+        ValueError: an argument is out of range, or ``gather_distributed`` without a torch that has it.
+        TypeError: an argument is of the wrong type.
+
+    >>> import torch
+    >>> from slr_plugin import SLRLoss
+    >>> criterion = SLRLoss(temperature=0.2, memory_bank_size=(4096, 128))
+    >>> queries = torch.randn(8, 128, requires_grad=True)
+    >>> loss = criterion(queries, torch.randn(8, 128))
+    >>> loss.backward()
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        sharpening: float = 1.0,
+        confidence: Confidence = 1.0,
+        refined_weight: float = 0.5,
+        in_batch_keys: bool = True,
+    ) -> None:
+        check_number("temperature", temperature)
+        if abs(temperature) < 1e-8:
+            raise ValueError(f"temperature must not be 0, got {temperature}")
+        check_flag("gather_distributed", gather_distributed)
+        if gather_distributed and not dist.is_available():
+            raise ValueError(
+                "gather_distributed=True needs a torch with torch.distributed; pass gather_distributed=False"
+            )
+        check_number("sharpening", sharpening, low=0.0, high=1.0)
+        if sharpening == 0:
+            raise ValueError("sharpening must be in (0, 1], got 0")
+        if not callable(confidence):
+            check_number("confidence", confidence, low=0.0)
+        check_number("refined_weight", refined_weight, low=0.0, high=1.0)
+        check_flag("in_batch_keys", in_batch_keys)
+        super().__init__()
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.sharpening = sharpening
+        self.confidence = confidence
+        self.refined_weight = refined_weight
+        self.in_batch_keys = in_batch_keys
+        self.memory_bank = KeyQueue(memory_bank_size)
+        self.chunk_size: int | None = None
+        self.stats: dict[str, Tensor] = {}
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(
+        self,
+        out0: Tensor,
+        out1: Tensor,
+        mixed: Tensor | Sequence[Tensor] | None = None,
+        mix: Mix | Sequence[Mix] | None = None,
+        *,
+        update: bool | None = None,
+    ) -> Tensor:
+        """The loss, a scalar; afterwards the positives enter the queue.
+
+        Args:
+            out0: (s, d) queries: outputs of the trained network. Any float dtype, any length: they are normalised here.
+                Half precision is computed in float32, float64 stays float64.
+            out1: (s, d) positives (keys): outputs of the momentum network, or without a queue of the trained one.
+            mixed: (s, d) outputs of the trained network for mixed queries, or a list for several crops.
+            mix: what :class:`slr_plugin.MomentumMixup` returned with them; one per crop.
+            update: whether the queue and the schedule advance. None: if ``out0`` requires a gradient.
+
+        Raises:
+            ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
+            TypeError: an argument is not a tensor, or not of a float dtype.
+        """
+        queries, positives = _unit_features(out0, out1)
+        self._check_dim(queries)
+        crops = self._crops(queries, mixed, mix)
+        if update is not None:
+            check_flag("update", update)
+        confidence = self._confidence_now()
+        self._ensure_queue(queries)
+        settings = Settings(self.temperature, self.sharpening, confidence, self.chunk_size)
+
+        with torch.autocast(queries.device.type, enabled=False):
+            if len(self.memory_bank):
+                one_hot, refined, labels = self._with_queue(queries, positives, crops, settings)
+            elif crops:
+                one_hot, *_ = self._symmetric(queries, positives, settings._replace(confidence=0.0))
+                keys = self._gather(positives)
+                logsumexps, labels, targets = _meet(
+                    [crop.features for crop in crops], positives, keys, None, self._offset(positives), settings
+                )
+                refined = _mixed_term(crops, logsumexps, targets, self.temperature)
+            else:
+                one_hot, refined, labels = self._symmetric(queries, positives, settings)
+            loss = (1 - self.refined_weight) * one_hot + self.refined_weight * refined
+
+        self.stats = _stats(labels, confidence)
+        if out0.requires_grad if update is None else update:
+            self._advance(positives.detach())
+        return loss
+
+    @torch.no_grad()
+    def labels(self, out0: Tensor, out1: Tensor) -> Tensor:
+        r"""The refined labels :math:`\bar y` over the current keys, dense, for looking at. Nothing advances.
+
+        Args:
+            out0: (s, d) queries.
+            out1: (s, d) positives.
+
+        Returns:
+            Rows that sum to 1. With a queue (s, K): the minibatch's keys, then the queue (``in_batch_keys=False``: the
+            own positive, then the queue). Without, (2s, 2s): rows and keys are ``out0`` then ``out1``, and a row's own
+            view has label 0. With ``gather_distributed`` the columns are those of all processes.
+        """
+        queries, positives = _unit_features(out0, out1)
+        self._check_dim(queries)
+        confidence = self._confidence_now()
+        self._ensure_queue(queries)
+        size, offset = len(queries), self._offset(queries)
+        keys = self._gather(positives)
+        rows = torch.arange(size, device=queries.device)
+        if not len(self.memory_bank):
+            # Row r of either view is labelled by its other view; see method.md, section 8, and _symmetric below.
+            estimator = torch.cat([positives, queries])
+            keys = torch.cat([self._gather(queries), keys])
+            own = torch.cat([rows + offset + len(keys) // 2, rows + offset])
+            hidden = own.roll(size)
+            similarity = estimator @ keys.T
+        elif self.in_batch_keys:
+            own, hidden = rows + offset, None
+            similarity = positives @ torch.cat([keys, self.memory_bank.bank.to(keys)]).T
+        else:
+            own, hidden = torch.zeros_like(rows), None
+            similarity = positives @ self.memory_bank.bank.to(positives).T
+            similarity = torch.cat([positives.square().sum(1, keepdim=True), similarity], dim=1)
+        return dense.self_labels(
+            similarity,
+            own,
+            hidden,
+            temperature=self.temperature,
+            sharpening=self.sharpening,
+            confidence=confidence,
+        ).refined
+
+    def extra_repr(self) -> str:
+        """The settings, for print(criterion)."""
+        names = ("temperature", "sharpening", "confidence", "refined_weight", "in_batch_keys", "gather_distributed")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _with_queue(
+        self, queries: Tensor, positives: Tensor, crops: list[Crop], settings: Settings
+    ) -> tuple[Tensor, Tensor, Labels]:
+        """Queries, mixed queries and positives against {batch} u queue, or {own positive} u queue."""
+        trained = [queries, *(crop.features for crop in crops)]
+        keys = self._gather(positives) if self.in_batch_keys else positives[:0]
+        queue = self.memory_bank.bank
+        logsumexps, labels, targets = _meet(trained, positives, keys, queue, self._offset(positives), settings)
+        own = _dot(queries, positives) / self.temperature
+        logsumexp = logsumexps[0] if self.in_batch_keys else torch.logaddexp(logsumexps[0], own)
+        if crops:
+            refined = _mixed_term(crops, logsumexps[1:], targets, self.temperature)
+        else:
+            refined = _soft_term(queries, logsumexp, targets, self.temperature)
+        return (logsumexp - own).mean(), refined, labels
+
+    def _symmetric(self, queries: Tensor, positives: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Labels]:
+        """Both views as rows and as keys (SimCLR's key set); one Gram product serves logits and estimator.
+
+        Each row is stacked as ``[view 0; view 1]`` and its partner, the other view of its image, is s rows on. A row
+        sees all keys but itself; its peers are the keys that are neither itself nor its partner. The label of a row is
+        estimated by its partner, over the same peers.
+        """
+        size, offset = len(queries), self._offset(queries)
+        views = torch.cat([queries, positives])
+        keys = torch.cat([self._gather(queries), self._gather(positives)])
+        total = len(keys) // 2
+        hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
+        scales = [1.0]
+        if settings.refines and self.sharpening != 1:
+            scales.append(1 / self.sharpening)
+        met = contrast(
+            views / self.temperature, keys, hidden=hidden, scales=scales, chunk_size=settings.chunk_size
+        )
+        own = _dot(queries, positives).repeat(2) / self.temperature
+        logsumexp = torch.logaddexp(met.logsumexp[0], own)
+        one_hot_term = (logsumexp - own).mean()
+        if not settings.refines:
+            return one_hot_term, one_hot_term, one_hot(views)
+        labels = _estimate(views, met.logsumexp[-1], met.maximum[-1], met.mean[-1], settings)
+        targets = labels.target(views, met.mean[-1]).roll(size, 0)
+        return one_hot_term, _soft_term(views, logsumexp, targets, self.temperature), labels
+
+    def _gather(self, local: Tensor) -> Tensor:
+        return gather(local) if self.gather_distributed else local
+
+    def _offset(self, local: Tensor) -> int:
+        """The number of this process's first key among the gathered ones."""
+        return rank() * len(local) if self.gather_distributed else 0
+
+    def _confidence_now(self) -> float | Tensor:
+        schedule = self.confidence
+        if not callable(schedule):
+            return schedule
+        if isinstance(schedule, CosineConfidence):
+            return schedule(self.step)
+        confidence = schedule(int(self.step))
+        check_number(f"confidence({int(self.step)})", confidence, low=0.0)
+        return confidence
+
+    def _check_dim(self, features: Tensor) -> None:
+        dim = self.memory_bank.dim
+        if len(self.memory_bank) and dim not in (0, features.shape[1]):
+            raise ValueError(
+                f"out0 and out1 have shape {tuple(features.shape)} but the queue has shape "
+                f"{tuple(self.memory_bank.bank.shape)}; set memory_bank_size=({len(self.memory_bank)}, "
+                f"{features.shape[1]})"
+            )
+
+    def _ensure_queue(self, features: Tensor) -> None:
+        if len(self.memory_bank) and not self.memory_bank.dim:
+            self.memory_bank.set_dim(features.shape[1])
+
+    def _crops(
+        self, queries: Tensor, mixed: Tensor | Sequence[Tensor] | None, mix: Mix | Sequence[Mix] | None
+    ) -> list[Crop]:
+        """The mixed views, checked and normalised."""
+        if (mixed is None) != (mix is None):
+            given, absent = ("mixed", "mix") if mix is None else ("mix", "mixed")
+            raise ValueError(f"{given} came without {absent}: pass both, criterion(out0, out1, mixed, mix)")
+        if mixed is None or mix is None:
+            return []
+        if not self.in_batch_keys:
+            raise ValueError(
+                "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
+                "without mixed and mix"
+            )
+        single = isinstance(mixed, Tensor)
+        features = [mixed] if isinstance(mixed, Tensor) else mixed
+        mixes = [mix] if _is_mix(mix) else mix
+        if not isinstance(features, list | tuple):
+            raise TypeError(f"mixed must be a tensor or a list of tensors, got {type(mixed).__name__}")
+        if not isinstance(mixes, list | tuple) or not all(map(_is_mix, mixes)):
+            raise TypeError(
+                "mix must be the (theta, partner) that MomentumMixup returned, or a list of them, one per crop; got "
+                f"{type(mix).__name__}"
+            )
+        if single != _is_mix(mix) or len(features) != len(mixes) or not features:
+            count = "one tensor" if single else f"a list of {len(features)}"
+            counts = "one mix" if _is_mix(mix) else f"a list of {len(mixes)}"
+            raise ValueError(f"mixed and mix must match one to one, got {count} and {counts}")
+        crops = []
+        for number, (crop, its_mix) in enumerate(zip(features, mixes, strict=True)):
+            where = "" if single else f"[{number}]"
+            _check_features(f"mixed{where}", crop)
+            if crop.shape != queries.shape:
+                raise ValueError(
+                    f"mixed{where} must have the shape of out0, {tuple(queries.shape)}, got {tuple(crop.shape)}"
+                )
+            if crop.device != queries.device:
+                raise ValueError(f"mixed{where} is on {crop.device}, out0 on {queries.device}; move it there")
+            check_mix(Mix(*its_mix), len(queries), name=f"mix{where}.")
+            theta, partner = its_mix
+            crops.append(
+                Crop(_normalized(crop, queries.dtype), Mix(theta.to(queries), partner.to(queries.device, torch.long)))
+            )
+        return crops
+
+    @torch.no_grad()
+    def _advance(self, positives: Tensor) -> None:
+        """Enqueue the positives and count the step; a batch with a non-finite key does neither."""
+        if len(self.memory_bank):
+            accepted = self.memory_bank.enqueue(self._gather(positives))
+        else:
+            accepted = positives.isfinite().all()
+        self.step.add_(accepted.to(self.step))
+
+
+def _meet(
+    trained: Sequence[Tensor],
+    positives: Tensor,
+    keys: Tensor,
+    queue: Tensor | None,
+    offset: int,
+    settings: Settings,
+) -> tuple[Sequence[Tensor], Labels, Tensor]:
+    """All rows meet all keys, once: the trained rows for their log-sum-exp, the positives as estimators of the labels.
+
+    Returns:
+        The log-sum-exp (s,) of each block of ``trained``, the labels and their target centroids (s, d).
+    """
+    size, temperature = len(positives), settings.temperature
+    blocks = [block / temperature for block in trained]
+    hidden = []
+    if settings.refines:
+        blocks.append(positives.detach() / (temperature * settings.sharpening))
+        if len(keys):
+            hidden.append(Hidden(size * len(trained), offset, size))
+    met = contrast(torch.cat(blocks), keys, queue, hidden=hidden, chunk_size=settings.chunk_size)
+    logsumexps = met.logsumexp[0].split(size)
+    if not settings.refines:
+        return logsumexps, one_hot(positives), positives
+    peers = met.mean[0, -size:]
+    labels = _estimate(positives, logsumexps[-1], met.maximum[0, -size:], peers, settings)
+    return logsumexps[:-1], labels, labels.target(positives, peers)
+
+
+@torch.no_grad()
+def _estimate(
+    estimator: Tensor, logsumexp: Tensor, maximum: Tensor, peers: Tensor, settings: Settings
+) -> Labels:
+    sharp = settings.temperature * settings.sharpening
+    own_logit, mean_logit = _dot(estimator, estimator) / sharp, _dot(estimator, peers) / sharp
+    return refine(own_logit, logsumexp, maximum, mean_logit, settings.confidence)
+
+
+def _soft_term(queries: Tensor, logsumexp: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Equation (4) by target centroids: the label enters only through t = sum_k y_k b_k."""
+    return (logsumexp - _dot(queries, targets) / temperature).mean()
+
+
+def _mixed_term(
+    crops: Sequence[Crop], logsumexps: Sequence[Tensor], targets: Tensor, temperature: float
+) -> Tensor:
+    """L_c(x', y') of equation (9), mean over crops; mixing labels is mixing their centroids."""
+    terms = []
+    for (features, (theta, partner)), logsumexp in zip(crops, logsumexps, strict=True):
+        mixed_targets = torch.lerp(targets[partner], targets, theta[:, None])
+        terms.append(_soft_term(features, logsumexp, mixed_targets, temperature))
+    return torch.stack(terms).mean()
+
+
+def _stats(labels: Labels, confidence: float | Tensor) -> dict[str, Tensor]:
+    own = labels.own
+    return {
+        "positive_weight": own.mean(),
+        "alpha": labels.alpha.mean(),
+        "beta": labels.beta.mean(),
+        "mu": confidence.to(own) if isinstance(confidence, Tensor) else own.new_tensor(confidence),
+        "label_entropy": labels.entropy.mean(),
+    }
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)
+
+
+def _is_mix(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor) and v.ndim < 2 for v in value)
+
+
+def _unit_features(out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor]:
+    """Both outputs checked, normalised, in one dtype: float64 if either is, else float32."""
+    _check_features("out0", out0)
+    _check_features("out1", out1)
+    if out0.shape != out1.shape:
+        raise ValueError(f"out0 and out1 must have one shape, got {tuple(out0.shape)} and {tuple(out1.shape)}")
+    if out0.device != out1.device:
+        raise ValueError(f"out0 is on {out0.device} and out1 on {out1.device}; move them to one device")
+    dtype = torch.promote_types(torch.promote_types(out0.dtype, out1.dtype), torch.float32)
+    return _normalized(out0, dtype), _normalized(out1, dtype)
+
+
+def _check_features(name: str, value: Any) -> None:
+    check_float_tensor(name, value)
+    if value.ndim != 2 or 0 in value.shape:
+        raise ValueError(f"{name} must have shape (batch, dimension), both >= 1, got {tuple(value.shape)}")
+
+
+def _normalized(features: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.normalize(features.to(dtype), dim=1)

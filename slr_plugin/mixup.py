@@ -1,0 +1,139 @@
+"""Momentum mixup, equation (8): virtual queries from a query and another image's positive."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slr_plugin._checks import check_float_tensor, check_index_tensor, check_number, check_values
+
+
+class Mix(NamedTuple):
+    """How a minibatch was mixed: ``mixed[i] = theta[i] * queries[i] + (1 - theta[i]) * positives[partner[i]]``."""
+
+    theta: Tensor  # (s,) in [0, 1]
+    partner: Tensor  # (s,) int64 in [0, s)
+
+
+class MomentumMixup:
+    r"""Mixes each query with the positive view of another image of the minibatch.
+
+    .. math:: x'_i = \theta_i x_i + (1 - \theta_i) \tilde x_{\pi(i)}, \qquad \theta_i \sim \mathrm{Beta}(\kappa, \kappa)
+
+    The partner :math:`\pi` is a random permutation of the minibatch. That the second view is the *positive* (what the
+    momentum network sees) separates momentum mixup from vanilla mixup. Give ``mixed`` to the trained network and its
+    output, with ``mix``, to :class:`slr_plugin.SLRLoss`.
+
+    Args:
+        kappa: > 0. The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
+        mode: ``"elem"`` draws one theta per sample, ``"batch"`` one per minibatch.
+        generator: source of randomness; ``None`` is torch's global one. Under DDP all processes often share their seed:
+            give each its own generator, else all mix alike.
+
+    Raises:
+        ValueError: ``kappa`` or ``mode`` is out of range.
+        TypeError: ``kappa`` is not a number, or ``generator`` is not a ``torch.Generator``.
+
+    >>> import torch
+    >>> mixup = MomentumMixup(kappa=2.0)
+    >>> x0, x1 = torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8)
+    >>> mixed, mix = mixup(x0, x1)
+    >>> torch.allclose(mixed[:, 0, 0, 0], 1 - mix.theta)
+    True
+    """
+
+    def __init__(self, kappa: float = 1.0, mode: str = "elem", generator: torch.Generator | None = None) -> None:
+        check_number("kappa", kappa)
+        if kappa <= 0:
+            raise ValueError(f"kappa must be > 0, got {kappa}")
+        if mode not in ("elem", "batch"):
+            raise ValueError(f'mode must be "elem" or "batch", got {mode!r}')
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        self.kappa = kappa
+        self.mode = mode
+        self.generator = generator
+
+    def __call__(
+        self,
+        queries: Tensor,
+        positives: Tensor,
+        theta: Tensor | float | None = None,
+        partner: Tensor | None = None,
+    ) -> tuple[Tensor, Mix]:
+        """Mix two views of the same minibatch.
+
+        Args:
+            queries: (s, ...) floating point tensor of any kind: images, audio, EEG, tabular.
+            positives: the other view, of the same shape, dtype and device.
+            theta: instead of a draw: (s,), or one number for all, in [0, 1].
+            partner: instead of a draw: (s,) int64 in [0, s).
+
+        Returns:
+            ``mixed`` of the inputs' shape and dtype, and the :class:`Mix` that made it. ``mix.theta`` has the inputs'
+            dtype, so that it is exactly the weight applied.
+
+        Raises:
+            ValueError: shapes differ, the batch is empty, or ``theta`` or ``partner`` is out of range or of wrong shape.
+            TypeError: a tensor has the wrong dtype.
+        """
+        check_float_tensor("queries", queries)
+        check_float_tensor("positives", positives)
+        if queries.shape != positives.shape:
+            raise ValueError(
+                f"queries and positives must have one shape, got {tuple(queries.shape)} and {tuple(positives.shape)}; "
+                "crops of another size need a positive of that size"
+            )
+        if queries.ndim == 0 or len(queries) == 0:
+            raise ValueError(f"queries must hold at least one sample, got shape {tuple(queries.shape)}")
+        if queries.dtype != positives.dtype or queries.device != positives.device:
+            raise ValueError(
+                "queries and positives must share dtype and device, got "
+                f"{queries.dtype} on {queries.device} and {positives.dtype} on {positives.device}"
+            )
+        size = len(queries)
+        mix = Mix(
+            theta=(self._draw_theta(queries) if theta is None else _as_theta(theta, size)).to(queries),
+            partner=self._draw_partner(queries) if partner is None else partner,
+        )
+        check_mix(mix, size)
+        weight = mix.theta.view(-1, *[1] * (queries.ndim - 1))
+        mix = mix._replace(partner=mix.partner.to(queries.device, torch.int64))
+        return positives[mix.partner].lerp_(queries, weight), mix
+
+    def _draw_theta(self, queries: Tensor) -> Tensor:
+        count = len(queries) if self.mode == "elem" else 1
+        device = queries.device if self.generator is None else self.generator.device
+        # What torch.distributions.Beta calls, which takes no generator. float64: at kappa 0.1 both gamma variates of a
+        # float32 draw can underflow to 0 / 0.
+        concentration = torch.full((count, 2), self.kappa, dtype=torch.float64, device=device)
+        return torch._sample_dirichlet(concentration, self.generator)[:, 0].expand(len(queries))
+
+    def _draw_partner(self, queries: Tensor) -> Tensor:
+        device = queries.device if self.generator is None else self.generator.device
+        return torch.randperm(len(queries), generator=self.generator, device=device)
+
+    def __repr__(self) -> str:
+        return f"MomentumMixup(kappa={self.kappa}, mode={self.mode!r})"
+
+
+def check_mix(mix: Mix, size: int, name: str = "") -> None:
+    """Raise ValueError or TypeError, naming the field, unless ``mix`` describes a minibatch of ``size`` samples."""
+    theta, partner = mix
+    check_float_tensor(f"{name}theta", theta)
+    check_index_tensor(f"{name}partner", partner)
+    for field, value in zip(Mix._fields, mix, strict=True):
+        if value.shape != (size,):
+            raise ValueError(f"{name}{field} must have shape ({size},), one per sample, got {tuple(value.shape)}")
+    check_values(f"{name}theta", theta, 0.0, 1.0)
+    check_values(f"{name}partner", partner, 0, size - 1)
+
+
+def _as_theta(theta: Tensor | float, size: int) -> Tensor:
+    if not isinstance(theta, Tensor):
+        check_number("theta", theta, low=0.0, high=1.0)
+        theta = torch.tensor(float(theta))
+    check_float_tensor("theta", theta)
+    return theta.expand(size) if theta.ndim == 0 else theta

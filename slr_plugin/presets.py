@@ -1,0 +1,82 @@
+"""The paper's settings, once for everybody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slr_plugin.loss import SLRLoss
+from slr_plugin.mixup import MomentumMixup
+from slr_plugin.schedules import CosineConfidence
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One column of the paper's table of settings.
+
+    >>> from slr_plugin import presets
+    >>> criterion = presets.CIFAR10.loss(dim=128, total_steps=2000 * 195)
+    >>> criterion.memory_bank.bank.shape
+    torch.Size([4096, 128])
+    >>> presets.CIFAR10.mixup()
+    MomentumMixup(kappa=2.0, mode='elem')
+    """
+
+    temperature: float
+    sharpening: float
+    confidence: tuple[float, float]  # (m1, m2) of CosineConfidence
+    refined_weight: float
+    kappa: float
+    queue_size: int
+    batch_size: int
+    learning_rate: float  # for batch_size; SGD, cosine decay to 0
+    momentum: float
+    weight_decay: float
+    epochs: int
+
+    def loss(self, dim: int, total_steps: int, **overrides: Any) -> SLRLoss:
+        """The :class:`slr_plugin.SLRLoss` for features of ``dim`` dimensions and a run of ``total_steps`` steps."""
+        settings: dict[str, Any] = {
+            "temperature": self.temperature,
+            "memory_bank_size": (self.queue_size, dim),
+            "sharpening": self.sharpening,
+            "confidence": CosineConfidence(*self.confidence, total_steps=total_steps),
+            "refined_weight": self.refined_weight,
+        }
+        return SLRLoss(**(settings | overrides))
+
+    def mixup(self, generator: torch.Generator | None = None) -> MomentumMixup:
+        """The :class:`slr_plugin.MomentumMixup` with this kappa."""
+        return MomentumMixup(kappa=self.kappa, generator=generator)
+
+
+CIFAR10 = Preset(
+    temperature=0.2,
+    sharpening=0.8,
+    confidence=(0.0, 1.0),
+    refined_weight=0.5,
+    kappa=2.0,
+    queue_size=4096,
+    batch_size=256,
+    learning_rate=0.03,
+    momentum=0.9,
+    weight_decay=1e-4,
+    epochs=2000,
+)
+
+# The paper does not state lambda for ImageNet; 0.5 is CIFAR-10's. It also reports 800 epochs.
+IMAGENET = Preset(
+    temperature=0.2,
+    sharpening=1.0,
+    confidence=(0.5, 10.0),
+    refined_weight=0.5,
+    kappa=0.1,
+    queue_size=65536,
+    batch_size=256,
+    learning_rate=0.03,
+    momentum=0.9,
+    weight_decay=1e-4,
+    epochs=200,
+)
