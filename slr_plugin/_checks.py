@@ -14,7 +14,7 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
     """A finite real number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (math.isfinite(value) and low <= float(value) <= high):
         raise ValueError(f"{name} must be {_interval(low, high)}, got {value}")
 
 

@@ -37,11 +37,11 @@ class Contrast(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Rows ``row .. row + count`` do not see keys ``key .. key + count``, one each: a diagonal of the logits."""
+    """Rows ``row .. row + length`` do not see keys ``key .. key + length``, one each: a diagonal of the logits."""
 
     row: int
     key: int
-    count: int
+    length: int
 
 
 def contrast(

@@ -22,10 +22,30 @@ def rank() -> int:
 def gather(local: Tensor) -> Tensor:
     """Concatenate (s, d) of every process to (world_size * s, d), in the order of ranks.
 
-    Every process must bring the same s: use ``drop_last=True``. The gradient of a row is the sum of the gradients that
-    all processes have for it, so that DDP's mean over processes gives the gradient of the mean loss.
+    The gradient of a row is the sum of the gradients that all processes have for it, so that DDP's mean over processes
+    gives the gradient of the mean loss.
+
+    Raises:
+        ValueError: the processes bring different s. Checked on the CPU only: on an accelerator the check would wait for
+            the device at every step.
     """
-    return local if world_size() == 1 else _Gather.apply(local)
+    if world_size() == 1:
+        return local
+    if local.device.type == "cpu":
+        _check_equal_sizes(local)
+    gathered: Tensor = _Gather.apply(local)
+    return gathered
+
+
+def _check_equal_sizes(local: Tensor) -> None:
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(local)]))
+    counts = [int(size) for size in sizes]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"gather_distributed=True needs equally many samples in every process, got out0 and out1 of {counts} rows; "
+            "set drop_last=True in the DataLoader"
+        )
 
 
 class _Gather(torch.autograd.Function):

@@ -2,31 +2,25 @@ r"""The loss, equations (4) and (9), as a module that takes NTXentLoss's place."
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._checks import check_flag, check_float_tensor, check_number
+from slr_plugin._checks import check_flag, check_number
+from slr_plugin._inputs import Crop, mixed_crops, unit_features
 from slr_plugin.contrast import Hidden, contrast
 from slr_plugin.distributed import gather, rank
-from slr_plugin.mixup import Mix, check_mix
+from slr_plugin.mixup import Mix
 from slr_plugin.queue import KeyQueue
 from slr_plugin.refinery import Labels, one_hot, refine
 from slr_plugin.schedules import CosineConfidence
 
 Confidence = float | Callable[[int], float]
-
-
-class Crop(NamedTuple):
-    """One mixed view: its unit features (s, d) and how it was mixed."""
-
-    features: Tensor
-    mix: Mix
 
 
 class Settings(NamedTuple):
@@ -150,9 +144,14 @@ class SLRLoss(nn.Module):
             ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
             TypeError: an argument is not a tensor, or not of a float dtype.
         """
-        queries, positives = _unit_features(out0, out1)
+        queries, positives = unit_features(out0, out1)
         self._check_dim(queries)
-        crops = self._crops(queries, mixed, mix)
+        crops = mixed_crops(queries, mixed, mix)
+        if crops and not self.in_batch_keys:
+            raise ValueError(
+                "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
+                "without mixed and mix"
+            )
         if update is not None:
             check_flag("update", update)
         confidence = self._confidence_now()
@@ -160,22 +159,23 @@ class SLRLoss(nn.Module):
         settings = Settings(self.temperature, self.sharpening, confidence, self.chunk_size)
 
         with torch.autocast(queries.device.type, enabled=False):
-            if len(self.memory_bank):
-                one_hot, refined, labels = self._with_queue(queries, positives, crops, settings)
+            queued = len(self.memory_bank) > 0
+            keys = positives[:0] if queued and not self.in_batch_keys else self._gather(positives)
+            if queued:
+                one_hot, refined, labels = self._with_queue(queries, positives, keys, crops, settings)
             elif crops:
-                one_hot, *_ = self._symmetric(queries, positives, settings._replace(confidence=0.0))
-                keys = self._gather(positives)
+                one_hot, *_ = self._symmetric(queries, positives, keys, settings._replace(confidence=0.0))
                 logsumexps, labels, targets = _meet(
                     [crop.features for crop in crops], positives, keys, None, self._offset(positives), settings
                 )
                 refined = _mixed_term(crops, logsumexps, targets, self.temperature)
             else:
-                one_hot, refined, labels = self._symmetric(queries, positives, settings)
+                one_hot, refined, labels = self._symmetric(queries, positives, keys, settings)
             loss = (1 - self.refined_weight) * one_hot + self.refined_weight * refined
 
         self.stats = _stats(labels, confidence)
         if out0.requires_grad if update is None else update:
-            self._advance(positives.detach())
+            self._advance(keys if len(keys) else self._gather(positives.detach()))
         return loss
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class SLRLoss(nn.Module):
             own positive, then the queue). Without, (2s, 2s): rows and keys are ``out0`` then ``out1``, and a row's own
             view has label 0. With ``gather_distributed`` the columns are those of all processes.
         """
-        queries, positives = _unit_features(out0, out1)
+        queries, positives = unit_features(out0, out1)
         self._check_dim(queries)
         confidence = self._confidence_now()
         self._ensure_queue(queries)
@@ -226,12 +226,23 @@ class SLRLoss(nn.Module):
         names = ("temperature", "sharpening", "confidence", "refined_weight", "in_batch_keys", "gather_distributed")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Tolerate a checkpoint without step count, NTXentLoss's: its absence matters to schedules only."""
+        if prefix + "step" not in state_dict:
+            if callable(self.confidence):
+                warnings.warn(
+                    f"the checkpoint holds no step count ({prefix + 'step'!r}): the confidence schedule stays at step "
+                    f"{int(self.step)}",
+                    stacklevel=2,
+                )
+            state_dict = state_dict | {prefix + "step": self.step}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _with_queue(
-        self, queries: Tensor, positives: Tensor, crops: list[Crop], settings: Settings
+        self, queries: Tensor, positives: Tensor, keys: Tensor, crops: list[Crop], settings: Settings
     ) -> tuple[Tensor, Tensor, Labels]:
         """Queries, mixed queries and positives against {batch} u queue, or {own positive} u queue."""
         trained = [queries, *(crop.features for crop in crops)]
-        keys = self._gather(positives) if self.in_batch_keys else positives[:0]
         queue = self.memory_bank.bank
         logsumexps, labels, targets = _meet(trained, positives, keys, queue, self._offset(positives), settings)
         own = _dot(queries, positives) / self.temperature
@@ -242,7 +253,9 @@ class SLRLoss(nn.Module):
             refined = _soft_term(queries, logsumexp, targets, self.temperature)
         return (logsumexp - own).mean(), refined, labels
 
-    def _symmetric(self, queries: Tensor, positives: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Labels]:
+    def _symmetric(
+        self, queries: Tensor, positives: Tensor, keys: Tensor, settings: Settings
+    ) -> tuple[Tensor, Tensor, Labels]:
         """Both views as rows and as keys (SimCLR's key set); one Gram product serves logits and estimator.
 
         Each row is stacked as ``[view 0; view 1]`` and its partner, the other view of its image, is s rows on. A row
@@ -251,15 +264,13 @@ class SLRLoss(nn.Module):
         """
         size, offset = len(queries), self._offset(queries)
         views = torch.cat([queries, positives])
-        keys = torch.cat([self._gather(queries), self._gather(positives)])
+        keys = torch.cat([self._gather(queries), keys])
         total = len(keys) // 2
         hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
         scales = [1.0]
         if settings.refines and self.sharpening != 1:
             scales.append(1 / self.sharpening)
-        met = contrast(
-            views / self.temperature, keys, hidden=hidden, scales=scales, chunk_size=settings.chunk_size
-        )
+        met = contrast(views / self.temperature, keys, hidden=hidden, scales=scales, chunk_size=settings.chunk_size)
         own = _dot(queries, positives).repeat(2) / self.temperature
         logsumexp = torch.logaddexp(met.logsumexp[0], own)
         one_hot_term = (logsumexp - own).mean()
@@ -299,59 +310,12 @@ class SLRLoss(nn.Module):
         if len(self.memory_bank) and not self.memory_bank.dim:
             self.memory_bank.set_dim(features.shape[1])
 
-    def _crops(
-        self, queries: Tensor, mixed: Tensor | Sequence[Tensor] | None, mix: Mix | Sequence[Mix] | None
-    ) -> list[Crop]:
-        """The mixed views, checked and normalised."""
-        if (mixed is None) != (mix is None):
-            given, absent = ("mixed", "mix") if mix is None else ("mix", "mixed")
-            raise ValueError(f"{given} came without {absent}: pass both, criterion(out0, out1, mixed, mix)")
-        if mixed is None or mix is None:
-            return []
-        if not self.in_batch_keys:
-            raise ValueError(
-                "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
-                "without mixed and mix"
-            )
-        single = isinstance(mixed, Tensor)
-        features = [mixed] if isinstance(mixed, Tensor) else mixed
-        mixes = [mix] if _is_mix(mix) else mix
-        if not isinstance(features, list | tuple):
-            raise TypeError(f"mixed must be a tensor or a list of tensors, got {type(mixed).__name__}")
-        if not isinstance(mixes, list | tuple) or not all(map(_is_mix, mixes)):
-            raise TypeError(
-                "mix must be the (theta, partner) that MomentumMixup returned, or a list of them, one per crop; got "
-                f"{type(mix).__name__}"
-            )
-        if single != _is_mix(mix) or len(features) != len(mixes) or not features:
-            count = "one tensor" if single else f"a list of {len(features)}"
-            counts = "one mix" if _is_mix(mix) else f"a list of {len(mixes)}"
-            raise ValueError(f"mixed and mix must match one to one, got {count} and {counts}")
-        crops = []
-        for number, (crop, its_mix) in enumerate(zip(features, mixes, strict=True)):
-            where = "" if single else f"[{number}]"
-            _check_features(f"mixed{where}", crop)
-            if crop.shape != queries.shape:
-                raise ValueError(
-                    f"mixed{where} must have the shape of out0, {tuple(queries.shape)}, got {tuple(crop.shape)}"
-                )
-            if crop.device != queries.device:
-                raise ValueError(f"mixed{where} is on {crop.device}, out0 on {queries.device}; move it there")
-            check_mix(Mix(*its_mix), len(queries), name=f"mix{where}.")
-            theta, partner = its_mix
-            crops.append(
-                Crop(_normalized(crop, queries.dtype), Mix(theta.to(queries), partner.to(queries.device, torch.long)))
-            )
-        return crops
-
     @torch.no_grad()
-    def _advance(self, positives: Tensor) -> None:
-        """Enqueue the positives and count the step; a batch with a non-finite key does neither."""
-        if len(self.memory_bank):
-            accepted = self.memory_bank.enqueue(self._gather(positives))
-        else:
-            accepted = positives.isfinite().all()
-        self.step.add_(accepted.to(self.step))
+    def _advance(self, keys: Tensor) -> None:
+        """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
+        accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else keys.isfinite().all()
+        # Not add_: a compiled backward that recomputes the schedule from this buffer must find the old count.
+        self.step = self.step + accepted.to(self.step)
 
 
 def _meet(
@@ -375,7 +339,7 @@ def _meet(
         if len(keys):
             hidden.append(Hidden(size * len(trained), offset, size))
     met = contrast(torch.cat(blocks), keys, queue, hidden=hidden, chunk_size=settings.chunk_size)
-    logsumexps = met.logsumexp[0].split(size)
+    logsumexps = torch.split(met.logsumexp[0], size)
     if not settings.refines:
         return logsumexps, one_hot(positives), positives
     peers = met.mean[0, -size:]
@@ -384,9 +348,7 @@ def _meet(
 
 
 @torch.no_grad()
-def _estimate(
-    estimator: Tensor, logsumexp: Tensor, maximum: Tensor, peers: Tensor, settings: Settings
-) -> Labels:
+def _estimate(estimator: Tensor, logsumexp: Tensor, maximum: Tensor, peers: Tensor, settings: Settings) -> Labels:
     sharp = settings.temperature * settings.sharpening
     own_logit, mean_logit = _dot(estimator, estimator) / sharp, _dot(estimator, peers) / sharp
     return refine(own_logit, logsumexp, maximum, mean_logit, settings.confidence)
@@ -397,9 +359,7 @@ def _soft_term(queries: Tensor, logsumexp: Tensor, targets: Tensor, temperature:
     return (logsumexp - _dot(queries, targets) / temperature).mean()
 
 
-def _mixed_term(
-    crops: Sequence[Crop], logsumexps: Sequence[Tensor], targets: Tensor, temperature: float
-) -> Tensor:
+def _mixed_term(crops: Sequence[Crop], logsumexps: Sequence[Tensor], targets: Tensor, temperature: float) -> Tensor:
     """L_c(x', y') of equation (9), mean over crops; mixing labels is mixing their centroids."""
     terms = []
     for (features, (theta, partner)), logsumexp in zip(crops, logsumexps, strict=True):
@@ -421,29 +381,3 @@ def _stats(labels: Labels, confidence: float | Tensor) -> dict[str, Tensor]:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
-
-
-def _is_mix(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor) and v.ndim < 2 for v in value)
-
-
-def _unit_features(out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor]:
-    """Both outputs checked, normalised, in one dtype: float64 if either is, else float32."""
-    _check_features("out0", out0)
-    _check_features("out1", out1)
-    if out0.shape != out1.shape:
-        raise ValueError(f"out0 and out1 must have one shape, got {tuple(out0.shape)} and {tuple(out1.shape)}")
-    if out0.device != out1.device:
-        raise ValueError(f"out0 is on {out0.device} and out1 on {out1.device}; move them to one device")
-    dtype = torch.promote_types(torch.promote_types(out0.dtype, out1.dtype), torch.float32)
-    return _normalized(out0, dtype), _normalized(out1, dtype)
-
-
-def _check_features(name: str, value: Any) -> None:
-    check_float_tensor(name, value)
-    if value.ndim != 2 or 0 in value.shape:
-        raise ValueError(f"{name} must have shape (batch, dimension), both >= 1, got {tuple(value.shape)}")
-
-
-def _normalized(features: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.normalize(features.to(dtype), dim=1)

@@ -76,7 +76,7 @@ class MomentumMixup:
             dtype, so that it is exactly the weight applied.
 
         Raises:
-            ValueError: shapes differ, the batch is empty, or ``theta`` or ``partner`` is out of range or of wrong shape.
+            ValueError: shapes differ, the batch is empty, or ``theta`` or ``partner`` does not fit.
             TypeError: a tensor has the wrong dtype.
         """
         check_float_tensor("queries", queries)

@@ -117,9 +117,7 @@ class KeyQueue(nn.Module):
             if not self.dim:
                 self.set_dim(dim)
             local = state_dict
-        super()._load_from_state_dict(
-            local, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(local, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 def _random_keys(size: int, dim: int) -> Tensor:

@@ -48,7 +48,8 @@ def refine(
 
     Args:
         own_logit: (s,) the estimator's logit with its own key, :math:`s_{ii}`.
-        logsumexp, maximum: (s,) over the other keys; -inf where there are none, and the label is then one-hot.
+        logsumexp: (s,) over the other keys; -inf where there are none, and the label is then one-hot.
+        maximum: (s,) likewise.
         mean_logit: (s,) the mean logit under q, for the entropy.
         confidence: the prior confidence mu >= 0.
     """

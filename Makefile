@@ -1,0 +1,42 @@
+# Every target sets up what it needs: a machine with python3 (>= 3.10, with venv) and make is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLONE ?= ../lightly
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.dev ## Pretrain on scikit-learn's digits with MoCo and with SANE, print a table, draw a figure
+	$(BIN)/python examples/compare.py
+
+test: $(VENV)/.dev ## Run the tests
+	$(BIN)/python -m pytest
+
+test-lightly: $(VENV)/.dev ## Run lightly's own NTXentLoss tests on SLRLoss (CLONE=a clone of its repository)
+	$(BIN)/python -m pytest -p tests.lightly_substitute -W default --rootdir $(CLONE) $(CLONE)/tests/loss/test_ntx_ent_loss.py
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## Measure time and memory of the loss beside its peers, print the table of the README
+	$(BIN)/python -m benchmarks loss
+
+wheel: $(VENV)/.dev ## Build and check sdist and wheel into dist/
+	rm -rf dist build
+	$(BIN)/python -m build -q
+	$(BIN)/twine check --strict dist/*
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.dev: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+.PHONY: help demo test test-lightly lint bench wheel clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,106 @@
+"""What runs inside spawned processes: importable by name, so it cannot live in a test module."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from slr_plugin import CosineConfidence, Mix, SLRLoss
+
+BATCH, STEPS, WORLD = 6, 20, 2
+
+
+class Scenario(NamedTuple):
+    queue: int
+    in_batch_keys: bool
+    mixed: bool
+    trains_both: bool
+    gather: bool = True
+
+
+SCENARIOS = {
+    "queue": Scenario(20, True, False, False),
+    "queue and mixed": Scenario(20, True, True, False),
+    "own positive and queue": Scenario(20, False, False, False),
+    "queue, both views trained": Scenario(7, True, True, True),
+    "symmetric": Scenario(0, True, False, True),
+    "symmetric and mixed": Scenario(0, True, True, True),
+    "queue, not gathered": Scenario(20, False, False, False, gather=False),
+}
+
+
+class Model(nn.Module):
+    """Encoder, target network and criterion in one module, so that DDP sees the criterion's buffers."""
+
+    def __init__(self, scenario: Scenario, gather: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.trains_both = scenario.trains_both
+        self.criterion = SLRLoss(
+            0.2,
+            (scenario.queue, 4) if scenario.queue else 0,
+            gather,
+            sharpening=0.7,
+            confidence=CosineConfidence(0.5, 2.0, STEPS),
+            in_batch_keys=scenario.in_batch_keys,
+        )
+
+    def forward(self, x0: Tensor, x1: Tensor, mixed: Tensor | None, mix: Mix | None) -> Tensor:
+        keys = (self.encoder if self.trains_both else self.target)(x1)
+        crop = None if mixed is None else self.encoder(mixed)
+        return self.criterion(self.encoder(x0), keys, crop, mix)
+
+
+def train(scenario: Scenario, rank: int | None) -> dict[str, object]:
+    """20 SGD steps on the whole batch (rank None) or on one process's part of it, under DDP's defaults."""
+    model = Model(scenario, gather=scenario.gather and rank is not None)
+    step_model = model if rank is None else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
+    generator = torch.Generator().manual_seed(1)
+    part = slice(None) if rank is None else slice(rank * BATCH, (rank + 1) * BATCH)
+    losses, gradients = [], []
+    for _ in range(STEPS):
+        views = torch.randn(2, WORLD * BATCH, 5, dtype=torch.float64, generator=generator)
+        theta = torch.rand(WORLD * BATCH, dtype=torch.float64, generator=generator)
+        # Partners stay within a process's part, as they do in a real run.
+        partner = torch.cat([torch.randperm(BATCH, generator=generator) + BATCH * r for r in range(WORLD)])
+        mixed = torch.lerp(views[1, partner], views[0], theta[:, None])
+        x0, x1 = views[:, part]
+        mix = Mix(theta[part], partner[part] - (0 if rank is None else rank * BATCH))
+        loss = step_model(x0, x1, mixed[part], mix) if scenario.mixed else step_model(x0, x1, None, None)
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters()]))
+        optimizer.step()
+    return {"loss": torch.stack(losses), "gradient": torch.stack(gradients), **model.criterion.state_dict()}
+
+
+def uneven(rank: int) -> str:
+    """The message that a last batch of unequal size raises, or what else happened."""
+    criterion = SLRLoss(0.2, (8, 4), True)
+    before = copy.deepcopy(criterion.state_dict())
+    features = torch.randn(3 + rank, 4, requires_grad=True)
+    try:
+        criterion(features, features)
+    except ValueError as error:
+        unchanged = all(torch.equal(before[name], value) for name, value in criterion.state_dict().items())
+        return f"{error} (unchanged: {unchanged})"
+    return "no error"
+
+
+def run(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    torch.set_num_threads(1)
+    results = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
+    torch.save(results | {"uneven": uneven(rank)}, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,29 @@
+"""Run against an installed wheel, away from the repository, with nothing but its dependencies there."""
+
+import importlib.metadata
+import importlib.util
+import pathlib
+import sys
+
+import torch
+
+import slr_plugin
+import slr_plugin.adapters
+
+here = pathlib.Path(slr_plugin.__file__).parent
+assert "site-packages" in here.parts, here
+assert (here / "py.typed").is_file()
+assert importlib.util.find_spec("adapters") is None, "the wheel must not own a top-level package named adapters"
+assert importlib.metadata.version("slr-plugin") == slr_plugin.__version__
+assert not {"lightly", "solo", "torchvision"} & set(sys.modules)
+
+encoder = torch.nn.Linear(8, 4)
+criterion = slr_plugin.presets.CIFAR10.loss(dim=4, total_steps=10, memory_bank_size=(32, 4))
+x0, x1 = torch.randn(2, 16, 8)
+mixed, mix = slr_plugin.presets.CIFAR10.mixup()(x0, x1)
+loss = criterion(encoder(x0), encoder(x1).detach(), encoder(mixed), mix)
+loss.backward()
+assert loss.isfinite()
+assert encoder.weight.grad.isfinite().all()
+assert criterion.memory_bank.bank_ptr == 16
+print(f"slr-plugin {slr_plugin.__version__} works from {here}: loss {loss.item():.3f}")

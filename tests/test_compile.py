@@ -1,0 +1,70 @@
+"""torch.compile takes a training step with the loss in it as one graph and computes the same."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from lightly.loss import NTXentLoss
+
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
+
+# Inductor needs a C++ compiler; everything up to it (tracing, autograd, functionalisation) does not.
+BACKENDS = ["aot_eager", *(["inductor"] if shutil.which("g++") else [])]
+
+# Warnings that torch's own compiler gives about itself.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
+
+
+class Step(torch.nn.Module):
+    """An encoder with the criterion on top."""
+
+    def __init__(self, memory_bank_size, mixed):
+        super().__init__()
+        self.encoder = torch.nn.Linear(8, 4)
+        self.mixed = mixed
+        self.criterion = SLRLoss(
+            0.2, memory_bank_size, sharpening=0.7, confidence=CosineConfidence(0.5, 2.0, total_steps=4)
+        )
+
+    def forward(self, x0, x1, mixed, mix):
+        queries = self.encoder(x0)
+        keys = self.encoder(x1) if not len(self.criterion.memory_bank) else self.encoder(x1).detach()
+        return self.criterion(queries, keys, self.encoder(mixed), mix) if self.mixed else self.criterion(queries, keys)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("memory_bank_size", "mixed"), [((10, 4), True), ((10, 4), False), (0, False)])
+def test_a_compiled_training_step_equals_the_eager_one(memory_bank_size, mixed, backend):
+    torch.manual_seed(0)
+    eager = Step(memory_bank_size, mixed)
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True, backend=backend)
+    for _ in range(4):
+        x0, x1 = torch.randn(2, 6, 8)
+        mixed_images, mix = MomentumMixup(2.0)(x0, x1)
+        losses = [model(x0, x1, mixed_images, mix) for model in (eager, compiled)]
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+        for model, loss in zip((eager, twin), losses, strict=True):
+            model.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(eager.encoder.weight.grad, twin.encoder.weight.grad, rtol=0, atol=1e-5)
+    for name, value in eager.criterion.state_dict().items():
+        torch.testing.assert_close(twin.criterion.state_dict()[name], value)
+    torch.testing.assert_close(eager.criterion.stats, twin.criterion.stats, rtol=0, atol=1e-5)
+    assert twin.criterion.step == 4
+
+
+def test_graph_breaks_none_where_ntxent_has_some():
+    queries, keys = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+    ours = torch._dynamo.explain(SLRLoss(0.2, (10, 4)))(queries, keys)
+    torch.compiler.reset()
+    theirs = torch._dynamo.explain(NTXentLoss(0.2, (10, 4)))(queries, keys)
+    assert ours.graph_break_count == 0 < theirs.graph_break_count

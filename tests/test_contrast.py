@@ -1,0 +1,96 @@
+"""The streaming pass against the dense formulas it replaces."""
+
+import pytest
+import torch
+
+from slr_plugin.contrast import Hidden, contrast
+
+HIDDEN = [Hidden(0, 2, 4), Hidden(3, 0, 3), Hidden(4, 9, 5)]
+
+
+def tensors(rows=9, keys=8, queue=11, dim=3):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, dim, dtype=torch.float64, generator=generator).requires_grad_() for n in (rows, keys, queue)]
+
+
+def dense(rows, keys, queue, scales):
+    """The definitions at the top of slr_plugin/contrast.py, with the weights of the mean as constants."""
+    every = torch.cat([keys, queue.detach()])
+    logits = torch.stack([scale * (rows @ every.T) for scale in scales])
+    for row, key, length in HIDDEN:
+        for t in range(length):
+            logits[:, row + t, key + t] = -torch.inf
+    return logits.logsumexp(2), logits.amax(2), logits.softmax(2).detach() @ every
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 8, 100])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.5)])
+def test_equals_the_dense_formulas_with_gradients(chunk_size, scales, monkeypatch):
+    monkeypatch.setattr("slr_plugin.contrast._CPU_TILE", (4, 6))
+    rows, keys, queue = tensors()
+    streamed = contrast(rows, keys, queue, hidden=HIDDEN, scales=scales, chunk_size=chunk_size)
+    expected = dense(rows, keys, queue, scales)
+    for got, want in zip(streamed, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    weights = [torch.randn_like(expected[0]), torch.randn_like(expected[2])]
+    for outputs in (streamed, expected):
+        total = (outputs[0] * weights[0]).sum() + (outputs[2] * weights[1]).sum()
+        gradients = torch.autograd.grad(total, (rows, keys))
+        if outputs is streamed:
+            ours = gradients
+    for got, want in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.5)])
+def test_gradcheck_of_logsumexp(scales):
+    rows, keys, queue = tensors(rows=4, keys=5, queue=3)
+
+    def logsumexp(rows, keys):
+        return contrast(rows, keys, queue.detach(), hidden=[Hidden(0, 1, 4)], scales=scales, chunk_size=2).logsumexp
+
+    assert torch.autograd.gradcheck(logsumexp, (rows, keys))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised and handled inside opcheck
+def test_opcheck():
+    rows, keys, queue = tensors()
+    flat = [number for diagonal in HIDDEN for number in diagonal]
+    torch.library.opcheck(torch.ops.slr_plugin.contrast, (rows, keys, queue.detach(), flat, [1.0, 2.0], 4))
+
+
+def test_a_row_without_keys_is_empty_not_nan():
+    rows = torch.randn(2, 3, requires_grad=True)
+    keys = torch.randn(1, 3, requires_grad=True)
+    met = contrast(rows, keys, hidden=[Hidden(0, 0, 1)])
+    assert met.logsumexp[0, 0] == met.maximum[0, 0] == -torch.inf
+    assert torch.equal(met.mean[0, 0], torch.zeros(3))
+    torch.logaddexp(met.logsumexp[0], torch.zeros(2)).sum().backward()
+    assert torch.equal(rows.grad[0], torch.zeros(3))
+    assert keys.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_extreme_logits_stay_finite_and_exact(scale):
+    rows, keys, queue = (tensor.detach().float() * scale for tensor in tensors())
+    met = contrast(rows, keys, queue, hidden=HIDDEN, chunk_size=3)
+    expected = dense(rows.double(), keys.double(), queue.double(), (1.0,))
+    torch.testing.assert_close(met.logsumexp.double(), expected[0], rtol=1e-5, atol=1e-5)
+    assert met.mean.isfinite().all()
+
+
+def test_no_rows_by_keys_matrix_is_allocated():
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor._base is None:
+                    self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return out
+
+    rows, keys, queue = torch.randn(64, 8), torch.randn(64, 8), torch.randn(20000, 8)
+    with Largest() as largest:
+        contrast(rows, keys, queue)
+    assert 0 < largest.numel <= max(queue.numel(), 64 * 512)

@@ -1,0 +1,146 @@
+"""SLRLoss as a module: what advances when, schedules, statistics, resuming."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from lightly.loss import NTXentLoss
+
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss, presets
+
+
+def features(count=6, dim=4, seed=0, grad=True):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
+
+
+def test_signature_begins_with_ntxents():
+    ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (SLRLoss, NTXentLoss))
+    assert [(p.name, p.default, p.kind) for p in ours[:3]] == [(p.name, p.default, p.kind) for p in theirs]
+    assert {p.name: p.default for p in ours[3:]} == {
+        "sharpening": 1.0,
+        "confidence": 1.0,
+        "refined_weight": 0.5,
+        "in_batch_keys": True,
+    }
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[3:])
+
+
+@pytest.mark.parametrize("memory_bank_size", [0, (8, 4)])
+@pytest.mark.parametrize(
+    ("grad", "update", "advances"),
+    [(True, None, True), (False, None, False), (True, False, False), (False, True, True)],
+)
+def test_queue_and_step_advance_together(memory_bank_size, grad, update, advances):
+    criterion = SLRLoss(memory_bank_size=memory_bank_size)
+    bank = criterion.memory_bank.bank.clone()
+    criterion(features(grad=grad), features(seed=1, grad=False), update=update)
+    assert criterion.step == int(advances)
+    if memory_bank_size:
+        assert torch.equal(criterion.memory_bank.bank, bank) != advances
+
+
+@pytest.mark.parametrize("kind", ["CosineConfidence", "callable"])
+def test_schedule_sees_the_step_before_the_call_and_holds_in_evaluation(kind):
+    cosine = CosineConfidence(0.5, 2.0, 4)
+    seen = []
+
+    def schedule(step):
+        seen.append(step)
+        return cosine(step)
+
+    criterion = SLRLoss(confidence=cosine if kind == "CosineConfidence" else schedule)
+    mus = []
+    for call in range(6):
+        criterion(features(seed=call), features(seed=call + 50))
+        mus.append(criterion.stats["mu"].item())
+        criterion(features(seed=call, grad=False), features(seed=call + 50, grad=False))
+    assert mus == pytest.approx([cosine(step) for step in range(6)])
+    if kind == "callable":
+        assert seen == [step for step in range(6) for step in (step, step + 1)]
+        assert all(type(step) is int for step in seen)
+
+
+def test_statistics_are_detached_scalars_of_the_last_call():
+    criterion = SLRLoss(0.2, (16, 4), confidence=2.0)
+    criterion(features(), features(seed=1))
+    stats = criterion.stats
+    assert set(stats) == {"positive_weight", "alpha", "beta", "mu", "label_entropy"}
+    assert all(value.shape == () and not value.requires_grad for value in stats.values())
+    labels = criterion.labels(features(), features(seed=1))
+    assert labels.shape == (6, 6 + 16)
+    assert stats["mu"] == 2.0
+    criterion(features(), features(seed=1), update=False)
+    torch.testing.assert_close(criterion.stats["positive_weight"], labels.diagonal().mean())
+
+
+def test_gradients_reach_queries_mixed_and_keys():
+    criterion = SLRLoss(0.2, (16, 4))
+    queries, keys, mixed = features(), features(seed=1), features(seed=2)
+    _, mix = MomentumMixup()(queries.detach(), keys.detach())
+    criterion(queries, keys, [mixed, queries], [mix, mix]).backward()
+    assert all(x.grad.abs().sum() > 0 for x in (queries, keys, mixed))
+
+
+def test_a_missing_gradient_request_on_keys_is_respected():
+    queries, keys = features(), features(seed=1, grad=False)
+    SLRLoss()(queries, keys).backward()
+    assert keys.grad is None
+
+
+def test_the_queue_may_lie_in_another_precision_and_inputs_may_mix_dtypes():
+    criterion = SLRLoss(0.2, (16, 4)).double()
+    loss = criterion(features(), features(seed=1).half())
+    assert loss.dtype == torch.float32
+    assert criterion(features().double(), features(seed=1)).dtype == torch.float64
+
+
+def test_training_resumes_bit_for_bit(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        encoder = torch.nn.Linear(8, 4)
+        criterion = presets.CIFAR10.loss(4, total_steps=20, memory_bank_size=(10, 4))
+        return encoder, criterion, torch.optim.SGD(encoder.parameters(), 0.1, momentum=0.9)
+
+    def steps(parts, numbers):
+        encoder, criterion, optimizer = parts
+        losses = []
+        for number in numbers:
+            x0, x1 = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(number))
+            mixed, mix = presets.CIFAR10.mixup(torch.Generator().manual_seed(number))(x0, x1)
+            loss = criterion(encoder(x0), encoder(x1).detach(), encoder(mixed), mix)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    whole = steps(build(), range(12))
+    first = build()
+    losses = steps(first, range(5))
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    second = build()
+    for part, state in zip(second, torch.load(tmp_path / "checkpoint.pt"), strict=True):
+        part.load_state_dict(state)
+    assert losses + steps(second, range(5, 12)) == whole
+
+
+def test_deepcopy_and_repr():
+    criterion = SLRLoss(0.2, (16, 4), confidence=CosineConfidence(0, 1, 10))
+    criterion(features(), features(seed=1))
+    twin = copy.deepcopy(criterion)
+    assert torch.equal(criterion(features(), features(), update=False), twin(features(), features(), update=False))
+    assert "temperature=0.2" in repr(criterion)
+    assert "size=16, dim=4" in repr(criterion)
+
+
+def test_presets_carry_the_papers_table():
+    for preset, expected in (
+        (presets.CIFAR10, (0.2, 0.8, (0.0, 1.0), 0.5, 2.0, 4096)),
+        (presets.IMAGENET, (0.2, 1.0, (0.5, 10.0), 0.5, 0.1, 65536)),
+    ):
+        criterion, mixup = preset.loss(dim=2, total_steps=10), preset.mixup()
+        confidence = (criterion.confidence.start, criterion.confidence.end)
+        values = (criterion.temperature, criterion.sharpening, confidence, criterion.refined_weight, mixup.kappa)
+        assert (*values, len(criterion.memory_bank)) == expected
+    assert presets.CIFAR10.loss(2, 10, temperature=0.1).temperature == 0.1
