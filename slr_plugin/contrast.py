@@ -1,15 +1,18 @@
 r"""One streaming pass over the keys: log-sum-exp, maximum and softmax-weighted mean.
 
-Everything SANE needs from its K keys are three numbers per row. For unit rows :math:`r_i` (already divided by their
-temperature), keys :math:`b_k`, a scale :math:`c` and the keys :math:`V_i` that row i sees,
+Everything SANE needs from its K keys are three numbers per row. For rows :math:`r_i`, keys :math:`b_k`, a scale
+:math:`c` (an inverse temperature) and the keys :math:`V_i` that row i sees,
 
 .. math::
-    \ell_i = \log \sum_{k \in V_i} e^{c \langle r_i, b_k \rangle}, \qquad
     m_i = \max_{k \in V_i} c \langle r_i, b_k \rangle, \qquad
+    \ell_i = \log \sum_{k \in V_i} e^{c \langle r_i, b_k \rangle}, \qquad
     a_i = \sum_{k \in V_i} s_{ik} b_k, \quad s_{ik} = e^{c \langle r_i, b_k \rangle - \ell_i}.
 
 They are gathered tile by tile with the running maximum of online softmax, so memory is O(rows * d + one tile) and no
 ``rows x K`` matrix exists. The gradient needs nothing more: :math:`\partial \ell_i / \partial r_i = c\, a_i`.
+
+The log-sum-exp is returned as :math:`\ell_i - m_i`, because every use subtracts a logit of the size of :math:`m_i` from
+it: :math:`(m_i - x) + (\ell_i - m_i)` keeps digits that :math:`\ell_i - x` loses.
 
 The pass is a ``torch.library`` custom operator: ``torch.compile`` takes it as one node, without a graph break.
 """
@@ -29,10 +32,10 @@ _ACCELERATOR_TILE = (4096, 8192)
 
 
 class Contrast(NamedTuple):
-    """What each row learns from its keys. ``m`` scales, ``r`` rows, ``d`` dimensions."""
+    """What each row learns from its keys: ``m`` scales, ``r`` rows, ``d`` dimensions."""
 
-    logsumexp: Tensor  # (m, r); -inf where a row sees no key
     maximum: Tensor  # (m, r), without gradient; -inf where a row sees no key
+    excess: Tensor  # (m, r), log-sum-exp minus maximum, with the gradient of the log-sum-exp; 0 where there is no key
     mean: Tensor  # (m, r, d); 0 where a row sees no key
 
 
@@ -49,109 +52,105 @@ def contrast(
     keys: Tensor,
     queue: Tensor | None = None,
     *,
-    hidden: Sequence[Hidden] = (),
     scales: Sequence[float] = (1.0,),
+    hidden: Sequence[Hidden] = (),
     chunk_size: int | None = None,
 ) -> Contrast:
     """Let every row meet every key once (the equations are at the top of this module).
 
     Args:
-        rows: (r, d) float32 or float64, divided by the temperature.
+        rows: (r, d) float32 or float64.
         keys: (b, d), the keys of the batch; b may be 0.
         queue: (n, d) further keys, without gradient; any float dtype, any device. They are numbered after ``keys``.
+        scales: factors c on the similarities, of one sign. Several of them share one product of rows and keys.
         hidden: the (row, key) pairs that are left out, as diagonals.
-        scales: positive factors on the logits. Several of them share one product of rows and keys.
         chunk_size: keys per tile; ``None`` chooses by device.
 
     Returns:
-        The :class:`Contrast`. ``logsumexp`` has gradients for rows and keys. ``mean`` has a gradient for the keys only:
-        its weights count as constants, because they serve as labels.
+        The :class:`Contrast`. ``excess`` has gradients for rows and keys. ``mean`` has one for the keys only: its
+        weights count as constants, because they serve as labels.
     """
     flat = [number for diagonal in hidden for number in diagonal]
-    return Contrast(*_contrast(rows, keys, queue, flat, list(scales), chunk_size or 0))
+    return Contrast(*_contrast(rows, keys, queue, list(scales), flat, chunk_size or 0))
 
 
 @torch.library.custom_op(
     "slr_plugin::contrast",
     mutates_args=(),
-    schema="(Tensor rows, Tensor keys, Tensor? queue, SymInt[] hidden, float[] scales, SymInt chunk) "
+    schema="(Tensor rows, Tensor keys, Tensor? queue, float[] scales, SymInt[] hidden, SymInt chunk) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _contrast(
-    rows: Tensor, keys: Tensor, queue: Tensor | None, hidden: Sequence[int], scales: Sequence[float], chunk: int
+    rows: Tensor, keys: Tensor, queue: Tensor | None, scales: Sequence[float], hidden: Sequence[int], chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     (count, dim), (height, width) = rows.shape, _tile_shape(rows, chunk)
-    logsumexp = rows.new_empty(len(scales), count)
+    ratios = [scale / scales[0] for scale in scales]
     maximum = rows.new_empty(len(scales), count)
+    excess = rows.new_empty(len(scales), count)
     mean = rows.new_zeros(len(scales), count, dim)
-    tile, scratch = _buffers(rows, 1 + (len(scales) > 1), height, width)
+    tiles = _tiles(rows, len(scales), height, width)
     for top in range(0, count, height):
         part = rows[top : top + height]
+        here = slice(top, top + len(part))
         peak = part.new_full((len(part), 1), -torch.inf)
         total = part.new_zeros(len(scales), len(part), 1)
-        sums = mean[:, top : top + height]
         for left, block in _blocks(keys, queue, width, rows):
-            logits = _logits(part, block, tile, top, left, hidden)
+            logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             previous, peak = peak, torch.maximum(peak, logits.amax(1, keepdim=True))
-            shift = peak.masked_fill(peak == -torch.inf, 0.0)  # a row without a key so far: exp(-inf - 0) = 0
+            shift = _finite(peak)  # a row that saw no key so far: exp(-inf - 0) = 0
             logits.sub_(shift)
-            for j, scale in enumerate(scales):
-                last = j == len(scales) - 1
-                weights = logits if last else _shaped(scratch, logits.shape).copy_(logits)
-                weights = (weights if scale == 1 else weights.mul_(scale)).exp_()
-                decay = (scale * (previous - shift)).exp_()
+            for j, weights in _scaled(logits, ratios, tiles):
+                weights.exp_()
+                decay = (ratios[j] * (previous - shift)).exp_()
                 total[j].mul_(decay).add_(weights.sum(1, keepdim=True))
-                sums[j].mul_(decay).addmm_(weights, block)
-        for j, scale in enumerate(scales):
-            maximum[j, top : top + height] = scale * peak[:, 0]
-            shift = peak.masked_fill(peak == -torch.inf, 0.0)
-            logsumexp[j, top : top + height] = (scale * shift + total[j].log())[:, 0]
-            sums[j].div_(total[j].masked_fill(total[j] == 0, 1.0))
-    return logsumexp, maximum, mean
+                mean[j, here].mul_(decay).addmm_(weights, block)
+        for j, ratio in enumerate(ratios):
+            total[j].masked_fill_(total[j] == 0, 1.0)
+            maximum[j, here] = ratio * peak[:, 0]
+            excess[j, here] = total[j, :, 0].log()
+            mean[j, here] /= total[j]
+    return maximum, excess, mean
 
 
 @torch.library.custom_op(
     "slr_plugin::contrast_keys_backward",
     mutates_args=(),
-    schema="(Tensor rows, Tensor keys, Tensor logsumexp, Tensor? grad_logsumexp, Tensor? grad_mean, "
-    "SymInt[] hidden, float[] scales, SymInt chunk) -> Tensor",
+    schema="(Tensor rows, Tensor keys, Tensor logsumexp, Tensor? grad_excess, Tensor? grad_mean, "
+    "float[] scales, SymInt[] hidden, SymInt chunk) -> Tensor",
 )
 def _keys_backward(
     rows: Tensor,
     keys: Tensor,
     logsumexp: Tensor,
-    grad_logsumexp: Tensor | None,
+    grad_excess: Tensor | None,
     grad_mean: Tensor | None,
-    hidden: Sequence[int],
     scales: Sequence[float],
+    hidden: Sequence[int],
     chunk: int,
 ) -> Tensor:
     r"""The gradient :math:`\partial / \partial b_k = \sum_i s_{ik} (c\, \dot\ell_i r_i + \dot a_i)`, s recomputed."""
     height, width = _tile_shape(rows, chunk)
+    ratios = [scale / scales[0] for scale in scales]
+    shift = _finite(logsumexp)[..., None]
     gradient = torch.zeros_like(keys)
-    shift = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)[..., None]
-    tile, scratch = _buffers(rows, 1 + (len(scales) > 1), height, width)
+    tiles = _tiles(rows, len(scales), height, width)
     for top in range(0, len(rows), height):
         part = rows[top : top + height]
+        here = slice(top, top + len(part))
+        values = torch.zeros_like(part).repeat(len(scales), 1, 1) if grad_mean is None else grad_mean[:, here].clone()
+        if grad_excess is not None:
+            for value, scale, grad in zip(values, scales, grad_excess[:, here], strict=True):
+                value.addcmul_(grad[:, None], part, value=scale)
         for left, block in _blocks(keys, None, width, rows):
-            logits = _logits(part, block, tile, top, left, hidden)
-            for j, scale in enumerate(scales):
-                here = slice(top, top + len(part))
-                last = j == len(scales) - 1
-                weights = logits if last else _shaped(scratch, logits.shape).copy_(logits)
-                weights = (weights if scale == 1 else weights.mul_(scale)).sub_(shift[j, here]).exp_()
-                if grad_logsumexp is None:
-                    value = part.new_zeros(part.shape)
-                else:
-                    value = (scale * grad_logsumexp[j, here, None]) * part
-                if grad_mean is not None:
-                    value = value + grad_mean[j, here]
-                gradient[left : left + len(block)].addmm_(weights.T, value)
+            logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
+            for j, weights in _scaled(logits, ratios, tiles):
+                weights.sub_(shift[j, here]).exp_()
+                gradient[left : left + len(block)].addmm_(weights.T, values[j])
     return gradient
 
 
 @_contrast.register_fake
-def _(rows: Tensor, keys: Tensor, queue: Any, hidden: Any, scales: Sequence[float], chunk: Any) -> Any:
+def _(rows: Tensor, keys: Tensor, queue: Any, scales: Sequence[float], hidden: Any, chunk: Any) -> Any:
     shape = (len(scales), rows.shape[0])
     return rows.new_empty(shape), rows.new_empty(shape), rows.new_empty((*shape, rows.shape[1]))
 
@@ -162,20 +161,20 @@ def _(rows: Tensor, keys: Tensor, *args: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    rows, keys, _, ctx.hidden, ctx.scales, ctx.chunk = inputs
-    logsumexp, _, mean = output
-    ctx.save_for_backward(rows, keys, logsumexp, mean)
+    rows, keys, _, ctx.scales, ctx.hidden, ctx.chunk = inputs
+    maximum, excess, mean = output
+    ctx.save_for_backward(rows, keys, maximum + excess, mean)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logsumexp: Tensor | None, _: Any, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, _: Any, grad_excess: Tensor | None, grad_mean: Tensor | None) -> tuple[Tensor | None, ...]:
     rows, keys, logsumexp, mean = ctx.saved_tensors
     grad_rows = grad_keys = None
-    if ctx.needs_input_grad[0] and grad_logsumexp is not None:
-        grad_rows = sum(c * g[:, None] * a for c, g, a in zip(ctx.scales, grad_logsumexp, mean, strict=True))
+    if ctx.needs_input_grad[0] and grad_excess is not None:
+        grad_rows = sum(c * g[:, None] * a for c, g, a in zip(ctx.scales, grad_excess, mean, strict=True))
     if ctx.needs_input_grad[1]:
-        given = (grad_logsumexp, grad_mean)
-        grad_keys = _keys_backward(rows, keys, logsumexp, *given, ctx.hidden, ctx.scales, ctx.chunk)
+        given = (grad_excess, grad_mean)
+        grad_keys = _keys_backward(rows, keys, logsumexp, *given, ctx.scales, ctx.hidden, ctx.chunk)
     return grad_rows, grad_keys, None, None, None, None
 
 
@@ -187,14 +186,17 @@ def _tile_shape(rows: Tensor, chunk: int) -> tuple[int, int]:
     return min(height, max(len(rows), 1)), chunk or width
 
 
-def _buffers(rows: Tensor, count: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """A flat tile of logits and, when several scales need one, a second tile; otherwise the first one twice."""
-    buffers = [rows.new_empty(height * width) for _ in range(count)]
-    return buffers[0], buffers[-1]
+def _tiles(rows: Tensor, scales: int, height: int, width: int) -> list[Tensor]:
+    """Memory of one tile of logits and, where several scales need it, of a second."""
+    return [rows.new_empty(height * width) for _ in range(min(scales, 2))]
 
 
-def _shaped(buffer: Tensor, shape: torch.Size) -> Tensor:
-    return buffer[: shape[0] * shape[1]].view(shape)
+def _shaped(tile: Tensor, height: int, width: int) -> Tensor:
+    return tile[: height * width].view(height, width)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    return logits.masked_fill(logits == -torch.inf, 0.0)
 
 
 def _blocks(keys: Tensor, queue: Tensor | None, width: int, like: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -208,13 +210,23 @@ def _blocks(keys: Tensor, queue: Tensor | None, width: int, like: Tensor) -> Ite
         first += len(source)
 
 
-def _logits(part: Tensor, block: Tensor, tile: Tensor, top: int, left: int, hidden: Sequence[int]) -> Tensor:
-    """Rows ``top ..`` times keys ``left ..``, with the hidden pairs at minus infinity."""
-    logits = torch.mm(part, block.T, out=_shaped(tile, torch.Size((len(part), len(block)))))
-    for row, key, count in zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True):
-        # The diagonal (row + t, key + t), t < count, inside this tile.
+def _logits(
+    part: Tensor, block: Tensor, scale: float, tile: Tensor, top: int, left: int, hidden: Sequence[int]
+) -> Tensor:
+    """Scaled similarities of rows ``top ..`` and keys ``left ..``, with the hidden pairs at minus infinity."""
+    logits = _shaped(tile, len(part), len(block))
+    torch.addmm(logits, part, block.T, beta=0, alpha=scale, out=logits)
+    for row, key, length in zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True):
+        # The diagonal (row + t, key + t), t < length, inside this tile.
         start = max(top - row, left - key, 0)
-        stop = min(top + len(part) - row, left + len(block) - key, count)
+        stop = min(top + len(part) - row, left + len(block) - key, length)
         if start < stop:
             logits[row + start - top :, key + start - left :].diagonal()[: stop - start].fill_(-torch.inf)
     return logits
+
+
+def _scaled(logits: Tensor, ratios: Sequence[float], tiles: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """``ratio * logits`` for each ratio, free to be overwritten; ``logits`` itself comes last, as ratio 1."""
+    for j in range(1, len(ratios)):
+        yield j, torch.mul(logits, ratios[j], out=_shaped(tiles[1], *logits.shape))
+    yield 0, logits

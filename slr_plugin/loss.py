@@ -37,6 +37,18 @@ class Settings(NamedTuple):
         return isinstance(self.confidence, Tensor) or self.confidence > 0
 
 
+class Block(NamedTuple):
+    """What one block of s rows met, at one scale; the fields of :class:`slr_plugin.contrast.Contrast`."""
+
+    maximum: Tensor  # (s,)
+    excess: Tensor  # (s,)
+    mean: Tensor  # (s, d)
+
+    def above(self, logit: Tensor) -> Tensor:
+        """The log-sum-exp minus a logit: large numbers are subtracted first."""
+        return (self.maximum - logit) + self.excess
+
+
 class SLRLoss(nn.Module):
     r"""Contrastive loss whose labels are refined during training; takes the place of lightly's NTXentLoss.
 
@@ -165,10 +177,10 @@ class SLRLoss(nn.Module):
                 one_hot, refined, labels = self._with_queue(queries, positives, keys, crops, settings)
             elif crops:
                 one_hot, *_ = self._symmetric(queries, positives, keys, settings._replace(confidence=0.0))
-                logsumexps, labels, targets = _meet(
+                met, labels, targets = _meet(
                     [crop.features for crop in crops], positives, keys, None, self._offset(positives), settings
                 )
-                refined = _mixed_term(crops, logsumexps, targets, self.temperature)
+                refined = _mixed_term(crops, met, targets, self.temperature)
             else:
                 one_hot, refined, labels = self._symmetric(queries, positives, keys, settings)
             loss = (1 - self.refined_weight) * one_hot + self.refined_weight * refined
@@ -244,14 +256,14 @@ class SLRLoss(nn.Module):
         """Queries, mixed queries and positives against {batch} u queue, or {own positive} u queue."""
         trained = [queries, *(crop.features for crop in crops)]
         queue = self.memory_bank.bank
-        logsumexps, labels, targets = _meet(trained, positives, keys, queue, self._offset(positives), settings)
-        own = _dot(queries, positives) / self.temperature
-        logsumexp = logsumexps[0] if self.in_batch_keys else torch.logaddexp(logsumexps[0], own)
+        met, labels, targets = _meet(trained, positives, keys, queue, self._offset(positives), settings)
+        rest = met[0].above(_dot(queries, positives) / self.temperature)
+        one_hot_loss = rest if self.in_batch_keys else _with_own(rest)
         if crops:
-            refined = _mixed_term(crops, logsumexps[1:], targets, self.temperature)
+            refined = _mixed_term(crops, met[1:], targets, self.temperature)
         else:
-            refined = _soft_term(queries, logsumexp, targets, self.temperature)
-        return (logsumexp - own).mean(), refined, labels
+            refined = _soft_term(queries, positives, one_hot_loss, targets, self.temperature)
+        return one_hot_loss.mean(), refined, labels
 
     def _symmetric(
         self, queries: Tensor, positives: Tensor, keys: Tensor, settings: Settings
@@ -267,18 +279,18 @@ class SLRLoss(nn.Module):
         keys = torch.cat([self._gather(queries), keys])
         total = len(keys) // 2
         hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
-        scales = [1.0]
+        scales = [1 / self.temperature]
         if settings.refines and self.sharpening != 1:
-            scales.append(1 / self.sharpening)
-        met = contrast(views / self.temperature, keys, hidden=hidden, scales=scales, chunk_size=settings.chunk_size)
-        own = _dot(queries, positives).repeat(2) / self.temperature
-        logsumexp = torch.logaddexp(met.logsumexp[0], own)
-        one_hot_term = (logsumexp - own).mean()
+            scales.append(1 / (self.temperature * self.sharpening))
+        met = contrast(views, keys, scales=scales, hidden=hidden, chunk_size=settings.chunk_size)
+        peers, sharp_peers = (Block(*(field[j] for field in met)) for j in (0, -1))
+        one_hot_loss = _with_own(peers.above(_dot(queries, positives).repeat(2) / self.temperature))
         if not settings.refines:
-            return one_hot_term, one_hot_term, one_hot(views)
-        labels = _estimate(views, met.logsumexp[-1], met.maximum[-1], met.mean[-1], settings)
-        targets = labels.target(views, met.mean[-1]).roll(size, 0)
-        return one_hot_term, _soft_term(views, logsumexp, targets, self.temperature), labels
+            return one_hot_loss.mean(), one_hot_loss.mean(), one_hot(views)
+        labels = _estimate(views, sharp_peers, settings)
+        partners = views.roll(size, 0)
+        targets = labels.target(views, sharp_peers.mean).roll(size, 0)
+        return one_hot_loss.mean(), _soft_term(views, partners, one_hot_loss, targets, self.temperature), labels
 
     def _gather(self, local: Tensor) -> Tensor:
         return gather(local) if self.gather_distributed else local
@@ -325,46 +337,52 @@ def _meet(
     queue: Tensor | None,
     offset: int,
     settings: Settings,
-) -> tuple[Sequence[Tensor], Labels, Tensor]:
+) -> tuple[list[Block], Labels, Tensor]:
     """All rows meet all keys, once: the trained rows for their log-sum-exp, the positives as estimators of the labels.
 
     Returns:
-        The log-sum-exp (s,) of each block of ``trained``, the labels and their target centroids (s, d).
+        What each block of ``trained`` met, the labels and their target centroids (s, d).
     """
-    size, temperature = len(positives), settings.temperature
-    blocks = [block / temperature for block in trained]
-    hidden = []
+    size = len(positives)
+    blocks, hidden = list(trained), []
     if settings.refines:
-        blocks.append(positives.detach() / (temperature * settings.sharpening))
+        blocks.append(positives.detach() / settings.sharpening)
         if len(keys):
             hidden.append(Hidden(size * len(trained), offset, size))
-    met = contrast(torch.cat(blocks), keys, queue, hidden=hidden, chunk_size=settings.chunk_size)
-    logsumexps = torch.split(met.logsumexp[0], size)
+    scales = [1 / settings.temperature]
+    met = contrast(torch.cat(blocks), keys, queue, scales=scales, hidden=hidden, chunk_size=settings.chunk_size)
+    by_block = [Block(*fields) for fields in zip(*(torch.split(field[0], size) for field in met), strict=True)]
     if not settings.refines:
-        return logsumexps, one_hot(positives), positives
-    peers = met.mean[0, -size:]
-    labels = _estimate(positives, logsumexps[-1], met.maximum[0, -size:], peers, settings)
-    return logsumexps[:-1], labels, labels.target(positives, peers)
+        return by_block, one_hot(positives), positives
+    *by_block, peers = by_block
+    labels = _estimate(positives, peers, settings)
+    return by_block, labels, labels.target(positives, peers.mean)
 
 
 @torch.no_grad()
-def _estimate(estimator: Tensor, logsumexp: Tensor, maximum: Tensor, peers: Tensor, settings: Settings) -> Labels:
+def _estimate(estimator: Tensor, peers: Block, settings: Settings) -> Labels:
+    """Equation (5) for unit estimators (s, d) and what they met in the keys other than their own."""
     sharp = settings.temperature * settings.sharpening
-    own_logit, mean_logit = _dot(estimator, estimator) / sharp, _dot(estimator, peers) / sharp
-    return refine(own_logit, logsumexp, maximum, mean_logit, settings.confidence)
+    own_logit, mean_logit = _dot(estimator, estimator) / sharp, _dot(estimator, peers.mean) / sharp
+    return refine(own_logit, peers.maximum, peers.excess, mean_logit, settings.confidence)
 
 
-def _soft_term(queries: Tensor, logsumexp: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Equation (4) by target centroids: the label enters only through t = sum_k y_k b_k."""
-    return (logsumexp - _dot(queries, targets) / temperature).mean()
+def _with_own(rest: Tensor) -> Tensor:
+    """From the log-sum-exp over the other keys to that over all, both relative to the own logit."""
+    return torch.logaddexp(rest, torch.zeros_like(rest))
 
 
-def _mixed_term(crops: Sequence[Crop], logsumexps: Sequence[Tensor], targets: Tensor, temperature: float) -> Tensor:
+def _soft_term(queries: Tensor, positives: Tensor, one_hot_loss: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Equation (4) by target centroids, the label entering only through t = sum_k y_k b_k, from the loss at t = g."""
+    return (one_hot_loss + _dot(queries, positives - targets) / temperature).mean()
+
+
+def _mixed_term(crops: Sequence[Crop], met: Sequence[Block], targets: Tensor, temperature: float) -> Tensor:
     """L_c(x', y') of equation (9), mean over crops; mixing labels is mixing their centroids."""
     terms = []
-    for (features, (theta, partner)), logsumexp in zip(crops, logsumexps, strict=True):
+    for (features, (theta, partner)), keys in zip(crops, met, strict=True):
         mixed_targets = torch.lerp(targets[partner], targets, theta[:, None])
-        terms.append(_soft_term(features, logsumexp, mixed_targets, temperature))
+        terms.append(keys.above(_dot(features, mixed_targets) / temperature).mean())
     return torch.stack(terms).mean()
 
 

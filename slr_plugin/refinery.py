@@ -1,7 +1,7 @@
 r"""Self-labeling refinery, equation (5): how much of each label stays on the positive, and where the rest points.
 
 A refined label over K keys is never written out. With :math:`s_{ii}` the logit of the estimator with its own key and
-:math:`\ell_i, m_i, a_i` its log-sum-exp, maximum and weighted mean over the *other* keys (:mod:`slr_plugin.contrast`),
+:math:`m_i, \ell_i, a_i` its maximum, log-sum-exp and weighted mean over the *other* keys (:mod:`slr_plugin.contrast`),
 
 .. math::
     p_{ii} = \sigma(s_{ii} - \ell_i), \quad
@@ -42,26 +42,26 @@ class Labels(NamedTuple):
 
 @torch.no_grad()
 def refine(
-    own_logit: Tensor, logsumexp: Tensor, maximum: Tensor, mean_logit: Tensor, confidence: float | Tensor
+    own_logit: Tensor, maximum: Tensor, excess: Tensor, mean_logit: Tensor, confidence: float | Tensor
 ) -> Labels:
     """Equation (5) from the estimator's view of its keys.
 
     Args:
         own_logit: (s,) the estimator's logit with its own key, :math:`s_{ii}`.
-        logsumexp: (s,) over the other keys; -inf where there are none, and the label is then one-hot.
-        maximum: (s,) likewise.
+        maximum: (s,) over the other keys; -inf where there are none, and the label is then one-hot.
+        excess: (s,) their log-sum-exp minus the maximum.
         mean_logit: (s,) the mean logit under q, for the entropy.
         confidence: the prior confidence mu >= 0.
     """
-    alone = logsumexp == -torch.inf
-    p_own = torch.sigmoid(own_logit - logsumexp)
-    p_others = torch.sigmoid(logsumexp - own_logit)  # 1 - p_own without cancellation
-    q_max = (maximum - logsumexp).exp().masked_fill(alone, 0.0)
+    alone = maximum == -torch.inf
+    margin = (own_logit - maximum) - excess  # s_ii - l_i
+    p_own, p_others = torch.sigmoid(margin), torch.sigmoid(-margin)  # never 1 - p, which cancels
+    q_max = (-excess).exp().masked_fill(alone, 0.0)
     p_max = torch.maximum(p_own, p_others * q_max)
     z = 1 + confidence * p_max + confidence * q_max
     alpha, beta = confidence * p_max / z, confidence * q_max / z
     own, rest = 1 / z + alpha * p_own, alpha * p_others + beta
-    q_entropy = (logsumexp - mean_logit).masked_fill(alone, 0.0)
+    q_entropy = ((maximum - mean_logit) + excess).masked_fill(alone, 0.0)
     entropy = rest * q_entropy - torch.xlogy(own, own) - torch.xlogy(rest, rest)
     return Labels(own, rest, alpha, beta, entropy)
 
