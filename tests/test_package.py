@@ -1,0 +1,49 @@
+"""What an installation is: its imports, its modules, its promises to type checkers."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slr_plugin
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **kwargs):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, **kwargs)
+
+
+def test_the_core_imports_no_framework():
+    frameworks = {"lightly", "pytorch_lightning", "lightning", "solo", "torchvision", "sklearn", "matplotlib", "scipy"}
+    result = python(f"import sys, slr_plugin; print(sorted({frameworks} & set(sys.modules)))")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_version_is_stated_once():
+    assert importlib.metadata.version("slr-plugin") == slr_plugin.__version__
+
+
+def test_the_public_surface():
+    assert set(slr_plugin.__all__) == {"CosineConfidence", "Mix", "MomentumMixup", "SLRLoss", "presets"}
+    assert all(getattr(slr_plugin, name).__module__.startswith("slr_plugin") for name in {"SLRLoss", "MomentumMixup"})
+
+
+def test_adapters_belong_to_the_package():
+    assert importlib.util.find_spec("slr_plugin.adapters") is not None
+    if (ROOT / "adapters").is_dir():
+        result = python("import adapters", cwd=ROOT)
+        assert "slr_plugin.adapters" in result.stderr
+
+
+def test_every_folder_with_modules_is_listed_for_setuptools():
+    if not (ROOT / "setup.cfg").is_file():
+        pytest.skip("installed without the repository")
+    listed = (ROOT / "setup.cfg").read_text()
+    for folder, package in (("slr_plugin", "slr_plugin"), ("adapters", "slr_plugin.adapters")):
+        for init in (ROOT / folder).rglob("__init__.py"):
+            name = ".".join((package, *init.parent.relative_to(ROOT / folder).parts))
+            assert f"    {name}\n" in listed, name
