@@ -17,6 +17,8 @@ def main() -> None:
     command.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
     command.add_argument("--output", type=Path, default=Path("outputs"), help="folder for loss.json and loss.md")
     arguments = parser.parse_args()
+    if arguments.rounds < loss.SLOW_ROUNDS:
+        parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
     loss.run(arguments.sizes, arguments.device, arguments.rounds, arguments.precision, arguments.output)
 
 

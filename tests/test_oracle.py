@@ -1,0 +1,401 @@
+"""SLRLoss against the paper's equations written out densely, and against lightly's NTXentLoss."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from contextlib import nullcontext
+
+import lightly.loss
+import pytest
+import torch
+import torch.nn.functional as F
+from _oracle import INPUTS, Answer, Batch, ask, call, dense_labels, gradients, make_batch, make_criterion
+from _oracle import one_thread as one_thread
+
+from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
+
+# name: (has a queue, crops of mixed queries, in_batch_keys)
+MODES = {
+    "queue": (True, 0, True),
+    "own_positive": (True, 0, False),
+    "symmetric": (False, 0, True),
+    "symmetric_mixed": (False, 1, True),
+    "queue_mixed": (True, 1, True),
+    "queue_crops": (True, 3, True),
+    "symmetric_crops": (False, 2, True),
+}
+QUEUE_MODES = [name for name, (has_queue, _, _) in MODES.items() if has_queue]
+TEMPERATURES = (0.05, 0.2, 1.0, 10.0, -0.5)
+SHARPENINGS = (0.1, 0.5, 1.0)
+CONFIDENCES = (0.0, 0.5, 1.0, 100.0)
+REFINED_WEIGHTS = (0.0, 0.5, 1.0)
+SETTINGS = [
+    {"temperature": temperature, "sharpening": sharpening, "confidence": confidence, "refined_weight": weight}
+    for temperature, sharpening, confidence, weight in itertools.product(
+        TEMPERATURES, SHARPENINGS, CONFIDENCES, REFINED_WEIGHTS
+    )
+]
+SHAPES = [(mode, s, d) for mode, s, d in itertools.product(MODES, (1, 2, 5, 33), (1, 3, 64))]
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
+SOFT = {"temperature": 0.5, "sharpening": 0.5, "confidence": 2.0, "refined_weight": 0.7}
+
+
+def batch_of(mode: str, s: int, d: int, n: int = 7, **kwargs: object) -> Batch:
+    has_queue, crops, _ = MODES[mode]
+    return make_batch(s, d, n if has_queue else 0, crops, **kwargs)
+
+
+def settings_of(mode: str, **settings: object) -> dict[str, object]:
+    return {**settings, "in_batch_keys": MODES[mode][2]}
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: object) -> None:
+    difference = (got.double() - expected).abs().max().item()
+    assert difference <= tolerance, f"{what}: off by {difference}, tolerance {tolerance}"
+
+
+def assert_equals_oracle(
+    batch: Batch,
+    settings: dict[str, object],
+    tolerance: float,
+    chunk_size: int | None = None,
+    names: tuple[str, ...] = INPUTS,
+    criterion: SLRLoss | None = None,
+    update: bool | None = False,
+) -> tuple[SLRLoss, Answer]:
+    """The value, and the gradients with respect to the features named, against the float64 oracle's."""
+    ours, reference = batch.leaves(names), batch.leaves(names, dtype=torch.float64)
+    criterion = criterion or make_criterion(batch, chunk_size, **settings)
+    loss = call(criterion, ours, update)
+    answer = ask(reference, **settings)
+    assert loss.shape == ()
+    assert loss.dtype == batch.out0.dtype
+    assert_close(loss, answer.loss, tolerance, ("loss", settings))
+    pairs = zip(gradients(loss, ours), gradients(answer.loss, reference), strict=True)
+    steep = max(1.0, 0.2 / abs(settings["temperature"]))  # a gradient is 1 / tau times a difference of unit vectors
+    for number, (got, expected) in enumerate(pairs):
+        assert_close(got, expected, tolerance * steep, (f"gradient {number} of {names}", settings))
+    return criterion, answer
+
+
+# ------------------------------------------------------------------------------------------------ against the equations
+
+
+@PRECISIONS
+@pytest.mark.parametrize(("mode", "s", "d"), SHAPES)
+def test_value_and_gradients_equal_the_equations_at_every_shape(mode, s, d, dtype, tolerance):
+    for n in (1, 7, 40) if mode in QUEUE_MODES else (0,):
+        batch = batch_of(mode, s, d, n, dtype=dtype)
+        for settings in random.Random(f"{mode} {s} {d} {n}").sample(SETTINGS, 2):
+            assert_equals_oracle(batch, settings_of(mode, **settings), tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("mode", MODES)
+def test_value_gradients_and_stats_equal_the_equations_at_every_setting(mode, temperature, dtype, tolerance):
+    batch = batch_of(mode, 5, 3, dtype=dtype)
+    for settings in SETTINGS:
+        if settings["temperature"] != temperature:
+            continue
+        criterion, answer = assert_equals_oracle(batch, settings_of(mode, **settings), tolerance)
+        expected = answer.stats(settings["confidence"])
+        assert criterion.stats.keys() == expected.keys()
+        for name, value in criterion.stats.items():
+            assert not value.requires_grad
+            assert value.item() == pytest.approx(expected[name], abs=tolerance), (name, settings)
+
+
+@pytest.mark.parametrize("names", [(), ("out0",), ("out1",), ("mixed",), ("out0", "mixed"), ("out1", "mixed")])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_do_not_depend_on_which_inputs_require_them(mode, names):
+    assert_equals_oracle(batch_of(mode, 5, 3), settings_of(mode, **SOFT), 1e-10, names=names)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_scale_with_the_upstream_gradient(mode):
+    batch = batch_of(mode, 5, 3).leaves()
+    loss = call(make_criterion(batch, **settings_of(mode, **SOFT)), batch)
+    answer = ask(batch, **settings_of(mode, **SOFT))
+    for got, expected in zip(gradients(-2.5 * loss, batch), gradients(answer.loss, batch), strict=True):
+        assert_close(got, -2.5 * expected, 1e-10, mode)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4, 1000])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_chunk_size_equals_the_equations(mode, chunk_size):
+    for s, n in ((5, 7), (9, 4), (1, 3)):
+        assert_equals_oracle(batch_of(mode, s, 3, n), settings_of(mode, **SOFT), 1e-10, chunk_size)
+
+
+@PRECISIONS
+@pytest.mark.parametrize(
+    ("mode", "s", "n"),
+    [
+        ("symmetric", 600, 0),
+        ("queue", 1100, 7),
+        ("own_positive", 700, 9),
+        ("queue_mixed", 400, 300),
+        ("queue_crops", 300, 500),
+        ("symmetric_mixed", 600, 0),
+        ("queue", 3, 9001),
+        ("own_positive", 3, 9001),
+    ],
+)
+def test_more_rows_or_keys_than_one_tile_equal_the_equations(mode, s, n, dtype, tolerance):
+    assert_equals_oracle(batch_of(mode, s, 3, n, dtype=dtype), settings_of(mode, **SOFT), tolerance)
+
+
+@pytest.mark.parametrize("in_batch_keys", [True, False])
+def test_without_queue_in_batch_keys_changes_nothing(in_batch_keys):
+    batch = make_batch(5, 3)
+    assert_equals_oracle(batch, {**SOFT, "in_batch_keys": in_batch_keys}, 1e-10)
+
+
+@pytest.mark.parametrize("mode", QUEUE_MODES)
+@pytest.mark.parametrize(("s", "n"), [(5, 7), (7, 3), (4, 4)])
+def test_negatives_are_the_queue_as_it_was_before_the_call(mode, s, n):
+    batch = batch_of(mode, s, 3, n)
+    criterion = make_criterion(batch, **settings_of(mode, **SOFT))
+    queue = list(batch.bank)
+    for seed in range(4):  # the gradients are taken after the queue has moved on
+        batch = batch_of(mode, s, 3, n, seed=seed)._replace(bank=criterion.memory_bank.bank.clone())
+        assert_equals_oracle(batch, settings_of(mode, **SOFT), 1e-10, criterion=criterion, update=True)
+        queue = [*queue, *F.normalize(batch.out1, dim=1).float()][-n:]
+        ring = criterion.memory_bank.bank.roll(-int(criterion.memory_bank.bank_ptr), 0)
+        assert torch.equal(ring, torch.stack(queue))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_schedule_sets_the_confidence_of_each_step(mode):
+    start, end, steps = 0.5, 3.0, 3
+    batch = batch_of(mode, 5, 3)
+    for schedule in (CosineConfidence(start, end, steps), lambda t: float(t) + 0.25):
+        criterion = make_criterion(batch, **settings_of(mode, **{**SOFT, "confidence": schedule}))
+        for t in range(5):
+            now = batch._replace(bank=criterion.memory_bank.bank.clone() if batch.bank is not None else None)
+            cosine = math.cos(math.pi * min(t / steps, 1))
+            mu = end - (end - start) * (cosine + 1) / 2 if isinstance(schedule, CosineConfidence) else t + 0.25
+            settings = settings_of(mode, **{**SOFT, "confidence": mu})
+            assert_equals_oracle(now, settings, 1e-10, criterion=criterion, update=True)
+            assert criterion.stats["mu"].item() == pytest.approx(mu)
+            assert criterion.step == t + 1
+
+
+@PRECISIONS
+@pytest.mark.parametrize("mode", ["queue", "own_positive", "symmetric"])
+@pytest.mark.parametrize(("s", "d", "n"), [(1, 3, 1), (2, 1, 7), (5, 3, 40), (33, 64, 7)])
+def test_labels_equal_equation_5(mode, s, d, n, dtype, tolerance):
+    batch = batch_of(mode, s, d, n, dtype=dtype)
+    reference = batch.leaves((), dtype=torch.float64)
+    for settings in random.Random(f"{mode} {s}").sample(SETTINGS, 8):
+        settings_ = settings_of(mode, **settings)
+        got = make_criterion(batch, **settings_).labels(batch.out0, batch.out1)
+        expected = dense_labels(ask(reference, **settings_), MODES[mode][2])
+        assert got.shape == expected.shape
+        assert got.dtype == dtype
+        assert_close(got, expected, tolerance, settings)
+
+
+def test_labels_of_one_query_worked_by_hand():
+    # tau tau' = 1. The estimator (1, 0) has cosines 1, 0 and -1 with its own key and with the two keys of the queue.
+    criterion = SLRLoss(temperature=2.0, memory_bank_size=(2, 2), sharpening=0.5, confidence=3.0)
+    criterion.memory_bank.bank.copy_(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    total, rest = math.e + 1 + 1 / math.e, 1 + 1 / math.e
+    p = torch.tensor([math.e, 1, 1 / math.e]) / total
+    q = torch.tensor([0, 1, 1 / math.e]) / rest
+    z = 1 + 3 * math.e / total + 3 / rest
+    expected = torch.tensor([1.0, 0, 0]) / z + 3 * math.e / total / z * p + 3 / rest / z * q
+    got = criterion.labels(torch.tensor([[0.3, 0.4]]), torch.tensor([[5.0, 0.0]]))
+    torch.testing.assert_close(got, expected[None])
+
+
+# --------------------------------------------------------------------------------------------------- finite differences
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradcheck_of_all_inputs_with_one_hot_labels(mode, weight):
+    gradcheck(mode, ("out0", "out1", "mixed"), confidence=0.0, refined_weight=weight)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "symmetric"])  # whose labels move with out0
+def test_gradcheck_of_queries_with_refined_labels(mode):
+    # The first term of the symmetric modes has one-hot labels, the second labels from out1 alone.
+    gradcheck(mode, ("out0", "mixed"), confidence=2.0, refined_weight=0.4)
+
+
+def gradcheck(mode: str, names: tuple[str, ...], **settings: float) -> None:
+    batch = batch_of(mode, 3, 2, 4, seed=3).leaves(names)
+    criterion = make_criterion(batch, **settings_of(mode, temperature=0.7, sharpening=0.6, **settings))
+
+    def loss_of(out0, out1, *mixed):
+        return call(criterion, batch._replace(out0=out0, out1=out1, mixed=list(mixed)))
+
+    assert torch.autograd.gradcheck(loss_of, batch.features())
+
+
+# ------------------------------------------------------------------------------------------------------ against lightly
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, -1.0])
+@pytest.mark.parametrize(("s", "n"), [(8, 24), (8, 8), (4, 16), (6, 0), (2, 0)])
+def test_without_confidence_equals_ntxentloss(s, n, temperature):
+    torch.manual_seed(0)
+    theirs = lightly.loss.NTXentLoss(temperature, (n, 16) if n else 0)
+    ours = SLRLoss(temperature, (n, 16) if n else 0, confidence=0, in_batch_keys=False)
+    if n:
+        ours.memory_bank.bank.copy_(theirs.memory_bank.bank)
+    for step in range(2 + (n // s if n else 0)):  # once round the ring and on
+        batch = make_batch(s, 16, dtype=torch.float32, seed=step)
+        runs = []
+        for criterion in (ours, theirs):
+            leaves = batch.leaves()
+            loss = criterion(leaves.out0, leaves.out1)
+            runs.append((loss.detach(), *gradients(loss, leaves)))
+        for name, got, expected in zip(("loss", "out0", "out1"), *runs, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        if n:
+            torch.testing.assert_close(ours.memory_bank.bank, theirs.memory_bank.bank, atol=1e-7, rtol=0)
+            assert torch.equal(ours.memory_bank.bank_ptr, theirs.memory_bank.bank_ptr)
+
+
+# -------------------------------------------------------------------------------------------------------- low precision
+
+LOW = pytest.mark.parametrize(
+    ("dtype", "context"),
+    [
+        (torch.bfloat16, nullcontext),
+        (torch.float16, nullcontext),
+        (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
+        (torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16)),
+    ],
+    ids=["bfloat16", "float16", "autocast", "bfloat16_in_autocast"],
+)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+@pytest.mark.parametrize("mode", ["queue", "symmetric", "queue_mixed"])
+@LOW
+def test_low_precision_errs_no_more_than_the_dense_form_in_that_precision(mode, dtype, context, temperature):
+    settings = {**SOFT, "temperature": temperature}
+    for seed in range(3):
+        batch = batch_of(mode, 16, 24, 64, dtype=dtype, seed=seed)
+        reference = batch.leaves(dtype=torch.float64)
+        exact = ask(reference, **settings).loss
+        truth = [exact.detach(), *gradients(exact, reference)]
+        errors = []
+        for run in (ours_of, dense_of):
+            leaves = batch.leaves()
+            with context():
+                loss = run(leaves, settings)
+            results = [loss.detach(), *gradients(loss, leaves)]
+            assert all(value.isfinite().all() for value in results)
+            errors.append([(got.double() - want).norm().item() for got, want in zip(results, truth, strict=True)])
+            if run is ours_of:
+                assert loss.dtype == torch.float32
+        for ours, dense_form in zip(*errors, strict=True):
+            assert ours <= 1.01 * dense_form + 1e-6, (seed, errors)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@LOW
+def test_low_precision_is_computed_in_float32_in_every_mode(mode, dtype, context):
+    batch = batch_of(mode, 6, 8, dtype=dtype)
+    leaves, reference = batch.leaves(), batch.leaves(dtype=torch.float64)
+    settings = settings_of(mode, **SOFT)
+    criterion = make_criterion(batch, **settings)
+    with context():
+        loss = call(criterion, leaves)
+    assert loss.dtype == torch.float32
+    answer = ask(reference, **settings)
+    assert_close(loss, answer.loss, 1e-5, "loss")
+    rounding = max(1e-5, torch.finfo(dtype).eps)  # a gradient has its input's dtype
+    for got, expected in zip(gradients(loss, leaves), gradients(answer.loss, reference), strict=True):
+        assert got.dtype == dtype
+        assert_close(got, expected, rounding, "gradient")
+    assert all(value.dtype == torch.float32 for value in criterion.stats.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_of_several_dtypes_meet_in_the_widest_of_the_two_views(mode):
+    batch = batch_of(mode, 6, 8, dtype=torch.bfloat16)
+    for views in itertools.permutations((torch.bfloat16, torch.float32, torch.float64), 2):
+        leaves = batch._replace(out0=batch.out0.to(views[0]), out1=batch.out1.to(views[1])).leaves()
+        loss = call(make_criterion(batch, **settings_of(mode, **SOFT)), leaves)
+        widest = max(views, key=lambda dtype: dtype.itemsize)
+        assert loss.dtype == widest
+        reference = ask(leaves.leaves((), dtype=torch.float64), **settings_of(mode, **SOFT)).loss
+        assert_close(loss, reference, 1e-10 if widest == torch.float64 else 1e-5, views)
+        assert all(g.dtype == leaf.dtype for g, leaf in zip(gradients(loss, leaves), leaves.features(), strict=True))
+
+
+def ours_of(batch: Batch, settings: dict[str, float]) -> torch.Tensor:
+    return call(make_criterion(batch, **settings), batch)
+
+
+def dense_of(batch: Batch, settings: dict[str, float]) -> torch.Tensor:
+    if batch.bank is None:
+        return dense.symmetric_slr_loss(batch.out0, batch.out1, **settings)
+    mixed = [Mix(theta.to(batch.out0), partner) for theta, partner in batch.mix]
+    return dense.slr_loss(batch.out0, batch.out1, batch.bank, *batch.mixed, *mixed, **settings)
+
+
+# -------------------------------------------------------------------------------------------------- degenerate features
+
+KINDS = ("all_equal", "positives_in_queue", "duplicate_positives", "opposite")
+SCALES = {"scale_1e4": 1e4, "scale_1e-5": 1e-5, "scale_1e-8": 1e-8}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def degenerate(batch: Batch, kind: str) -> Batch:
+    """A batch with the features of ``kind`` in place of its own."""
+    out0, out1, mixed, _, bank = batch
+    first = F.normalize(out0[:1].double(), dim=1).to(out0).expand_as(out0)
+    if kind == "all_equal":
+        same_bank = None if bank is None else F.normalize(out0[:1].float(), dim=1).expand_as(bank)
+        return batch._replace(out0=first, out1=first, mixed=[first for _ in mixed], bank=same_bank)
+    if kind == "positives_in_queue":
+        keys = None if bank is None else F.normalize(out1.float(), dim=1).repeat(len(bank), 1)[: len(bank)]
+        return batch._replace(bank=keys)
+    if kind == "duplicate_positives":
+        return batch._replace(out1=out1[:1].expand_as(out1))
+    if kind == "opposite":
+        return batch._replace(out1=-out0, mixed=[-out0 for _ in mixed], bank=None if bank is None else -bank)
+    unit = [(F.normalize(value.double(), dim=1) * SCALES[kind]).to(value) for value in (out0, out1, *mixed)]
+    return batch._replace(out0=unit[0], out1=unit[1], mixed=unit[2:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (kind, dtype)
+        for kind, dtype in itertools.product((*KINDS, *SCALES), DTYPES)
+        # Below float16's smallest number, or with gradients beyond its largest.
+        if not (dtype == torch.float16 and SCALES.get(kind, 1) < 1)
+    ],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_degenerate_features_give_the_equations_value_and_finite_gradients(mode, kind, dtype):
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    batch = degenerate(batch_of(mode, 6, 8, dtype=dtype), kind)
+    for temperature in (0.05, 1.0):
+        settings = settings_of(mode, **{**SOFT, "temperature": temperature})
+        leaves = batch.leaves()
+        criterion = make_criterion(batch, **settings)
+        loss = call(criterion, leaves)
+        assert_close(loss.detach(), ask(batch.leaves((), dtype=torch.float64), **settings).loss, tolerance, settings)
+        assert all(value.isfinite().all() for value in [*gradients(loss, leaves), *criterion.stats.values()])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_zero_features_give_a_finite_loss(mode):
+    batch = batch_of(mode, 4, 3, dtype=torch.float32).leaves()
+    zeros = batch._replace(out0=batch.out0 * 0, out1=batch.out1 * 0, mixed=[crop * 0 for crop in batch.mixed])
+    loss = call(make_criterion(zeros, **settings_of(mode, **SOFT)), zeros)
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, batch))
