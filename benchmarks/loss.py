@@ -119,7 +119,7 @@ def bare_products(size: Size, device: str) -> Callable[[], Any]:
     def run() -> None:
         for _ in range(passes):
             for part, out in zip(rows.split(1024), result.split(1024), strict=True):
-                for block in table.split(512):
+                for block in table.split(1024):
                     out.addmm_(part @ block.T, block, beta=0)
 
     return run

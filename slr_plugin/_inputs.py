@@ -43,9 +43,13 @@ def mixed_crops(
         raise ValueError(f"{given} came without {absent}: pass both, criterion(out0, out1, mixed, mix)")
     if isinstance(mixed, Tensor) and _is_mix(mix):
         return [_crop("", queries, mixed, mix)]
-    for name, value, kind in (("mixed", mixed, "a tensor"), ("mix", mix, "the (theta, partner) of MomentumMixup")):
-        if not isinstance(value, list | tuple | Tensor):
-            raise TypeError(f"{name} must be {kind} or a list of them, one per crop, got {type(value).__name__}")
+    if not isinstance(mixed, Tensor | list | tuple):
+        raise TypeError(f"mixed must be a tensor or a list of tensors, one per crop, got {type(mixed).__name__}")
+    if not isinstance(mix, list | tuple):
+        raise TypeError(
+            "mix must be the (theta, partner) that MomentumMixup returned or a list of them, one per crop, got "
+            f"{type(mix).__name__}"
+        )
     if isinstance(mixed, Tensor) or _is_mix(mix) or len(mixed) != len(mix) or not mixed:
         raise ValueError(f"mixed and mix must match one to one, got mixed={_count(mixed)} and mix={_count(mix)}")
     return [_crop(f"[{i}]", queries, *pair) for i, pair in enumerate(zip(mixed, mix, strict=True))]

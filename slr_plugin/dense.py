@@ -121,6 +121,7 @@ def symmetric_slr_loss(
             similarity[own], own, itself, temperature=temperature, sharpening=sharpening, confidence=confidence
         ).refined
     # A finite stand-in for minus infinity: labels are 0 there, and 0 * inf is not.
-    logits = (similarity / temperature).scatter(1, itself[:, None], torch.finfo(views.dtype).min)
+    logits = similarity / temperature
+    logits = logits.scatter(1, itself[:, None], torch.finfo(logits.dtype).min)
     one_hot_term = F.cross_entropy(logits, own)
     return (1 - refined_weight) * one_hot_term + refined_weight * cross_entropy(logits, labels)
