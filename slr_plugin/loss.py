@@ -32,6 +32,11 @@ class Settings(NamedTuple):
     chunk_size: int | None
 
     @property
+    def bound(self) -> float:
+        """The largest magnitude of a logit, features being of unit length."""
+        return 1 / (abs(self.temperature) * self.sharpening)
+
+    @property
     def refines(self) -> bool:
         """False only where the confidence is known to be 0; the estimator's pass is then skipped."""
         return isinstance(self.confidence, Tensor) or self.confidence > 0
@@ -40,13 +45,14 @@ class Settings(NamedTuple):
 class Block(NamedTuple):
     """What one block of s rows met, at one scale; the fields of :class:`slr_plugin.contrast.Contrast`."""
 
-    maximum: Tensor  # (s,)
+    reference: Tensor  # (s,)
     excess: Tensor  # (s,)
+    peak: Tensor  # (s,)
     mean: Tensor  # (s, d)
 
     def above(self, logit: Tensor) -> Tensor:
         """The log-sum-exp minus a logit: large numbers are subtracted first."""
-        return (self.maximum - logit) + self.excess
+        return (self.reference - logit) + self.excess
 
 
 class SLRLoss(nn.Module):
@@ -282,7 +288,8 @@ class SLRLoss(nn.Module):
         scales = [1 / self.temperature]
         if settings.refines and self.sharpening != 1:
             scales.append(1 / (self.temperature * self.sharpening))
-        met = contrast(views, keys, scales=scales, hidden=hidden, chunk_size=settings.chunk_size)
+        bound, chunk_size = settings.bound, settings.chunk_size
+        met = contrast(views, keys, scales=scales, bound=bound, hidden=hidden, chunk_size=chunk_size)
         peers, sharp_peers = (Block(*(field[j] for field in met)) for j in (0, -1))
         one_hot_loss = _with_own(peers.above(_dot(queries, positives).repeat(2) / self.temperature))
         if not settings.refines:
@@ -349,8 +356,15 @@ def _meet(
         blocks.append(positives.detach() / settings.sharpening)
         if len(keys):
             hidden.append(Hidden(size * len(trained), offset, size))
-    scales = [1 / settings.temperature]
-    met = contrast(torch.cat(blocks), keys, queue, scales=scales, hidden=hidden, chunk_size=settings.chunk_size)
+    met = contrast(
+        torch.cat(blocks),
+        keys,
+        queue,
+        scales=[1 / settings.temperature],
+        bound=settings.bound,
+        hidden=hidden,
+        chunk_size=settings.chunk_size,
+    )
     by_block = [Block(*fields) for fields in zip(*(torch.split(field[0], size) for field in met), strict=True)]
     if not settings.refines:
         return by_block, one_hot(positives), positives
@@ -363,8 +377,9 @@ def _meet(
 def _estimate(estimator: Tensor, peers: Block, settings: Settings) -> Labels:
     """Equation (5) for unit estimators (s, d) and what they met in the keys other than their own."""
     sharp = settings.temperature * settings.sharpening
-    own_logit, mean_logit = _dot(estimator, estimator) / sharp, _dot(estimator, peers.mean) / sharp
-    return refine(own_logit, peers.maximum, peers.excess, mean_logit, settings.confidence)
+    margin = -peers.above(_dot(estimator, estimator) / sharp)
+    q_entropy = peers.above(_dot(estimator, peers.mean) / sharp)  # E_q[-log q] = l - E_q[logit]
+    return refine(margin, peers.peak, q_entropy, settings.confidence)
 
 
 def _with_own(rest: Tensor) -> Tensor:

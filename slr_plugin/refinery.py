@@ -1,11 +1,12 @@
 r"""Self-labeling refinery, equation (5): how much of each label stays on the positive, and where the rest points.
 
 A refined label over K keys is never written out. With :math:`s_{ii}` the logit of the estimator with its own key and
-:math:`m_i, \ell_i, a_i` its maximum, log-sum-exp and weighted mean over the *other* keys (:mod:`slr_plugin.contrast`),
+:math:`\ell_i, \mathrm{peak}_i, a_i` its log-sum-exp, largest softmax weight and weighted mean over the *other* keys
+(:mod:`slr_plugin.contrast`),
 
 .. math::
     p_{ii} = \sigma(s_{ii} - \ell_i), \quad
-    \max_k q_{ik} = e^{m_i - \ell_i}, \quad
+    \max_k q_{ik} = \mathrm{peak}_i, \quad
     \max_k p_{ik} = \max(p_{ii}, (1 - p_{ii}) \max_k q_{ik}),
 
 and because :math:`p_{ik} = (1 - p_{ii}) q_{ik}` off the own key, the three-way mix of (5) is a two-way one,
@@ -41,28 +42,21 @@ class Labels(NamedTuple):
 
 
 @torch.no_grad()
-def refine(
-    own_logit: Tensor, maximum: Tensor, excess: Tensor, mean_logit: Tensor, confidence: float | Tensor
-) -> Labels:
-    """Equation (5) from the estimator's view of its keys.
+def refine(margin: Tensor, peak: Tensor, q_entropy: Tensor, confidence: float | Tensor) -> Labels:
+    r"""Equation (5) from the estimator's view of its keys.
 
     Args:
-        own_logit: (s,) the estimator's logit with its own key, :math:`s_{ii}`.
-        maximum: (s,) over the other keys; -inf where there are none, and the label is then one-hot.
-        excess: (s,) their log-sum-exp minus the maximum.
-        mean_logit: (s,) the mean logit under q, for the entropy.
+        margin: (s,) :math:`s_{ii} - \ell_i`, the logit with the own key over the log-sum-exp of the others.
+        peak: (s,) :math:`\max_k q_{ik}`; 0 where there are no other keys, and the label is then one-hot.
+        q_entropy: (s,) the entropy of q.
         confidence: the prior confidence mu >= 0.
     """
-    alone = maximum == -torch.inf
-    margin = (own_logit - maximum) - excess  # s_ii - l_i
     p_own, p_others = torch.sigmoid(margin), torch.sigmoid(-margin)  # never 1 - p, which cancels
-    q_max = (-excess).exp().masked_fill(alone, 0.0)
-    p_max = torch.maximum(p_own, p_others * q_max)
-    z = 1 + confidence * p_max + confidence * q_max
-    alpha, beta = confidence * p_max / z, confidence * q_max / z
+    p_max = torch.maximum(p_own, p_others * peak)
+    z = 1 + confidence * p_max + confidence * peak
+    alpha, beta = confidence * p_max / z, confidence * peak / z
     own, rest = 1 / z + alpha * p_own, alpha * p_others + beta
-    q_entropy = ((maximum - mean_logit) + excess).masked_fill(alone, 0.0)
-    entropy = rest * q_entropy - torch.xlogy(own, own) - torch.xlogy(rest, rest)
+    entropy = rest * q_entropy.masked_fill(peak == 0, 0.0) - torch.xlogy(own, own) - torch.xlogy(rest, rest)
     return Labels(own, rest, alpha, beta, entropy)
 
 
