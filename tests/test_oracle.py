@@ -392,10 +392,13 @@ def test_degenerate_features_give_the_equations_value_and_finite_gradients(mode,
         assert all(value.isfinite().all() for value in [*gradients(loss, leaves), *criterion.stats.values()])
 
 
+@pytest.mark.parametrize("count", [1, 4], ids=["one", "all"])
 @pytest.mark.parametrize("mode", MODES)
-def test_zero_features_give_a_finite_loss(mode):
-    batch = batch_of(mode, 4, 3, dtype=torch.float32).leaves()
-    zeros = batch._replace(out0=batch.out0 * 0, out1=batch.out1 * 0, mixed=[crop * 0 for crop in batch.mixed])
-    loss = call(make_criterion(zeros, **settings_of(mode, **SOFT)), zeros)
-    assert loss.isfinite()
-    assert all(gradient.isfinite().all() for gradient in gradients(loss, batch))
+def test_zero_features_give_the_equations_value_and_finite_gradients(mode, count):
+    batch = batch_of(mode, 4, 3, dtype=torch.float32)
+    for value in batch.features():
+        value[:count] = 0
+    leaves, settings = batch.leaves(), settings_of(mode, **SOFT)
+    loss = call(make_criterion(batch, **settings), leaves)
+    assert_close(loss, ask(batch.leaves((), dtype=torch.float64), **settings).loss, 1e-5, count)
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, leaves))
