@@ -14,7 +14,7 @@ test: $(VENV)/.dev ## Run the tests
 	$(BIN)/python -m pytest
 
 test-lightly: $(VENV)/.dev ## Run lightly's own NTXentLoss tests on SLRLoss (CLONE=a clone of its repository)
-	$(BIN)/python -m pytest -p tests.lightly_substitute -W default --rootdir $(CLONE) $(CLONE)/tests/loss/test_ntx_ent_loss.py
+	PYTHONPATH=.ci $(BIN)/python -m pytest -p lightly_substitute -W default --rootdir $(CLONE) $(CLONE)/tests/loss/test_ntx_ent_loss.py
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check

@@ -169,7 +169,7 @@ def _keys_backward(
         for left, block in _blocks(keys, None, width, rows):
             logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             for j, weights in _scaled(logits, ratios, tiles):
-                weights.sub_(shift[j, here]).exp2_()
+                weights.sub_(shift[j, here]).clamp_(max=0.0).exp2_()  # at most 1, where rounding says otherwise
                 gradient[left : left + len(block)].addmm_(weights.T, values[j])
     return gradient
 

@@ -65,7 +65,7 @@ class KeyQueue(nn.Module):
         start = self.bank_ptr + (len(keys) - len(newest))
         places = (start + torch.arange(len(newest), device=self.bank.device)) % self.size
         accepted = finite.to(self.bank.device)
-        self.bank[places] = torch.where(accepted, newest.to(self.bank), self.bank[places])
+        self.bank.index_copy_(0, places, torch.where(accepted, newest.to(self.bank), self.bank[places]))
         self.bank_ptr.copy_((self.bank_ptr + len(keys) * accepted) % self.size)
         return finite
 

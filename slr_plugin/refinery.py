@@ -56,7 +56,8 @@ def refine(margin: Tensor, peak: Tensor, q_entropy: Tensor, confidence: float | 
     z = 1 + confidence * p_max + confidence * peak
     alpha, beta = confidence * p_max / z, confidence * peak / z
     own, rest = 1 / z + alpha * p_own, alpha * p_others + beta
-    entropy = rest * q_entropy.masked_fill(peak == 0, 0.0) - torch.xlogy(own, own) - torch.xlogy(rest, rest)
+    q_entropy = q_entropy.clamp(min=0.0).masked_fill(peak == 0, 0.0)  # rounding of large logits could take it below 0
+    entropy = rest * q_entropy - torch.xlogy(own, own) - torch.xlogy(rest, rest)
     return Labels(own, rest, alpha, beta, entropy)
 
 

@@ -24,7 +24,7 @@ class CosineConfidence:
         total_steps: T >= 1, usually the number of optimiser steps of the run.
 
     Raises:
-        ValueError: an argument is out of its range, or the step is negative.
+        ValueError: an argument is out of its range, or the step is a negative int (a negative tensor counts as 0).
         TypeError: an argument is not a number.
 
     >>> confidence = CosineConfidence(start=0.0, end=1.0, total_steps=100)
