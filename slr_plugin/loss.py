@@ -29,17 +29,9 @@ class Settings(NamedTuple):
     temperature: float
     sharpening: float
     confidence: float | Tensor
+    refines: bool  # False only where the confidence is known to be 0; the estimator's pass is then skipped
+    bound: float  # the largest magnitude of a logit, features being of unit length
     chunk_size: int | None
-
-    @property
-    def bound(self) -> float:
-        """The largest magnitude of a logit, features being of unit length."""
-        return 1 / (abs(self.temperature) * self.sharpening)
-
-    @property
-    def refines(self) -> bool:
-        """False only where the confidence is known to be 0; the estimator's pass is then skipped."""
-        return isinstance(self.confidence, Tensor) or self.confidence > 0
 
 
 class Block(NamedTuple):
@@ -174,7 +166,14 @@ class SLRLoss(nn.Module):
             check_flag("update", update)
         confidence = self._confidence_now()
         self._ensure_queue(queries)
-        settings = Settings(self.temperature, self.sharpening, confidence, self.chunk_size)
+        settings = Settings(
+            self.temperature,
+            self.sharpening,
+            confidence,
+            refines=callable(self.confidence) or self.confidence > 0,
+            bound=1 / (abs(self.temperature) * self.sharpening),
+            chunk_size=self.chunk_size,
+        )
 
         with torch.autocast(queries.device.type, enabled=False):
             queued = len(self.memory_bank) > 0
@@ -182,7 +181,7 @@ class SLRLoss(nn.Module):
             if queued:
                 one_hot, refined, labels = self._with_queue(queries, positives, keys, crops, settings)
             elif crops:
-                one_hot, *_ = self._symmetric(queries, positives, keys, settings._replace(confidence=0.0))
+                one_hot, *_ = self._symmetric(queries, positives, keys, settings._replace(refines=False))
                 met, labels, targets = _meet(
                     [crop.features for crop in crops], positives, keys, None, self._offset(positives), settings
                 )
