@@ -13,7 +13,9 @@ from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 BACKENDS = ["aot_eager", *(["inductor"] if shutil.which("g++") else [])]
 
 # Warnings that torch's own compiler gives about itself.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:torch", "ignore::DeprecationWarning", "ignore:Guards may run slower on Python 3.13.0"
+)
 
 
 class Step(torch.nn.Module):
