@@ -213,17 +213,17 @@ class SLRLoss(nn.Module):
         confidence = self._confidence_now()
         self._ensure_queue(queries)
         size, offset = len(queries), self._offset(queries)
-        keys = self._gather(positives)
         rows = torch.arange(size, device=queries.device)
         if not len(self.memory_bank):
-            # Row r of either view is labelled by its other view; see method.md, section 8, and _symmetric below.
+            # Each row is labelled by its partner, the other view of its image; see _symmetric below.
             estimator = torch.cat([positives, queries])
-            keys = torch.cat([self._gather(queries), keys])
+            keys = torch.cat([self._gather(queries), self._gather(positives)])
             own = torch.cat([rows + offset + len(keys) // 2, rows + offset])
             hidden = own.roll(size)
             similarity = estimator @ keys.T
         elif self.in_batch_keys:
             own, hidden = rows + offset, None
+            keys = self._gather(positives)
             similarity = positives @ torch.cat([keys, self.memory_bank.bank.to(keys)]).T
         else:
             own, hidden = torch.zeros_like(rows), None
