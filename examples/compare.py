@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from images import Dataset, load_folder, load_scans, minibatches
+from label_quality import QueueClasses, measure_labels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -97,8 +98,7 @@ def pretrain(method: str, data: Dataset, epochs: int, batch_size: int, seed: int
 
     evaluated, knn, label_mass = [0], [knn_accuracy(online[0], data)], []
     untrained = linear_accuracy(online[0], data)
-    queue_classes = torch.full((queue_size,), -1)  # in step with the queue; -1 is a random key
-    newest = 1 + torch.arange(min(batch_size, queue_size))  # counted back from the row that is written next
+    queue_classes = QueueClasses(queue_size)
     for epoch in range(1, epochs + 1):
         masses = []
         for x0, x1, classes in minibatches(data.train, data.views, batch_size, viewing):
@@ -106,10 +106,10 @@ def pretrain(method: str, data: Dataset, epochs: int, batch_size: int, seed: int
             if method == "MoCo":
                 loss = criterion(queries, keys)
             else:
-                masses.append(measure_labels(criterion.labels(queries, keys), classes, queue_classes))
+                masses.append(measure_labels(criterion.labels(queries, keys), classes, queue_classes.classes))
                 mixed, mix = mixup(x0, x1)
                 loss = criterion(queries, keys, online(mixed), mix)
-            queue_classes[(criterion.memory_bank.bank_ptr - newest) % queue_size] = classes[-newest]
+            queue_classes.enqueue(classes)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -130,18 +130,6 @@ def update_average(target: nn.Module, online: nn.Module) -> None:
     """The target network follows the online one as an exponential moving average."""
     for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
         slow.lerp_(fast, 1 - EMA_MOMENTUM)
-
-
-def measure_labels(labels: Tensor, classes: Tensor, queue_classes: Tensor) -> tuple[float, float]:
-    """Label mass beyond the own positive, in per cent: on keys of the own class and on keys of other classes.
-
-    A one-hot label has neither. Random keys, class -1, count in neither.
-    """
-    key_classes = torch.cat([classes, queue_classes])
-    same = classes[:, None] == key_classes
-    elsewhere = labels.clone().fill_diagonal_(0)  # key i is the positive of row i
-    other = ~same & (key_classes >= 0)
-    return tuple(100 * (elsewhere * mask).sum(1).mean().item() for mask in (same, other))
 
 
 def knn_accuracy(encoder: nn.Module, data: Dataset) -> float:

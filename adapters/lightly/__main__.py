@@ -1,0 +1,57 @@
+"""Run a benchmark script of a lightly clone, unmodified, with SANE among its methods.
+
+    python -m slr_plugin.adapters.lightly PATH/main.py --methods sane [mocov2 ...] [the script's other arguments]
+
+Methods: sane, sane_single, sane_multi, and each with _strong. The script's own --help follows its path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from slr_plugin.adapters.lightly import VARIANTS, register
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Import the script as a module, add the methods, call its ``main``.
+
+    Lightning starts DDP children with the command line of this process. As the script is imported, not executed, that
+    stays ``python -m slr_plugin.adapters.lightly PATH/main.py ...``, and the children know the methods too.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0 if arguments else 2)
+    script = load(Path(arguments[0]))
+    register(script.METHODS, [name for name in VARIANTS if name == "sane" or name in arguments])
+    script.main(**vars(script.parser.parse_args(arguments[1:])))
+
+
+def load(path: Path) -> ModuleType:
+    """The script as a module, importing its neighbours as if it had been run."""
+    if not path.is_file():
+        raise SystemExit(
+            f"there is no script {path}; get lightly's with: git clone https://github.com/lightly-ai/lightly, and pass "
+            "lightly/benchmarks/imagenet/resnet50/main.py"
+        )
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is no Python script")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # for pickle: what the script defines belongs to this name
+    spec.loader.exec_module(module)
+    missing = [name for name in ("METHODS", "parser", "main") if not hasattr(module, name)]
+    if missing:
+        raise SystemExit(
+            f"{path} defines no {', '.join(missing)}: it is none of lightly's benchmark scripts, such as "
+            "benchmarks/imagenet/resnet50/main.py of its repository"
+        )
+    return module
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

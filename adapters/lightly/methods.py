@@ -1,0 +1,44 @@
+"""SANE's entries in a benchmark script's table of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+from slr_plugin.adapters.lightly.module import SANE
+from slr_plugin.adapters.lightly.transforms import MULTI, SINGLE, SANETransform, transform
+
+# The paper's variants on ImageNet: the crops in the mixup term, and strong augmentation of the mixed positives.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sane": {},
+    "sane_single": {"crops": SINGLE},
+    "sane_multi": {"crops": MULTI},
+    "sane_strong": {"strong": True},
+    "sane_single_strong": {"crops": SINGLE, "strong": True},
+    "sane_multi_strong": {"crops": MULTI, "strong": True},
+}
+
+
+def register(methods: MutableMapping[str, dict[str, Any]], names: Iterable[str] = ("sane",)) -> None:
+    """Add SANE to ``METHODS`` of lightly's ``benchmarks/imagenet/resnet50/main.py``.
+
+    Args:
+        methods: changed in place: ``methods[name] = {"model": SANE, "transform": ...}``.
+        names: which of :data:`VARIANTS`.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: a strong variant without timm.
+
+    >>> methods = {}
+    >>> register(methods)
+    >>> sorted(methods["sane"])
+    ['model', 'transform']
+    """
+    names = tuple(names)
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"names must be among {', '.join(VARIANTS)}, got {name!r}")
+    for name in names:
+        views = SANETransform(**VARIANTS[name]) if VARIANTS[name] else transform
+        methods[name] = {"model": SANE, "transform": views}

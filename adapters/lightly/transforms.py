@@ -1,0 +1,147 @@
+"""The views of an image: two to contrast, and pairs of crops to mix."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightly.transforms import MoCoV2Transform
+from lightly.transforms.multi_view_transform import MultiViewTransform
+from lightly.transforms.torchvision_v2_compatibility import ToTensor
+from PIL.Image import Image
+from torch import Tensor
+from torchvision.transforms import Compose
+
+from slr_plugin._checks import check_flag, check_integer
+from slr_plugin.adapters._require import require
+
+SINGLE = (96,)
+MULTI = (224, 192, 160, 128, 96)
+
+# The MoCo authors' CIFAR demo: no blur, crops from 8 % of the image on, CIFAR-10's own mean and deviation.
+CIFAR10_AUGMENTATION = {
+    "min_scale": 0.08,
+    "gaussian_blur": 0.0,
+    "normalize": {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]},
+}
+
+# CLSA's operations but Identity; timm has no such operation, so a draw applies with less than CLSA's probability 0.5.
+_OPERATIONS = (
+    "AutoContrast",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Equalize",
+    "Posterize",
+    "Rotate",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "Solarize",
+    "TranslateXRel",
+    "TranslateYRel",
+)
+_DRAWS = 5
+_PROBABILITY = 0.5 * len(_OPERATIONS) / (len(_OPERATIONS) + 1)
+
+View = Callable[[Image | Tensor], Tensor]
+
+
+class SANETransform(MultiViewTransform):
+    """Two views by MoCo v2's augmentation, then two crops for every entry of ``crops``.
+
+    The order is that of lightly's MoCoV2: ``[key, query, positive of crop 0, query of crop 0, positive of crop 1, ...]``.
+    :class:`SANE` contrasts the first two and mixes each later pair, theta x query + (1 - theta) x another image's
+    positive; of two views alone it mixes these. So what is mixed are always two crops of one size from the same batch.
+
+    Args:
+        input_size: side of the two views in pixels.
+        crops: sides of the crops in the mixup term: ``()`` the two views themselves (the paper on CIFAR-10),
+            ``SINGLE`` SANE-Single's 96, ``MULTI`` SANE-Multi's five. A crop of ``input_size`` is not drawn anew: it is
+            the two views.
+        strong: the positives that are mixed (not those that are keys and label the queries) also get CLSA's strong
+            augmentation, five of 14 operations, each with probability 0.5. Needs PIL images and timm.
+        augmentation: arguments of lightly's MoCoV2Transform in place of its defaults, for all views alike.
+
+    Raises:
+        ValueError: a size below 1.
+        TypeError: a size is not an integer, ``strong`` is no bool, or an unknown augmentation.
+        ImportError: ``strong`` without timm.
+
+    Warns:
+        UserWarning: once per process, for an image smaller than ``input_size``: it is enlarged.
+
+    >>> from PIL import Image
+    >>> views = SANETransform(input_size=32, crops=(32, 24))(Image.new("RGB", (40, 40)))
+    >>> [tuple(view.shape) for view in views]
+    [(3, 32, 32), (3, 32, 32), (3, 32, 32), (3, 32, 32), (3, 24, 24), (3, 24, 24)]
+    """
+
+    def __init__(
+        self, input_size: int = 224, crops: Sequence[int] = (), strong: bool = False, **augmentation: Any
+    ) -> None:
+        check_integer("input_size", input_size, low=1)
+        for crop in crops:
+            check_integer("crops", crop, low=1)
+        check_flag("strong", strong)
+        self.input_size = input_size
+        self.crops = tuple(crops) or ((input_size,) if strong else ())
+        self.strong = strong
+
+        def view(size: int) -> View:
+            return MoCoV2Transform(input_size=size, **augmentation).transforms[0]  # type: ignore[no-any-return]
+
+        # (positive, query) per crop; None where a view is taken over.
+        self._pairs: list[tuple[View | None, View | None]] = []
+        for size in self.crops:
+            query = None if size == input_size else view(size)
+            self._pairs.append((_strengthen(view(size)) if strong else query, query))
+        super().__init__([view(input_size)] * 2)
+
+    @classmethod
+    def cifar10(cls, strong: bool = False) -> SANETransform:
+        """The paper's views on CIFAR-10: 32 pixels, two views, augmented as in the MoCo authors' CIFAR demo."""
+        return cls(input_size=32, strong=strong, **CIFAR10_AUGMENTATION)
+
+    def __call__(self, image: Image | Tensor) -> list[Tensor]:
+        """``2 + 2 * len(crops)`` tensors (channels, side, side) of a PIL image, or of a tensor if not ``strong``."""
+        self._check_size(image)
+        key, query = super().__call__(image)
+        views = [key, query]
+        for positive_crop, query_crop in self._pairs:
+            views += [
+                positive_crop(image) if positive_crop else key,
+                query_crop(image) if query_crop else query,
+            ]
+        return views
+
+    def __repr__(self) -> str:
+        return f"SANETransform(input_size={self.input_size}, crops={self.crops}, strong={self.strong})"
+
+    def _check_size(self, image: Image | Tensor) -> None:
+        width, height = image.size if isinstance(image, Image) else (image.shape[-1], image.shape[-2])
+        if min(width, height) < self.input_size:
+            warnings.warn(  # the default filter shows it once per process
+                f"images smaller than the crop are enlarged to {self.input_size} x {self.input_size} pixels (one of "
+                "them by its shorter side); if the whole data set is small, pass its size, "
+                "SANETransform(input_size=...), or SANETransform.cifar10()",
+                stacklevel=2,
+            )
+
+
+def _strengthen(view: View) -> View:
+    """The view with CLSA's operations before it becomes a tensor."""
+    require("lightly", "timm")
+    from timm.data.auto_augment import rand_augment_transform
+
+    # m10, mstd101: a magnitude uniform over its whole range.
+    operations = rand_augment_transform(
+        f"rand-m10-n{_DRAWS}-mstd101-p{_PROBABILITY:.10f}", transforms=list(_OPERATIONS)
+    )
+    steps = view.transform.transforms  # type: ignore[attr-defined]
+    last = next(place for place, step in enumerate(steps) if isinstance(step, ToTensor))
+    return Compose([*steps[:last], operations, *steps[last:]])  # type: ignore[no-any-return]
+
+
+transform = SANETransform()

@@ -1,0 +1,281 @@
+"""The paper's CIFAR-10 recipe with lightly: pretrain, watch kNN accuracy, evaluate linearly, draw.
+
+    python examples/lightly_cifar10.py                            torchvision's CIFAR-10, downloaded; ResNet-18
+    python examples/lightly_cifar10.py --data DIR                 your images: DIR/train/<class>/*, DIR/test/<class>/*
+    python examples/lightly_cifar10.py ... --resume               go on after an interruption
+    python examples/lightly_cifar10.py ... --method mocov2        the baseline: the same script, one-hot labels, no mixup
+
+It writes into ``--output``: ``views.png`` (queries, positives and mixed images), checkpoints, TensorBoard's logs, then
+``curves.png``, ``labels.png`` and ``results.json``. The paper trains ResNet-50 for 2,000 epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from label_quality import QueueClasses, measure_labels
+from lightly.models import ResNetGenerator
+from lightly.utils.benchmarking import LinearClassifier, MetricCallback
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.models import get_model
+from torchvision.transforms import v2
+from torchvision.utils import make_grid, save_image
+
+from slr_plugin import presets
+from slr_plugin.adapters.lightly import SANE, SANETransform, cifar_stem
+from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION
+
+NORMALIZE = CIFAR10_AUGMENTATION["normalize"]
+
+
+class Record(Callback):
+    """Per epoch: loss, kNN accuracy, and where the refined labels lie. Saved in the checkpoints."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self._queue_classes: QueueClasses | None = None
+        self._targets = torch.empty(0)
+        self._masses: list[tuple[float, float]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See every batch on its way into the loss: queries and keys, and the queue before they enter it."""
+        pl_module.criterion.register_forward_pre_hook(self._measure)
+        if self._queue_classes is None:
+            self._queue_classes = QueueClasses(len(pl_module.criterion.memory_bank))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the classes, which the loss is not given."""
+        self._targets = batch[1].cpu()
+        self._every = max(1, trainer.num_training_batches // 4)
+        self._batch_idx = batch_idx
+
+    def _measure(self, criterion: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if self._batch_idx % self._every == 0:
+            labels = criterion.labels(*inputs[:2]).cpu()
+            self._masses.append(measure_labels(labels, self._targets, self._queue_classes.classes))
+        self._queue_classes.enqueue(self._targets)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One row per epoch; an accuracy only where it was measured."""
+        same, other = (sum(column) / len(column) for column in zip(*self._masses, strict=True))
+        self._masses = []
+        row = {"epoch": trainer.current_epoch + 1, "same": same, "other": other}
+        metrics = trainer.callback_metrics
+        row["loss"] = metrics["train_loss"].item()
+        if "val_knn_top1" in metrics and (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0:
+            row["knn"] = 100 * metrics["val_knn_top1"].item()
+        self.epochs.append(row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"epochs": self.epochs, "queue_classes": self._queue_classes.classes, "start": self._queue_classes.start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.epochs = list(state["epochs"])
+        self._queue_classes = QueueClasses(len(state["queue_classes"]))
+        self._queue_classes.classes, self._queue_classes.start = state["queue_classes"], state["start"]
+
+
+def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
+    """Training images as views, then training and test images as they are."""
+    plain = v2.Compose(
+        [
+            v2.Resize(32),
+            v2.CenterCrop(32),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(**NORMALIZE),
+        ]
+    )
+    sources = []
+    for is_train, transform in ((True, SANETransform.cifar10(args.strong)), (True, plain), (False, plain)):
+        if args.data is None:
+            data = CIFAR10("datasets/cifar10", train=is_train, download=True, transform=transform)
+        else:
+            data = ImageFolder(args.data / ("train" if is_train else "test"), transform=transform)
+        if args.limit is not None:  # the same images for every seed and method
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+            data = Subset(data, order[: args.limit].tolist())
+        sources.append(data)
+    return tuple(sources)
+
+
+def build(args: argparse.Namespace) -> SANE:
+    """The method; the baseline is the same module with one-hot labels, MoCo's keys and no mixup."""
+    if args.width == 1:
+        backbone, feature_dim = cifar_stem(get_model(args.backbone)), None
+    else:  # narrower ones for the CPU, from lightly; these do not have torchvision's names
+        backbone = ResNetGenerator(args.backbone.replace("resnet", "resnet-"), width=args.width)
+        feature_dim = backbone.linear.in_features
+        backbone.linear = nn.Identity()
+    baseline = {"mixup": False, "confidence": 0.0, "in_batch_keys": False} if args.method == "mocov2" else {}
+    model = SANE(
+        args.batch_size,
+        num_classes=10,
+        knn_k=50,
+        knn_t=0.05,
+        backbone=backbone,
+        feature_dim=feature_dim,
+        preset=presets.CIFAR10,
+        queue_size=args.queue_size,
+        ema_momentum=args.ema_momentum,
+        **baseline,
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def draw_views(model: SANE, loader: DataLoader, path: Path, count: int = 10) -> None:
+    """A sheet: queries above their positives, and below what the network sees in the mixup term."""
+    views = next(iter(loader))[0]
+    rows = [views[1][:count], views[0][:count]]
+    if model.mixup is not None:
+        positives, queries = views[-2][:count], views[-1][:count]
+        rows += ([] if len(views) == 2 else [positives]) + [model.mixup(queries, positives)[0]]
+    mean, std = (torch.tensor(NORMALIZE[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    grid = make_grid(torch.cat(rows) * std + mean, nrow=count, padding=1)
+    save_image(torch.nn.functional.interpolate(grid[None], scale_factor=3), path)
+
+
+def evaluate_linearly(model: SANE, train: DataLoader, test: DataLoader, epochs: int, args: argparse.Namespace) -> float:
+    """lightly's linear classifier on the frozen features of images as they are; its best test accuracy in per cent."""
+    features = [extract(model, loader) for loader in (train, test)]
+    loaders = [DataLoader(TensorDataset(*pair), args.batch_size, shuffle=pair is features[0]) for pair in features]
+    classifier = LinearClassifier(
+        nn.Identity(), args.batch_size, feature_dim=features[0][0].shape[1], num_classes=10, topk=(1,)
+    )
+    metrics = MetricCallback()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator=args.accelerator,
+        devices=1,
+        callbacks=[metrics],
+        check_val_every_n_epoch=10,
+        **quiet,
+    )
+    trainer.fit(classifier, *loaders)
+    return 100 * metrics.val_metrics["val_top1"][-1]
+
+
+@torch.no_grad()
+def extract(model: SANE, loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """Backbone features and classes of a whole data set."""
+    model.eval()
+    parts = [(model(images.to(model.device)).flatten(1).cpu(), targets) for images, targets in loader]
+    features, targets = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(targets)
+
+
+def draw(record: Record, output: Path) -> None:
+    """The run's curves, and how good its labels are."""
+    epochs = [row["epoch"] for row in record.epochs]
+    measured = [row for row in record.epochs if "knn" in row]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [row["loss"] for row in record.epochs], color="tab:grey")
+    left.set(title="Training", xlabel="epoch", ylabel="loss")
+    right.plot([row["epoch"] for row in measured], [row["knn"] for row in measured], marker=".", color="tab:blue")
+    right.set(title="Test images", xlabel="epoch", ylabel="kNN accuracy (%)")
+    figure.savefig(output / "curves.png", dpi=150)
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(epochs, [row["same"] for row in record.epochs], label="keys of the own class", color="tab:blue")
+    axes.plot(epochs, [row["other"] for row in record.epochs], label="keys of other classes", color="tab:red")
+    axes.set(title="Label mass beyond the own positive", xlabel="epoch", ylabel="share of the label (%)")
+    axes.legend(frameon=False)
+    figure.savefig(output / "labels.png", dpi=150)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="image folders; without it, torchvision's CIFAR-10")
+    add("--method", choices=["sane", "mocov2"], default="sane", help="default: %(default)s")
+    add("--strong", action="store_true", help="strong augmentation of the mixed positives (CLSA's)")
+    add("--backbone", default="resnet18", help="a ResNet of torchvision (default: %(default)s)")
+    add("--width", type=float, default=1, help="of lightly's ResNet instead, e.g. 0.25 on a CPU (default: %(default)s)")
+    add("--epochs", type=int, default=200, help="default: %(default)s")
+    add("--linear-epochs", type=int, default=100, help="default: %(default)s")
+    add("--batch-size", type=int, default=256, help="default: %(default)s")
+    add("--queue-size", type=int, default=presets.CIFAR10.queue_size, help="default: %(default)s")
+    add("--ema-momentum", type=float, default=0.99, help="of the momentum network (default: %(default)s)")
+    add("--knn-every", type=int, default=5, help="epochs between kNN evaluations (default: %(default)s)")
+    add("--limit", type=int, help="use at most so many training images, and so many test images")
+    add("--workers", type=int, default=8, help="processes that load images (default: %(default)s)")
+    add("--accelerator", default="auto", help="default: %(default)s")
+    add("--precision", default="32-true", help="e.g. 16-mixed on a GPU, bf16-mixed (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    add("--output", type=Path, default=Path("outputs/cifar10"), help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.resume and not (args.output / "last.ckpt").is_file():
+        parser.error(f"--resume: there is no {args.output / 'last.ckpt'}; start without --resume")
+    if not args.resume and (args.output / "last.ckpt").is_file():
+        parser.error(f"{args.output} holds a run already: continue it with --resume, or choose another --output")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate, draw; returns what results.json holds."""
+    args = parse(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    seed_everything(args.seed, workers=True)
+    views, train, test = load(args)
+    if len(views) < args.batch_size:
+        raise SystemExit(f"{len(views)} training images are fewer than --batch-size {args.batch_size}")
+
+    model = build(args)
+    workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+    loader = DataLoader(views, args.batch_size, shuffle=True, drop_last=True, **workers)
+    plain = [DataLoader(data, args.batch_size, num_workers=args.workers) for data in (train, test)]
+    if not args.resume:
+        draw_views(model, DataLoader(views, 10, shuffle=True), args.output / "views.png")
+
+    record = Record()
+    trainer = Trainer(
+        max_epochs=args.epochs,
+        accelerator=args.accelerator,
+        devices=1,
+        precision=args.precision,
+        logger=TensorBoardLogger(args.output, name="tensorboard"),
+        callbacks=[
+            record,
+            LearningRateMonitor(),
+            ModelCheckpoint(args.output, filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
+        ],
+        check_val_every_n_epoch=args.knn_every,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(50, len(loader)),
+    )
+    trainer.fit(model, loader, plain, ckpt_path=args.output / "last.ckpt" if args.resume else None)
+
+    knn = next(row["knn"] for row in reversed(record.epochs) if "knn" in row)
+    results = {
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "knn": knn,
+        "linear": evaluate_linearly(model, *plain, args.linear_epochs, args),
+        "epochs": record.epochs,
+    }
+    (args.output / "results.json").write_text(json.dumps(results, indent=1))
+    draw(record, args.output)
+    print(f"{args.method}: kNN {results['knn']:.2f} %, linear {results['linear']:.2f} % of {len(test):,} test images")
+    print(f"figures, logs and checkpoint: {args.output}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
