@@ -5,9 +5,10 @@
 CHECKPOINT is Lightning's, of ``slr_plugin.adapters.lightly`` or of solo-learn. OUTPUT ends in .safetensors, with
 torchvision's names, which are timm's too; or with ``--to detectron2`` in .pkl, for ``MODEL.WEIGHTS``.
 
-detectron2's defaults belong to another ResNet. Set ``INPUT.FORMAT`` RGB, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` to
-the pretraining's times 255, and ``MODEL.RESNETS.STRIDE_IN_1X1`` False; this command prints the line. To train all layers,
-as is usual after contrastive pretraining, also set ``MODEL.BACKBONE.FREEZE_AT`` 0 and ``MODEL.RESNETS.NORM`` SyncBN.
+detectron2's defaults belong to another ResNet. Set ``INPUT.FORMAT`` RGB, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD``
+the pretraining's times 255, and ``MODEL.RESNETS.STRIDE_IN_1X1`` False; this command prints the line, with ImageNet's
+mean and deviation. To train every layer, as MoCo's authors do on VOC and COCO, also set ``MODEL.BACKBONE.FREEZE_AT`` 0
+and ``MODEL.RESNETS.NORM`` SyncBN (BN on one GPU).
 """
 
 from __future__ import annotations
@@ -71,20 +72,19 @@ def read_backbone(checkpoint: Path, momentum: bool = False) -> dict[str, Tensor]
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
     """A torchvision ResNet's state dict under detectron2's names.
 
-    ``num_batches_tracked`` is left out: detectron2's frozen norms have none, and nothing there reads it. bfloat16, which
-    numpy lacks, becomes float32.
+    ``num_batches_tracked`` is left out, as detectron2's frozen norms have none. bfloat16, which numpy lacks, becomes
+    float32.
 
     Args:
-        state: of a ResNet with basic or bottleneck blocks and the 7 x 7 stem, without ``fc``; ResNeXt and wide included.
+        state: of a ResNet with basic or bottleneck blocks and the 7 x 7 stem, without ``fc``. ResNeXt and wide too.
 
     Raises:
         ValueError: another architecture, or another stem.
     """
-    names = _names(state)
-    present = {name for name in state if not name.endswith(".num_batches_tracked")}
+    names, present = _names(state), _without_counters(state)
     if present != names.keys():
         raise ValueError(
-            "detectron2 can take torchvision's ResNets with basic or bottleneck blocks only; "
+            "only torchvision's ResNets with basic or bottleneck blocks fit detectron2; "
             f"missing here: {_first(names.keys() - present)}; not theirs: {_first(present - names.keys())}"
         )
     stem = tuple(state["conv1.weight"].shape)
@@ -162,9 +162,9 @@ def _read_state(checkpoint: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{checkpoint} holds more than tensors and plain values ({needed[1] if needed else 'Python objects'}), which "
-            "can run code when it is loaded. If you trust it, keep its weights alone and export these: python -c "
-            f'"import torch; c = torch.load({str(checkpoint)!r}, \'cpu\', weights_only=False); '
+            f"{checkpoint} needs {needed[1] if needed else 'Python objects'}, more than tensors and plain values, and "
+            "loading that can run code. If you trust it, keep its weights alone and export these: python -c "
+            f"\"import torch; c = torch.load({str(checkpoint)!r}, 'cpu', weights_only=False); "
             "torch.save({'state_dict': c['state_dict']}, 'weights.ckpt')\""
         ) from error
     except RuntimeError as error:
@@ -189,6 +189,11 @@ def _names(state: Mapping[str, Tensor]) -> dict[str, str]:
     return names | {f"{norm}.{field}": f"{target}.norm.{field}" for _, norm, target in modules for field in _NORM}
 
 
+def _without_counters(state: Mapping[str, Tensor]) -> set[str]:
+    """The names in ``state`` but ``num_batches_tracked``."""
+    return {name for name in state if not name.endswith(".num_batches_tracked")}
+
+
 def _layout(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Convolutions per block, then the number of blocks in each of the four layers."""
     blocks = (len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in range(1, 5))
@@ -197,11 +202,11 @@ def _layout(state: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 def _depth(state: Mapping[str, Tensor]) -> int | None:
     """18, 34, 50, 101 or 152 if ``state`` is of torchvision's ResNet of that depth, else None."""
-    depth = _DEPTHS.get(_layout(state))
-    if depth is None or not _names(state).keys() <= state.keys():
+    if _names(state).keys() != _without_counters(state):
         return None
-    wide_or_grouped = state["layer1.0.conv2.weight"].shape[:2] != (64, 64)
-    return depth if state["conv1.weight"].shape == (64, 3, 7, 7) and not wide_or_grouped else None
+    stem, second = tuple(state["conv1.weight"].shape), tuple(state["layer1.0.conv2.weight"].shape)
+    plain = stem == (64, 3, 7, 7) and second == (64, 64, 3, 3)  # not for small images, not wide, not ResNeXt
+    return _DEPTHS.get(_layout(state)) if plain else None
 
 
 def _usage(state: Mapping[str, Tensor], output: str, to: str) -> list[str]:
@@ -233,7 +238,7 @@ def _pickle(model: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
     """The file that detectron2's DetectionCheckpointer matches by name, wherever the ResNet is in the model."""
     file = io.BytesIO()
     pickler = pickle.Pickler(file, protocol=4)
-    # numpy's own pickles name modules that moved in numpy 2, and would not load with the older one of many detectron2's.
+    # numpy's own pickles name modules that moved in numpy 2: they would not load beside an older detectron2's numpy.
     pickler.dispatch_table = {np.ndarray: lambda a: (np.ndarray, (a.shape, a.dtype.str, bytearray(a.tobytes())))}
     pickler.dump({"model": dict(model), "__author__": "slr-plugin", "matching_heuristics": True})
     return file.getvalue()
