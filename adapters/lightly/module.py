@@ -61,7 +61,7 @@ class SANE(LightningModule):
         share_mix: True: all crops share theta and partners. False: every crop draws its own.
         in_batch_keys: False: MoCo's keys, without the batch's other positives; needs ``mixup=False``.
         ema_momentum: of the momentum network, in [0, 1].
-        warmup_epochs: of linear growth of the learning rate, before its cosine decay to 0.
+        warmup_epochs: of linear growth of the learning rate, before its cosine decay (to a thousandth, lightly's default).
 
     Attributes:
         backbone, projection_head: the network that is trained.

@@ -33,7 +33,7 @@ _OPERATIONS = (
     "Color",
     "Contrast",
     "Equalize",
-    "Posterize",
+    "PosterizeOriginal",  # keeps 4 to 8 bits, as CLSA; timm's Posterize 0 to 4
     "Rotate",
     "Sharpness",
     "ShearX",
@@ -66,7 +66,8 @@ class SANETransform(MultiViewTransform):
 
     Raises:
         ValueError: a size below 1.
-        TypeError: a size is not an integer, ``strong`` is no bool, or an unknown augmentation.
+        TypeError: a size is not an integer, ``strong`` is no bool or is True and the image no PIL image, or an unknown
+            augmentation.
         ImportError: ``strong`` without timm.
 
     Warns:
@@ -106,6 +107,8 @@ class SANETransform(MultiViewTransform):
 
     def __call__(self, image: Image | Tensor) -> list[Tensor]:
         """``2 + 2 * len(crops)`` tensors (channels, side, side) of a PIL image, or of a tensor if not ``strong``."""
+        if self.strong and not isinstance(image, Image):
+            raise TypeError(f"strong=True needs PIL images, got {type(image).__name__}; take SANETransform(strong=False)")
         self._check_size(image)
         key, query = super().__call__(image)
         views = [key, query]

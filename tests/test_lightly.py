@@ -1,0 +1,535 @@
+"""The lightly adapter on the real lightly and the real Trainer."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+for package in ("lightly", "pytorch_lightning", "tensorboard", "timm"):
+    pytest.importorskip(package, reason='pip install "slr-plugin[lightly]"')
+
+import _lightly
+from _lightly import CLASSES, PRESET, Losses, build, loaders, train
+from lightly.loss import NTXentLoss
+from lightly.utils.benchmarking import KNNClassifier
+from PIL import Image
+from pytorch_lightning import Trainer, seed_everything
+
+from slr_plugin import CosineConfidence
+from slr_plugin.adapters._require import require
+from slr_plugin.adapters.lightly import MULTI, SANE, SINGLE, VARIANTS, SANETransform, cifar_stem, register, transform
+from slr_plugin.presets import CIFAR10, IMAGENET
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+    pytest.mark.filterwarnings("ignore:The function `to_tensor:UserWarning"),  # lightly 1.6.0, on tensors
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
+        monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batch(count=2, size=8, side=16):
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(size, 3, side, side, generator=generator) for _ in range(count)]
+    return [views, torch.arange(size) % CLASSES]
+
+
+# --- the module in the Trainer
+
+
+def test_logs_what_lightlys_newest_methods_log():
+    model = build()
+    trainer = train(model, epochs=1)
+    logged = set(trainer.callback_metrics)
+    names = {"train_loss", "val_online_cls_loss", "train_online_cls_loss"}
+    names |= {f"{kind}_top{k}" for kind in ("val_knn", "val_online_cls", "train_online_cls") for k in (1, 5)}
+    names |= {f"slr/{name}" for name in ("positive_weight", "alpha", "beta", "mu", "label_entropy")}
+    assert logged == names
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+
+
+def test_optimizer_groups_and_schedule():
+    model = build()
+    trainer = train(model, epochs=2)
+    (optimizer,) = trainer.optimizers
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert list(groups) == ["sane", "sane_no_weight_decay", "online_classifier"]
+    assert groups["sane"]["initial_lr"] == pytest.approx(0.03 * _lightly.BATCH / 256)
+    assert [groups[name]["weight_decay"] for name in groups] == [1e-4, 0.0, 0.0]
+    assert {parameter.ndim for parameter in groups["sane_no_weight_decay"]["params"]} == {1}
+    trained = {id(parameter) for group in groups.values() for parameter in group["params"]}
+    wanted = (model.backbone, model.projection_head, model.online_classifier)
+    assert trained == {id(parameter) for module in wanted for parameter in module.parameters()}
+    (scheduler,) = trainer.lr_scheduler_configs
+    assert scheduler.interval == "step"
+    assert groups["sane"]["lr"] == pytest.approx(1e-3 * groups["sane"]["initial_lr"])  # where lightly's schedule ends
+    steps = trainer.global_step
+    assert model.criterion.step == steps
+    assert model.criterion.confidence == CosineConfidence(*PRESET.confidence, total_steps=steps)
+
+
+def test_warmup_epochs():
+    losses = Losses("lr")
+    train(build(warmup_epochs=1), epochs=3, callbacks=[losses])
+    steps = len(losses.values) // 3
+    assert losses.values[steps - 1] == max(losses.values)
+    assert losses.values[0] == pytest.approx(max(losses.values) / steps)
+
+
+def test_the_confidence_ends_with_the_run_under_accumulation():
+    model = build()
+    train(model, epochs=2, accumulate_grad_batches=2)
+    assert model.criterion.confidence.total_steps == model.criterion.step
+
+
+def test_a_run_without_end_is_refused():
+    with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+        train(build(), epochs=-1)
+
+
+def test_other_parts_without_subclassing():
+    head = nn.Linear(_lightly.WIDTH, 24)
+    model = build(projection_head=head, queue_size=40, confidence=0.3, share_mix=True, ema_momentum=0.5)
+    train(model, epochs=1, views=SANETransform(input_size=16, crops=(16, 12)))
+    assert model.criterion.memory_bank.bank.shape == (40, 24)
+    assert model.criterion.stats["mu"] == pytest.approx(0.3)
+
+
+def test_default_parts_are_the_papers():
+    model = SANE(256, 1000)
+    assert model.online_classifier.feature_dim == 2048
+    assert [layer.out_features for layer in model.projection_head.modules() if isinstance(layer, nn.Linear)] == [
+        2048,
+        2048,
+        128,
+    ]
+    criterion = model.criterion
+    assert criterion.memory_bank.bank.shape == (IMAGENET.queue_size, 128)
+    assert (criterion.temperature, criterion.sharpening, criterion.refined_weight) == (0.2, 1.0, 0.5)
+    assert criterion.gather_distributed
+    assert model.mixup.kappa == 0.1
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 2048)
+
+
+def test_feature_dim_is_read_off():
+    timm = pytest.importorskip("timm")
+    from torchvision.models import resnet18
+
+    assert SANE(8, 10, backbone=cifar_stem(resnet18())).online_classifier.feature_dim == 512
+    assert SANE(8, 10, backbone=timm.create_model("resnet18", num_classes=0)).online_classifier.feature_dim == 512
+    with pytest.raises(ValueError, match="pass feature_dim"):
+        SANE(8, 10, backbone=nn.Flatten())
+
+
+def test_momentum_network_and_shuffled_batch_norm():
+    model = build(ema_momentum=0.75)
+    before = [parameter.clone() for parameter in model.key_backbone.parameters()]
+    online = [parameter.clone() for parameter in model.backbone.parameters()]
+    train(model, epochs=1, limit_train_batches=1)
+    for slow, old, fast in zip(model.key_backbone.parameters(), before, online, strict=True):
+        torch.testing.assert_close(slow, 0.75 * old + 0.25 * fast)
+        assert not slow.requires_grad
+        assert slow.grad is None
+    model.eval()  # batch norm by running statistics: then the shuffling must leave no trace
+    views, _ = batch()
+    torch.testing.assert_close(model.forward_keys(views[0]), model.key_projection_head(model.key_backbone(views[0])))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_precision(precision):
+    losses = Losses()
+    train(build(), epochs=1, precision=precision, callbacks=[losses])
+    assert np.isfinite(losses.values).all()
+
+
+def test_compiled():
+    seed_everything(0)
+    plain, compiled = Losses(), Losses()
+    train(build(), epochs=1, callbacks=[plain], limit_train_batches=2)
+    seed_everything(0)
+    train(torch.compile(build(), backend="aot_eager"), epochs=1, callbacks=[compiled], limit_train_batches=2)
+    np.testing.assert_allclose(compiled.values, plain.values, rtol=1e-5)
+
+
+# --- equal to MoCo v2
+
+
+def test_without_confidence_and_mixup_it_is_moco_v2():
+    """Step by step against lightly's NTXentLoss and the same momentum network, driven by hand."""
+    size = 3 * _lightly.BATCH  # lightly's queue drops keys where a batch does not fit before its end
+    model, reference = (
+        build(mixup=False, confidence=0.0, in_batch_keys=False, queue_size=size) for _ in range(2)
+    )
+    reference.load_state_dict(model.state_dict())
+    criterion = NTXentLoss(PRESET.temperature, (size, 128))
+    criterion.memory_bank.bank.copy_(model.criterion.memory_bank.bank)
+    ours = Losses()
+    seed_everything(0)
+    train(model, epochs=2, callbacks=[ours], limit_val_batches=0)  # whose loaders draw random numbers, too
+    seed_everything(0)
+    theirs = _lightly.moco_v2_losses(reference, criterion, epochs=2)
+    np.testing.assert_allclose(ours.values, theirs, rtol=1e-6)
+
+
+# --- kNN and validation
+
+
+def test_knn_is_lightlys():
+    model = build(knn_k=7, knn_t=0.2)
+    trainer = train(model, epochs=1)
+    _, plain = loaders()
+    classifier = KNNClassifier(model, CLASSES, 7, 0.2, 0, 1)
+    judge = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (_, result) = judge.validate(classifier, plain, verbose=False)
+    for k in (1, 5):
+        assert trainer.callback_metrics[f"val_knn_top{k}"].item() == pytest.approx(
+            result[f"val_knn_top{k}/dataloader_idx_1"]
+        )
+
+
+def test_few_images_all_vote():
+    trainer = train(build(knn_k=10_000), epochs=1)
+    assert 0 <= trainer.callback_metrics["val_knn_top1"] <= 1
+
+
+def test_one_validation_loader_or_none():
+    views, plain = loaders()
+    model = build()
+    trainer = _lightly.trainer(epochs=1)
+    trainer.fit(model, views, plain[1])
+    assert "val_online_cls_top1" in trainer.callback_metrics
+    assert "val_knn_top1" not in trainer.callback_metrics
+    _lightly.trainer(epochs=1).fit(build(), views)
+
+
+def test_few_classes_have_no_top_5():
+    model = SANE(8, 3, backbone=_lightly.backbone(), preset=PRESET)
+    assert model.online_classifier.topk == model.knn_classifier.topk == (1,)
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_repeats_the_uninterrupted_one(workers, tmp_path):
+    whole, before, after = Losses(), Losses(stop_at=(2, 1)), Losses()
+    seed_everything(0, workers=True)
+    model = build()
+    train(model, epochs=4, callbacks=[whole], workers=workers)
+    seed_everything(0, workers=True)
+    with pytest.raises(_lightly.Killed):
+        train(build(), epochs=4, callbacks=[before], workers=workers, checkpoints=tmp_path)
+    seed_everything(0, workers=True)
+    resumed = build()
+    train(resumed, epochs=4, callbacks=[after], workers=workers, ckpt_path=tmp_path / "last.ckpt")
+    steps = len(whole.values) // 4
+    assert before.values == whole.values[: 2 * steps + 2]
+    assert after.values == whole.values[2 * steps :]
+    state = model.state_dict()
+    assert any("memory_bank.bank" in name for name in state)
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_checkpoints_hold_plain_values(tmp_path):
+    train(build(), epochs=1, checkpoints=tmp_path)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert "criterion.memory_bank.bank" in checkpoint["state_dict"]
+    loaded = SANE.load_from_checkpoint(tmp_path / "last.ckpt", backbone=_lightly.backbone(), weights_only=True)
+    assert loaded.preset == PRESET
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][name]), name
+
+
+def test_loading_a_checkpoint_outside_a_run_leaves_the_random_state(tmp_path):
+    train(build(), epochs=1, checkpoints=tmp_path)
+    torch.manual_seed(7)
+    model_state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    state = torch.get_rng_state()
+    build_without_draws = build()
+    torch.set_rng_state(state)
+    build_without_draws.on_load_checkpoint(model_state)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- two processes
+
+
+def test_two_processes(tmp_path):
+    """Queues are equal, mixing is not, and a run resumed by two processes repeats the uninterrupted one."""
+    command = [sys.executable, "-W", "ignore", _lightly.__file__, str(tmp_path)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["queue"] == second["queue"]
+    assert first["weights"] == second["weights"]
+    assert first["theta"] != second["theta"]
+    assert first["resumed"] == first["whole"][len(first["whole"]) // 2 :]
+    assert second["resumed"] == second["whole"][len(second["whole"]) // 2 :]
+
+
+# --- wrong use
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mixup": True, "in_batch_keys": False}, ValueError, "add mixup=False"),
+        ({"knn_k": 0}, ValueError, "knn_k must be >= 1"),
+        ({"ema_momentum": 1.5}, ValueError, "ema_momentum must be between"),
+        ({"confidence": -1.0}, ValueError, "confidence must be >= 0"),
+        ({"feature_dim": 0}, ValueError, "feature_dim must be >= 1"),
+        ({"mixup": 1}, TypeError, "mixup must be True or False"),
+        ({"preset": {"tau": 1}}, TypeError, "tau"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        build(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda views, targets: [views[0], targets], r"got a tensor of shape \(8, 3, 16, 16\); give the data set"),
+        (lambda views, targets: [views[:1], targets], "got 1 views; give the data set transform=SANETransform"),
+        (lambda views, targets: [views + views[:1], targets], "got 3 views"),
+        (lambda views, targets: [[views[0], views[1][:, :, :8]], targets], "views 0 and 1 must have one shape"),
+        (lambda views, targets: [views, targets[:4]], r"the same images, got \[8, 8\] and 4"),
+        (lambda views, targets: [views], r"a batch must be \(views, targets, ...\)"),
+        (lambda views, targets: views[0], r"a batch must be \(views, targets, ...\), got Tensor"),
+    ],
+)
+def test_wrong_batches(change, message):
+    model = build()
+    before = model.criterion.memory_bank.bank.clone()
+    with pytest.raises(ValueError, match=message):
+        model.training_step(change(*batch()), 0)
+    assert torch.equal(model.criterion.memory_bank.bank, before)
+    assert model.criterion.step == 0
+
+
+def test_crops_without_mixup_are_refused():
+    with pytest.raises(ValueError, match="mixup=False uses two views, got 4"):
+        build(mixup=False).training_step(batch(4), 0)
+
+
+def test_a_batch_of_another_size_warns():
+    model = SANE(256, CLASSES, backbone=_lightly.backbone(), preset=PRESET)
+    with pytest.warns(match=r"batch_size_per_device=256 but the batch has 8 images"):
+        train(model, epochs=1, limit_train_batches=1)
+
+
+def test_a_missing_framework_names_the_command():
+    with pytest.raises(ImportError, match=r'nothing_here is not installed: pip install "slr-plugin\[lightly\]"'):
+        require("lightly", "torch", "nothing_here")
+    code = "import sys; sys.modules['lightly'] = None; import slr_plugin.adapters.lightly"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'pip install "slr-plugin[lightly]"' in result.stderr.splitlines()[-1]
+
+
+# --- views
+
+
+def image(width=64, height=48):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sides"),
+    [
+        ({}, [32] * 2),
+        ({"crops": (24,)}, [32, 32, 24, 24]),
+        ({"crops": (32, 24)}, [32, 32, 32, 32, 24, 24]),
+        ({"strong": True}, [32] * 4),
+        ({"crops": (32, 24), "strong": True}, [32, 32, 32, 32, 24, 24]),
+    ],
+)
+def test_views(arguments, sides):
+    torch.manual_seed(0)
+    views = SANETransform(input_size=32, **arguments)(image())
+    assert [tuple(view.shape) for view in views] == [(3, side, side) for side in sides]
+    assert {view.dtype for view in views} == {torch.float32}
+
+
+def test_strong_views_of_many_draws():
+    view = SANETransform(input_size=16, strong=True)
+    source = image()
+    assert all(part.isfinite().all() for _ in range(300) for part in view(source))
+
+
+def test_a_crop_of_full_size_is_the_views_but_for_a_strong_positive():
+    torch.manual_seed(0)
+    key, query, positive, crop = SANETransform(input_size=32, crops=(32,))(image())
+    assert positive is key
+    assert crop is query
+    key, query, positive, crop = SANETransform(input_size=32, crops=(32,), strong=True)(image())
+    assert crop is query
+    assert not torch.equal(positive, key)
+
+
+def test_strong_follows_clsa():
+    """Five draws among 14 operations, one of them the identity, each applied with probability 0.5."""
+    torch.manual_seed(0)
+    strong = SANETransform(input_size=32, strong=True)._pairs[0][0]
+    (augment,) = (step for step in strong.transforms if hasattr(step, "ops"))
+    assert augment.num_layers == 5
+    assert augment.choice_weights is None
+    assert len({operation.name for operation in augment.ops}) == 13
+    assert [operation.prob for operation in augment.ops] == pytest.approx([0.5 * 13 / 14] * 13)
+    assert {operation.magnitude_std for operation in augment.ops} == {float("inf")}
+    names = [type(step).__name__ for step in strong.transforms]
+    assert names.index("RandAugment") < names.index("ToTensor")
+
+
+def test_cifar10_views():
+    views = SANETransform.cifar10()(image(32, 32))
+    assert [view.shape[-1] for view in views] == [32, 32]
+    crop = SANETransform.cifar10().transforms[0].transform.transforms[0]
+    assert crop.scale == (0.08, 1.0)
+
+
+def test_a_small_image_warns_and_says_what_to_do():
+    with pytest.warns(UserWarning, match=r"SANETransform\(input_size=...\)"):
+        assert SANETransform(input_size=96)(image())[0].shape == (3, 96, 96)
+
+
+def test_tensors_are_views_too_but_not_strong_ones():
+    tensor = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    assert len(SANETransform(input_size=32)(tensor)) == 2
+    with pytest.raises(TypeError, match="strong=True needs PIL images"):
+        SANETransform(input_size=32, strong=True)(tensor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"input_size": 0}, ValueError), ({"crops": (0,)}, ValueError), ({"strong": 1}, TypeError)],
+)
+def test_wrong_views(arguments, error):
+    with pytest.raises(error):
+        SANETransform(**arguments)
+
+
+def test_crops_are_mixed_in_pairs_with_their_own_or_a_shared_mix():
+    for share in (False, True):
+        model = build(share_mix=share)
+        views, _ = batch(6)
+        mixed, mixes = model._mixed_queries(views)
+        assert len(mixed) == len(mixes) == 2
+        assert torch.equal(mixes[0].theta, mixes[1].theta) == share
+        assert torch.equal(mixes[0].partner, mixes[1].partner) == share
+    model.mixup = lambda queries, positives, *_: (seen.append((queries, positives)), model_mix(queries, positives))[1]
+    model_mix, seen = build().mixup, []
+    model._mixed_queries(views)
+    assert [tuple(map(id, pair)) for pair in seen] == [(id(views[3]), id(views[2])), (id(views[5]), id(views[4]))]
+    seen.clear()
+    model._mixed_queries(views[:2])
+    assert [tuple(map(id, pair)) for pair in seen] == [(id(views[1]), id(views[0]))]
+
+
+# --- lightly's script
+
+
+def test_register():
+    methods = {"mocov2": {}}
+    register(methods)
+    assert methods == {"mocov2": {}, "sane": {"model": SANE, "transform": transform}}
+    register(methods, VARIANTS)
+    assert methods["sane_multi"]["transform"].crops == MULTI
+    assert methods["sane_single_strong"]["transform"].crops == SINGLE
+    assert methods["sane_single_strong"]["transform"].strong
+    assert methods["sane_strong"]["transform"].crops == (224,)
+    with pytest.raises(ValueError, match="names must be among sane, "):
+        register(methods, ["sane_tiny"])
+
+
+def launch(*arguments, **options):
+    command = [sys.executable, "-W", "ignore", "-m", "slr_plugin.adapters.lightly", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+SCRIPT = """
+    import argparse, sys
+    import neighbour, torch
+    from pytorch_lightning import LightningModule, Trainer
+
+    METHODS = {"other": {}}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--methods", nargs="+")
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def on_fit_start(self):
+            print(f"rank {self.global_rank} of {self.trainer.world_size}:", *METHODS, flush=True)
+
+        def training_step(self, batch, batch_idx):
+            return self.weight * batch
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters())
+
+    def main(methods):
+        print("methods", methods, flush=True)
+        Trainer(devices=2, accelerator="cpu", strategy="ddp", max_epochs=1, logger=False, enable_progress_bar=False,
+                enable_checkpointing=False, enable_model_summary=False).fit(Module(), [0, 1])
+
+    if __name__ == "__main__":
+        raise AssertionError("the launcher calls main itself")
+"""
+
+
+def test_the_launcher_adds_the_method_in_ddp_children_too(tmp_path):
+    (tmp_path / "neighbour.py").write_text("")
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    result = launch(tmp_path / "script.py", "--methods", "sane", "sane_single", cwd=tmp_path)
+    for rank in (0, 1):
+        assert f"rank {rank} of 2: other sane sane_single\n" in result.stdout, result.stderr[-3000:]
+    assert result.stdout.count("methods ['sane', 'sane_single']") == 2
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "PATH/main.py --methods sane"),
+        (["--help"], 0, "PATH/main.py --methods sane"),
+        (["nowhere/main.py"], 1, "git clone https://github.com/lightly-ai/lightly"),
+        (["empty.py"], 1, "defines no METHODS, parser, main"),
+        (["text.txt"], 1, "is no Python script"),
+    ],
+)
+def test_the_launcher_says_what_is_wrong(arguments, code, message, tmp_path):
+    (tmp_path / "empty.py").touch()
+    (tmp_path / "text.txt").touch()
+    result = launch(*arguments, cwd=tmp_path)
+    assert result.returncode == code
+    assert message in result.stdout + result.stderr
+
+
+def test_presets_can_be_changed():
+    model = build(preset=dataclasses.replace(CIFAR10, queue_size=16, learning_rate=0.5))
+    assert len(model.criterion.memory_bank) == 16
