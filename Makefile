@@ -13,8 +13,9 @@ demo: $(VENV)/.dev ## Pretrain on scikit-learn's digits with MoCo and with SANE,
 test: $(VENV)/.dev ## Run the tests
 	$(BIN)/python -m pytest
 
-test-lightly: $(VENV)/.dev ## Run lightly's own NTXentLoss tests on SLRLoss (CLONE=a clone of its repository)
+test-lightly: $(VENV)/.dev ## Run lightly's own loss tests and benchmark script with ours (CLONE=a clone of its repository)
 	PYTHONPATH=.ci $(BIN)/python -m pytest -p lightly_substitute -W default --rootdir $(CLONE) $(CLONE)/tests/loss/test_ntx_ent_loss.py
+	LIGHTLY_DIR=$(CLONE) $(BIN)/python -m pytest tests/test_lightly_clone.py
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check

@@ -220,10 +220,13 @@ def _usage(state: Mapping[str, Tensor], output: str, to: str) -> list[str]:
         return [f"cfg.merge_from_list({settings})"]
     load = f"model.load_state_dict(safetensors.torch.load_file({output!r}))"
     if depth is None:
-        return [f"{load}  # model: built as it was for pretraining, with model.fc = torch.nn.Identity() if it has one"]
+        return [
+            f"import safetensors.torch; {load}  # model: the backbone as it was pretrained, without a classifier fc"
+        ]
+    build = f"model = torchvision.models.resnet{depth}(); model.fc = torch.nn.Identity()"
     return [
-        f"model = torchvision.models.resnet{depth}(); model.fc = torch.nn.Identity(); {load}",
-        f"model = timm.create_model('resnet{depth}', num_classes=0, checkpoint_path={output!r})",
+        f"import safetensors.torch, torch, torchvision; {build}; {load}",
+        f"import timm; model = timm.create_model('resnet{depth}', num_classes=0, checkpoint_path={output!r})",
     ]
 
 

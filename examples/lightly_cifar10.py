@@ -5,8 +5,9 @@
     python examples/lightly_cifar10.py ... --resume               go on after an interruption
     python examples/lightly_cifar10.py ... --method mocov2        the baseline: the same script, one-hot labels, no mixup
 
-It writes into ``--output``: ``views.png`` (queries, positives and mixed images), checkpoints, TensorBoard's logs, then
-``curves.png``, ``labels.png`` and ``results.json``. The paper trains ResNet-50 for 2,000 epochs.
+It writes into ``--output``: ``views.png`` (rows: queries, positives, mixed images), ``last.ckpt``, TensorBoard's logs,
+then ``curves.png``, ``labels.png`` (where the refined labels lie) and ``results.json``. The paper trains ResNet-50 for
+2,000 epochs: ``--backbone resnet50 --epochs 2000``.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ NORMALIZE = CIFAR10_AUGMENTATION["normalize"]
 
 
 class Record(Callback):
-    """Per epoch: loss, kNN accuracy, and where the refined labels lie. Saved in the checkpoints."""
+    """Per epoch: the last loss, kNN accuracy, and where the refined labels lie. Saved in the checkpoints."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self._queue_classes: QueueClasses | None = None
         self._targets = torch.empty(0)
+        self._measures = False  # this batch: labels are dense, so four batches an epoch must do
         self._masses: list[tuple[float, float]] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,11 +59,10 @@ class Record(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the classes, which the loss is not given."""
         self._targets = batch[1].cpu()
-        self._every = max(1, trainer.num_training_batches // 4)
-        self._batch_idx = batch_idx
+        self._measures = batch_idx % max(1, trainer.num_training_batches // 4) == 0
 
     def _measure(self, criterion: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._batch_idx % self._every == 0:
+        if self._measures:
             labels = criterion.labels(*inputs[:2]).cpu()
             self._masses.append(measure_labels(labels, self._targets, self._queue_classes.classes))
         self._queue_classes.enqueue(self._targets)
@@ -137,7 +138,7 @@ def build(args: argparse.Namespace) -> SANE:
 
 
 def draw_views(model: SANE, loader: DataLoader, path: Path, count: int = 10) -> None:
-    """A sheet: queries above their positives, and below what the network sees in the mixup term."""
+    """A sheet of queries, their positives, the strong positives if there are, and the mixed images, row by row."""
     views = next(iter(loader))[0]
     rows = [views[1][:count], views[0][:count]]
     if model.mixup is not None:
@@ -149,7 +150,7 @@ def draw_views(model: SANE, loader: DataLoader, path: Path, count: int = 10) -> 
 
 
 def evaluate_linearly(model: SANE, train: DataLoader, test: DataLoader, epochs: int, args: argparse.Namespace) -> float:
-    """lightly's linear classifier on the frozen features of images as they are; its best test accuracy in per cent."""
+    """lightly's linear classifier on the frozen features of images as they are; its test accuracy in per cent."""
     features = [extract(model, loader) for loader in (train, test)]
     loaders = [DataLoader(TensorDataset(*pair), args.batch_size, shuffle=pair is features[0]) for pair in features]
     classifier = LinearClassifier(
@@ -185,7 +186,7 @@ def draw(record: Record, output: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, [row["loss"] for row in record.epochs], color="tab:grey")
-    left.set(title="Training", xlabel="epoch", ylabel="loss")
+    left.set(title="Training", xlabel="epoch", ylabel="loss of the last batch")
     right.plot([row["epoch"] for row in measured], [row["knn"] for row in measured], marker=".", color="tab:blue")
     right.set(title="Test images", xlabel="epoch", ylabel="kNN accuracy (%)")
     figure.savefig(output / "curves.png", dpi=150)
