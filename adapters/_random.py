@@ -14,7 +14,8 @@ from slr_plugin.distributed import world_size
 
 def random_state(*generators: torch.Generator) -> dict[str, Any]:
     """The state of this process: torch, CUDA, numpy, Python, and ``generators``."""
-    name, keys, *position = np.random.get_state(legacy=True)
+    state: tuple[Any, ...] = np.random.get_state(legacy=True)  # type: ignore[assignment]
+    name, keys, *position = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

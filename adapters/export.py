@@ -33,7 +33,7 @@ _ONLINE = ("backbone.",)
 _MOMENTUM = ("key_backbone.", "momentum_backbone.")  # lightly's and solo-learn's
 _SUFFIX = {"torchvision": ".safetensors", "detectron2": ".pkl"}
 _NORM = ("weight", "bias", "running_mean", "running_var")
-_DEPTHS = {  # convolutions per block, blocks per layer
+_DEPTHS: dict[tuple[int, ...], int] = {  # convolutions per block, blocks per layer
     (2, 2, 2, 2, 2): 18,
     (2, 3, 4, 6, 3): 34,
     (3, 3, 4, 6, 3): 50,

@@ -24,9 +24,9 @@ class QueueClasses:
 def measure_labels(labels: Tensor, classes: Tensor, queue_classes: Tensor) -> tuple[float, float]:
     """Label mass beyond the own positive, in per cent: on keys of the own class and on keys of other classes.
 
-    ``labels`` (s, K) are ``criterion.labels(queries, keys)`` before the call that enqueues the keys; a one-hot label has
-    no such mass. Random keys, class -1, count in neither. With ``in_batch_keys=False`` K is 1 + queue, the own positive
-    coming first.
+    ``labels`` (s, K) are ``criterion.labels(queries, keys)`` before the call that enqueues the keys; a one-hot label
+    has no such mass. Random keys, class -1, count in neither. With ``in_batch_keys=False`` K is 1 + queue, the own
+    positive coming first.
     """
     is_shared = labels.shape[1] == len(classes) + len(queue_classes)
     key_classes = torch.cat([classes, queue_classes]) if is_shared else torch.cat([classes[:1], queue_classes])

@@ -3,7 +3,7 @@
     python examples/lightly_cifar10.py                            torchvision's CIFAR-10, downloaded; ResNet-18
     python examples/lightly_cifar10.py --data DIR                 your images: DIR/train/<class>/*, DIR/test/<class>/*
     python examples/lightly_cifar10.py ... --resume               go on after an interruption
-    python examples/lightly_cifar10.py ... --method mocov2        the baseline: the same script, one-hot labels, no mixup
+    python examples/lightly_cifar10.py ... --method mocov2        the baseline: one-hot labels, no mixup
 
 It writes into ``--output``: ``views.png`` (rows: queries, positives, mixed images), ``last.ckpt``, TensorBoard's logs,
 then ``curves.png``, ``labels.png`` (where the refined labels lie) and ``results.json``. The paper trains ResNet-50 for
@@ -150,7 +150,7 @@ def draw_views(model: SANE, loader: DataLoader, path: Path, count: int = 10) -> 
 
 
 def evaluate_linearly(model: SANE, train: DataLoader, test: DataLoader, epochs: int, args: argparse.Namespace) -> float:
-    """lightly's linear classifier on the frozen features of images as they are; its test accuracy in per cent."""
+    """Test accuracy in per cent of lightly's linear classifier on the frozen features of images as they are."""
     features = [extract(model, loader) for loader in (train, test)]
     loaders = [DataLoader(TensorDataset(*pair), args.batch_size, shuffle=pair is features[0]) for pair in features]
     classifier = LinearClassifier(

@@ -1,4 +1,4 @@
-"""A small encoder, real images and a real Trainer for the tests of the lightly adapter; run, it is one of two processes."""
+"""A small encoder, real images and a Trainer for the tests of the lightly adapter; run, it is one of two processes."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ CLASSES, BATCH, WIDTH = 10, 8, 12
 PRESET = dataclasses.replace(CIFAR10, queue_size=20)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Where a run was stopped."""
 
 
@@ -58,7 +58,7 @@ class Losses(Callback):
         if self.what == "train_loss":
             self.values.append(trainer.callback_metrics["train_loss"].item())
         if (trainer.current_epoch, batch_idx) == self.stop_at:
-            raise Killed
+            raise KilledError
 
 
 def backbone():

@@ -48,9 +48,7 @@ def test_without_confidence_and_mixup_its_loss_is_that_of_lightlys_moco_v2(folde
     monkeypatch.syspath_prepend(BENCHMARK)
     torch.manual_seed(0)
     theirs = importlib.import_module("mocov2").MoCoV2(batch_size_per_device=8, num_classes=10)
-    ours = SANE(
-        8, 10, projection_head=type(theirs.projection_head)(), mixup=False, confidence=0.0, in_batch_keys=False
-    )
+    ours = SANE(8, 10, projection_head=type(theirs.projection_head)(), mixup=False, confidence=0.0, in_batch_keys=False)
     state = theirs.state_dict() | {"criterion.memory_bank.bank": theirs.criterion.memory_bank.bank}
     missing = ours.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys

@@ -35,9 +35,10 @@ Views = Sequence[Tensor]
 class SANE(LightningModule):
     r"""MoCo v2 with refined labels and momentum mixup; the paper's settings for ImageNet by default.
 
-    A batch is ``(views, targets, ...)`` with the views of :class:`SANETransform`: the key view, the query view, then for
-    every crop in the mixup term the positive that is mixed in and the query. Of two views alone these are mixed. Classes
-    train the online linear classifier and vote in the kNN classifier; they never reach backbone or projection head.
+    A batch is ``(views, targets, ...)`` with the views of :class:`SANETransform`: the key view, the query view, then
+    for every crop in the mixup term the positive that is mixed in and the query. Of two views alone these are mixed.
+    Classes train the online linear classifier and vote in the kNN classifier; they never reach backbone or projection
+    head.
 
     Checkpoints hold queue, momentum network, schedules and the random state of every process: a run that is continued
     from the end of an epoch repeats the uninterrupted one. With persistent workers that also needs
@@ -52,8 +53,8 @@ class SANE(LightningModule):
             taken off.
         feature_dim: d; ``None`` reads it off ``fc``, or ``num_features`` of a timm model.
         projection_head: features (s, d) to what is contrasted; ``None`` is the paper's three-layer perceptron to 128.
-        preset: the paper's settings, ``presets.IMAGENET`` or ``presets.CIFAR10``, or your own ``dataclasses.replace`` of
-            one.
+        preset: the paper's settings, ``presets.IMAGENET`` or ``presets.CIFAR10``, or your own
+            ``dataclasses.replace`` of one.
         queue_size: instead of the preset's.
         confidence: instead of the preset's: ``(m1, m2)`` grows from m1 to m2 over the whole run, a number is constant,
             a callable is a schedule ``step -> mu``. 0 means one-hot labels.
@@ -61,7 +62,7 @@ class SANE(LightningModule):
         share_mix: True: all crops share theta and partners. False: every crop draws its own.
         in_batch_keys: False: MoCo's keys, without the batch's other positives; needs ``mixup=False``.
         ema_momentum: of the momentum network, in [0, 1].
-        warmup_epochs: of linear growth of the learning rate, before its cosine decay (to a thousandth, lightly's default).
+        warmup_epochs: of linear growth of the learning rate, before its cosine decay (lightly's, to a thousandth).
 
     Attributes:
         backbone, projection_head: the network that is trained.
@@ -106,7 +107,8 @@ class SANE(LightningModule):
         super().__init__()
         preset = preset if isinstance(preset, Preset) else Preset(**preset)
         # Plain values alone, for a checkpoint that loads with weights_only=True.
-        self.save_hyperparameters(ignore=["backbone", "projection_head", "preset", *["confidence"][: callable(confidence)]])
+        objects = ["backbone", "projection_head", "preset"] + (["confidence"] if callable(confidence) else [])
+        self.save_hyperparameters(ignore=objects)
         self.save_hyperparameters({"preset": asdict(preset)})
         self.preset = preset
         self.batch_size_per_device = batch_size_per_device
@@ -165,15 +167,17 @@ class SANE(LightningModule):
 
         class_loss, logs = self.online_classifier.training_step((features.detach(), targets), batch_idx)
         self.log_dict(logs, sync_dist=True, batch_size=size)
-        return loss + class_loss
+        total: Tensor = loss + class_loss
+        return total
 
     @torch.no_grad()
     def forward_keys(self, x: Tensor) -> Tensor:
-        """Projections by the momentum network, over shuffled batches: its batch norm must not tell who belongs to whom."""
+        """Projections by the momentum network, of shuffled batches: batch norm must not tell who belongs to whom."""
         distributed = world_size() > 1
         x, shuffle = batch_shuffle(x, distributed=distributed)
         projections = self.key_projection_head(self.key_backbone(x).flatten(start_dim=1))
-        return batch_unshuffle(projections, shuffle, distributed=distributed)
+        keys: Tensor = batch_unshuffle(projections, shuffle, distributed=distributed)
+        return keys
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int | None = None) -> Tensor | None:
         """Both online classifiers on the last of one or two loaders; of two, the first holds the images that vote."""
@@ -199,7 +203,7 @@ class SANE(LightningModule):
         """Drop the images that voted."""
         self.knn_classifier.reset_storage()
 
-    def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+    def configure_optimizers(self) -> Any:
         """SGD with momentum, cosine decay per step; the confidence's schedule gets its end here, too."""
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < float("inf"):
@@ -309,17 +313,19 @@ class SANE(LightningModule):
         self.knn_classifier.append_train_features(self.knn_classifier._prepare_features(features), targets)
 
     def _vote(self, features: Tensor, targets: Tensor, is_first: bool) -> dict[str, Tensor]:
-        """Accuracies of lightly's kNN vote. Its own validation_step logs by itself, which only a trainer's own module may."""
+        """Accuracies of lightly's kNN vote, whose own validation_step would log by itself and limit k to the images."""
         knn = self.knn_classifier
         if is_first:
             knn.concat_train_features()
         bank, labels = knn._train_features_tensor, knn._train_targets_tensor
-        assert bank is not None and labels is not None
+        assert bank is not None
+        assert labels is not None
         with torch.autocast(features.device.type, enabled=False):
             predicted = knn_predict(
                 knn._prepare_features(features), bank, labels, knn.num_classes, min(knn.knn_k, len(labels)), knn.knn_t
             )
-        return {f"val_knn_top{k}": accuracy for k, accuracy in mean_topk_accuracy(predicted, targets, k=knn.topk).items()}
+        accuracies = mean_topk_accuracy(predicted, targets, k=knn.topk)
+        return {f"val_knn_top{k}": accuracy for k, accuracy in accuracies.items()}
 
 
 def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[nn.Module, int]:
@@ -332,8 +338,8 @@ def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[n
         feature_dim = getattr(backbone, "num_features", None)
     if feature_dim is None:
         raise ValueError(
-            f"feature_dim cannot be read off this backbone, a {type(backbone).__name__} without a linear layer fc: pass "
-            "feature_dim, the number of features of an image"
+            f"feature_dim cannot be read off this backbone, a {type(backbone).__name__} without a linear layer fc: "
+            "pass feature_dim, the number of features of an image"
         )
     check_integer("feature_dim", feature_dim, low=1)
     return backbone, feature_dim
@@ -348,7 +354,7 @@ def _output_dim(head: nn.Module, feature_dim: int) -> int:
 
 
 def cifar_stem(resnet: ResNet) -> ResNet:
-    """A torchvision ResNet for 32 x 32 images, changed in place: a 3 x 3 first convolution, stride 1, no pooling after."""
+    """A torchvision ResNet for 32 x 32 images, changed in place: first convolution 3 x 3, stride 1, no pooling."""
     resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
     resnet.maxpool = nn.Identity()

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightly.transforms import MoCoV2Transform
+from lightly.transforms.moco_transform import MoCoV2Transform
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightly.transforms.torchvision_v2_compatibility import ToTensor
 from PIL.Image import Image
@@ -20,7 +20,7 @@ SINGLE = (96,)
 MULTI = (224, 192, 160, 128, 96)
 
 # The MoCo authors' CIFAR demo: no blur, crops from 8 % of the image on, CIFAR-10's own mean and deviation.
-CIFAR10_AUGMENTATION = {
+CIFAR10_AUGMENTATION: dict[str, Any] = {
     "min_scale": 0.08,
     "gaussian_blur": 0.0,
     "normalize": {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]},
@@ -51,9 +51,10 @@ View = Callable[[Image | Tensor], Tensor]
 class SANETransform(MultiViewTransform):
     """Two views by MoCo v2's augmentation, then two crops for every entry of ``crops``.
 
-    The order is that of lightly's MoCoV2: ``[key, query, positive of crop 0, query of crop 0, positive of crop 1, ...]``.
-    :class:`SANE` contrasts the first two and mixes each later pair, theta x query + (1 - theta) x another image's
-    positive; of two views alone it mixes these. So what is mixed are always two crops of one size from the same batch.
+    The order is that of lightly's MoCoV2: ``[key, query, positive of crop 0, query of crop 0, positive of crop 1,
+    ...]``. :class:`SANE` contrasts the first two and mixes each later pair, theta x query + (1 - theta) x another
+    image's positive; of two views alone it mixes these. So what is mixed are always two crops of one size from the
+    same batch.
 
     Args:
         input_size: side of the two views in pixels.
@@ -108,10 +109,10 @@ class SANETransform(MultiViewTransform):
     def __call__(self, image: Image | Tensor) -> list[Tensor]:
         """``2 + 2 * len(crops)`` tensors (channels, side, side) of a PIL image, or of a tensor if not ``strong``."""
         if self.strong and not isinstance(image, Image):
-            raise TypeError(f"strong=True needs PIL images, got {type(image).__name__}; take SANETransform(strong=False)")
+            raise TypeError(f"strong=True needs PIL images, got {type(image).__name__}; take strong=False")
         self._check_size(image)
-        key, query = super().__call__(image)
-        views = [key, query]
+        views: list[Tensor] = super().__call__(image)  # type: ignore[assignment]
+        key, query = views
         for positive_crop, query_crop in self._pairs:
             views += [
                 positive_crop(image) if positive_crop else key,
