@@ -1,0 +1,122 @@
+"""The CIFAR-10 recipe, whole and interrupted, on real images: scikit-learn's digits as a folder."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+for package in ("lightly", "matplotlib", "sklearn", "timm", "tensorboard"):
+    pytest.importorskip(package, reason='pip install "slr-plugin[lightly]"')
+
+from sklearn.datasets import load_digits
+
+from slr_plugin.queue import KeyQueue
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+recipe = importlib.import_module("lightly_cifar10")
+label_quality = importlib.import_module("label_quality")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::UserWarning:torch")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
+        monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
+        monkeypatch.delenv(name)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    for number, (pixels, target) in enumerate(zip(digits.images[:120], digits.target[:120], strict=True)):
+        place = root / ("test" if number < 60 else "train") / str(target)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).resize((32, 32)).save(place / f"{number}.png")
+    return root
+
+
+def run(folder, output, *options):
+    small = "--backbone resnet9 --width 0.0625 --epochs 3 --linear-epochs 10 --batch-size 16 --queue-size 32 --knn-every 1"
+    fixed = [*small.split(), "--workers", "0", "--accelerator", "cpu", "--data", str(folder), "--output", str(output)]
+    return recipe.main([*fixed, *options])
+
+
+@pytest.mark.parametrize("options", [[], ["--strong"], ["--method", "mocov2"]])
+def test_trains_evaluates_and_draws(options, folder, tmp_path, capsys):
+    results = run(folder, tmp_path / "out", *options)
+    assert f"kNN {results['knn']:.2f} %, linear {results['linear']:.2f} % of 60 test images" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    assert [row["epoch"] for row in results["epochs"]] == [1, 2, 3]
+    masses = [row["same"] + row["other"] for row in results["epochs"]]
+    assert (masses[-1] == pytest.approx(0, abs=1e-3)) == ("mocov2" in options)
+    for name in ("views", "curves", "labels"):
+        with Image.open(tmp_path / "out" / f"{name}.png") as figure:
+            assert min(figure.size) > 50
+    assert list((tmp_path / "out" / "tensorboard").rglob("events.*"))
+
+
+class InterruptionError(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
+    whole = run(folder, tmp_path / "whole")
+    start = recipe.Record.on_train_batch_start
+
+    def interrupt(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (2, 1):
+            raise InterruptionError
+        start(self, trainer, pl_module, batch, batch_idx)
+
+    monkeypatch.setattr(recipe.Record, "on_train_batch_start", interrupt)
+    with pytest.raises(InterruptionError):
+        run(folder, tmp_path / "broken")
+    monkeypatch.undo()
+    resumed = run(folder, tmp_path / "broken", "--resume")
+    assert resumed["epochs"] == whole["epochs"]
+    weights = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "broken")]
+    for name, value in weights[0]["state_dict"].items():
+        assert torch.equal(value, weights[1]["state_dict"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--resume"], "start without --resume"), (["--batch-size", "64"], "60 training images are fewer than")],
+)
+def test_says_what_is_wrong(options, message, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(folder, tmp_path / "out", *options)
+    assert message in capsys.readouterr().err + str(exit_.value)
+
+
+def test_a_finished_run_is_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path)
+    assert "continue it with --resume, or choose another --output" in capsys.readouterr().err
+
+
+def test_queue_classes_keep_step_with_the_queue():
+    classes, queue = label_quality.QueueClasses(5), KeyQueue((5, 1))
+    for batch in ([1, 2], [3, 4], [5, 6], [7, 8, 9, 10, 11, 12], [13]):
+        classes.enqueue(torch.tensor(batch))
+        queue.enqueue(torch.tensor(batch, dtype=torch.float32)[:, None])
+    assert classes.classes.tolist() == queue.bank[:, 0].tolist()
+    assert classes.start == queue.bank_ptr
+
+
+def test_label_mass_with_mocos_keys():
+    labels = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
+    same, other = label_quality.measure_labels(labels, torch.tensor([1, 2]), torch.tensor([1, 3]))
+    assert (same, other) == pytest.approx((15.0, 10.0))
