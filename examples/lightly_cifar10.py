@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ema-momentum", type=float, default=0.99, help="of the momentum network (default: %(default)s)")
     add("--knn-every", type=int, default=5, help="epochs between kNN evaluations (default: %(default)s)")
     add("--limit", type=int, help="use at most so many training images, and so many test images")
-    add("--workers", type=int, default=8, help="processes that load images (default: %(default)s)")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="that load images (default: %(default)s)")
     add("--accelerator", default="auto", help="default: %(default)s")
     add("--precision", default="32-true", help="e.g. 16-mixed on a GPU, bf16-mixed (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -264,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     trainer.fit(model, loader, plain, ckpt_path=args.output / "last.ckpt" if args.resume else None)
 
-    knn = next(row["knn"] for row in reversed(record.epochs) if "knn" in row)
+    trainer.validate(model, plain, verbose=False)  # the last epoch need not have been one with kNN
+    knn = 100 * trainer.callback_metrics["val_knn_top1"].item()
     results = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "knn": knn,

@@ -1,6 +1,8 @@
 """The lightly adapter on the real lightly and the real Trainer."""
 
 import dataclasses
+import doctest
+import importlib
 import json
 import os
 import subprocess
@@ -444,6 +446,13 @@ def test_crops_are_mixed_in_pairs_with_their_own_or_a_shared_mix():
     seen.clear()
     model._mixed_queries(views[:2])
     assert [tuple(map(id, pair)) for pair in seen] == [(id(views[1]), id(views[0]))]
+
+
+@pytest.mark.parametrize("name", ["methods", "module", "transforms"])
+def test_docstrings(name):
+    result = doctest.testmod(importlib.import_module(f"slr_plugin.adapters.lightly.{name}"))
+    assert result.failed == 0
+    assert result.attempted > 0 or name == "module"
 
 
 # --- lightly's script

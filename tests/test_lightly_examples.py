@@ -39,7 +39,8 @@ def folder(tmp_path_factory):
     digits = load_digits()
     for number, (pixels, target) in enumerate(zip(digits.images[:40], digits.target[:40], strict=True)):
         (root / str(target)).mkdir(exist_ok=True)
-        Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).resize((32, 32)).save(root / str(target) / f"{number}.png")
+        image = Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).resize((32, 32))
+        image.save(root / str(target) / f"{number}.png")
     return root
 
 

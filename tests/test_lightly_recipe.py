@@ -47,8 +47,9 @@ def folder(tmp_path_factory):
 
 
 def run(folder, output, *options):
-    small = "--backbone resnet9 --width 0.0625 --epochs 3 --linear-epochs 10 --batch-size 16 --queue-size 32 --knn-every 1"
-    fixed = [*small.split(), "--workers", "0", "--accelerator", "cpu", "--data", str(folder), "--output", str(output)]
+    small = "--backbone resnet9 --width 0.0625 --batch-size 16 --queue-size 32 --accelerator cpu --workers 0"
+    short = "--epochs 3 --linear-epochs 10 --knn-every 1"
+    fixed = [*small.split(), *short.split(), "--data", str(folder), "--output", str(output)]
     return recipe.main([*fixed, *options])
 
 
@@ -64,6 +65,12 @@ def test_trains_evaluates_and_draws(options, folder, tmp_path, capsys):
         with Image.open(tmp_path / "out" / f"{name}.png") as figure:
             assert min(figure.size) > 50
     assert list((tmp_path / "out" / "tensorboard").rglob("events.*"))
+
+
+def test_a_run_shorter_than_the_interval_is_judged_too(folder, tmp_path):
+    results = run(folder, tmp_path, "--knn-every", "5", "--epochs", "1")
+    assert 0 <= results["knn"] <= 100
+    assert "knn" not in results["epochs"][0]
 
 
 class InterruptionError(Exception):

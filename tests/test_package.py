@@ -39,6 +39,15 @@ def test_adapters_belong_to_the_package():
         assert "slr_plugin.adapters" in result.stderr
 
 
+def test_adapters_are_found_in_the_repositorys_root():
+    """Where Python finds the folder slr_plugin before what is installed."""
+    if not (ROOT / "adapters").is_dir():
+        pytest.skip("installed without the repository")
+    without = "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]"
+    result = python(f"import sys; {without}; import slr_plugin.adapters", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
 def test_every_folder_with_modules_is_listed_for_setuptools():
     if not (ROOT / "setup.cfg").is_file():
         pytest.skip("installed without the repository")

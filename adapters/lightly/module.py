@@ -307,11 +307,13 @@ class SANE(LightningModule):
             mixes.append(mix)
         return mixed, mixes
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # lists that grow would be compiled anew at every batch
     def _remember(self, features: Tensor, targets: Tensor, is_first: bool) -> None:
         if is_first:
             self.knn_classifier.reset_storage()
         self.knn_classifier.append_train_features(self.knn_classifier._prepare_features(features), targets)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _vote(self, features: Tensor, targets: Tensor, is_first: bool) -> dict[str, Tensor]:
         """Accuracies of lightly's kNN vote, whose own validation_step would log by itself and limit k to the images."""
         knn = self.knn_classifier
