@@ -1,5 +1,6 @@
 """Run against an installed wheel, away from the repository, with nothing but its dependencies there."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import pathlib
@@ -16,6 +17,13 @@ assert (here / "py.typed").is_file()
 assert importlib.util.find_spec("adapters") is None, "the wheel must not own a top-level package named adapters"
 assert importlib.metadata.version("slr-plugin") == slr_plugin.__version__
 assert not {"lightly", "solo", "torchvision"} & set(sys.modules)
+
+try:
+    importlib.import_module("slr_plugin.adapters.lightly")
+except ImportError as error:
+    assert 'pip install "slr-plugin[lightly]"' in str(error), error
+else:
+    raise AssertionError("this environment should have no lightly")
 
 encoder = torch.nn.Linear(8, 4)
 criterion = slr_plugin.presets.CIFAR10.loss(dim=4, total_steps=10, memory_bank_size=(32, 4))

@@ -124,8 +124,8 @@ def moco_v2_losses(model, criterion, epochs):
                 cosine = (1 + math.cos(math.pi * len(losses) / (steps - 1))) / 2
                 group["lr"] = peak * (0.001 + 0.999 * cosine)
             queries = model.projection_head(model.backbone(query_view))
-            update_momentum(model.backbone, model.key_backbone, m=0.999)
-            update_momentum(model.projection_head, model.key_projection_head, m=0.999)
+            update_momentum(model.backbone, model.key_backbone, m=model.ema_momentum)
+            update_momentum(model.projection_head, model.key_projection_head, m=model.ema_momentum)
             with torch.no_grad():
                 shuffle = torch.randperm(len(key_view))
                 keys = model.key_projection_head(model.key_backbone(key_view[shuffle]))[shuffle.argsort()]

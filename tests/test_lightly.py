@@ -177,7 +177,9 @@ def test_compiled():
 def test_without_confidence_and_mixup_it_is_moco_v2():
     """Step by step against lightly's NTXentLoss and the same momentum network, driven by hand."""
     size = 3 * _lightly.BATCH  # lightly's queue drops keys where a batch does not fit before its end
-    model, reference = (build(mixup=False, confidence=0.0, in_batch_keys=False, queue_size=size) for _ in range(2))
+    model, reference = (
+        build(mixup=False, confidence=0.0, in_batch_keys=False, queue_size=size, ema_momentum=0.5) for _ in range(2)
+    )
     reference.load_state_dict(model.state_dict())
     criterion = NTXentLoss(PRESET.temperature, (size, 128))
     criterion.memory_bank.bank.copy_(model.criterion.memory_bank.bank)

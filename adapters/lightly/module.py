@@ -50,7 +50,7 @@ class SANE(LightningModule):
         knn_k: neighbours; of fewer training images all vote.
         knn_t: temperature of the vote, > 0.
         backbone: images to features (s, d, ...); ``None`` is torchvision's ResNet-50. A final linear layer ``fc`` is
-            taken off.
+            taken off, in place.
         feature_dim: d; ``None`` reads it off ``fc``, or ``num_features`` of a timm model.
         projection_head: features (s, d) to what is contrasted; ``None`` is the paper's three-layer perceptron to 128.
         preset: the paper's settings, ``presets.IMAGENET`` or ``presets.CIFAR10``, or your own
@@ -257,7 +257,8 @@ class SANE(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the random state of this process, if a run is continued by as many processes as began it."""
         states = checkpoint.get(_RANDOM, [])
-        if self._trainer is not None and len(states) == world_size():
+        is_continued = self._trainer is not None and self._trainer.state.fn == "fit"
+        if is_continued and len(states) == world_size():
             self._resumed = states[rank()]
             set_random_state(states[rank()], self._mixing)
 
