@@ -162,6 +162,7 @@ def test_precision(precision):
     assert np.isfinite(losses.values).all()
 
 
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="torch 2.4 fails on this module with NTXentLoss too")
 def test_compiled():
     seed_everything(0)
     plain, compiled = Losses(), Losses()
@@ -479,7 +480,7 @@ def launch(*arguments, **options):
 
 
 SCRIPT = """
-    import argparse, sys
+    import argparse, os
     import neighbour, torch
     from pytorch_lightning import LightningModule, Trainer
 
@@ -493,7 +494,8 @@ SCRIPT = """
             self.weight = torch.nn.Parameter(torch.zeros(()))
 
         def on_fit_start(self):
-            print(f"rank {self.global_rank} of {self.trainer.world_size}:", *METHODS, flush=True)
+            line = f"rank {self.global_rank} of {self.trainer.world_size}: {' '.join(METHODS)}\\n"
+            os.write(1, line.encode())  # whole: print's parts can mix with the other process's
 
         def training_step(self, batch, batch_idx):
             return self.weight * batch
