@@ -96,6 +96,12 @@ def test_warmup_epochs():
     assert losses.values[0] == pytest.approx(max(losses.values) / steps)
 
 
+def test_warmup_epochs_need_epochs():
+    with pytest.raises(ValueError, match="set max_epochs"):
+        train(build(warmup_epochs=1), epochs=-1, max_steps=5)
+    train(build(), epochs=-1, max_steps=5)
+
+
 def test_the_confidence_ends_with_the_run_under_accumulation():
     model = build()
     train(model, epochs=2, accumulate_grad_batches=2)

@@ -229,7 +229,10 @@ class SANE(LightningModule):
             momentum=self.preset.momentum,
             weight_decay=self.preset.weight_decay,
         )
-        warmup = self.warmup_epochs * int(steps) // max(1, self.trainer.max_epochs or 1)
+        epochs = self.trainer.max_epochs or 0
+        if self.warmup_epochs and epochs < 1:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
+        warmup = self.warmup_epochs * int(steps) // max(1, epochs)
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=int(steps))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
