@@ -140,7 +140,7 @@ def moco_v2_losses(model, criterion, epochs):
 def main(folder):
     """Train in two processes, whole and resumed; each writes what it saw."""
     torch.set_num_threads(1)
-    options = {"devices": 2, "strategy": "ddp"}
+    options = {"devices": 2, "strategy": "ddp", "workers": 1}
     whole, resumed = Losses(), Losses()
     seed_everything(0, workers=True)
     model = build()

@@ -430,6 +430,16 @@ def test_a_part_of_a_resnet_is_refused(gone):
         to_detectron2(state)
 
 
+def test_the_refusal_names_all_of_a_few_names_and_three_of_many():
+    state = resnet("resnet18").state_dict()
+    del state["bn1.bias"]
+    with pytest.raises(ValueError, match=r"missing here: bn1\.bias; not theirs: none$"):
+        to_detectron2(state)
+    state.update({f"{letter}.weight": torch.zeros(1) for letter in "vwxyz"})
+    with pytest.raises(ValueError, match=r"not theirs: v\.weight, w\.weight, x\.weight and 2 more$"):
+        to_detectron2(state)
+
+
 @pytest.mark.parametrize("kwargs", [{"width_per_group": 128}, {"groups": 32, "width_per_group": 4}])
 def test_wide_and_grouped_resnets_have_the_same_names(kwargs):
     arrays = to_detectron2(resnet("resnet50", **kwargs).state_dict())

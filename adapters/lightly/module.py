@@ -237,20 +237,31 @@ class SANE(LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def on_fit_start(self) -> None:
-        """Seed the mixing: by the global seed and the process, or as it was when the checkpoint was saved."""
+        """Seed the mixing, by the global seed and the process."""
         self._mixing.manual_seed((torch.initial_seed() + 1 + rank()) % 2**63)
-        if self._resumed is not None:
-            self._mixing.set_state(self._resumed["generators"][0].cpu())
-            self._resumed = None
+
+    def on_train_start(self) -> None:
+        """Restore the random state of a run that is continued, and begin its first epoch by it."""
+        if self._resumed is None:
+            return
+        # To count the steps, Lightning made this epoch's iterator before it knew which: its workers load other images.
+        for loader in self._train_loaders():
+            if hasattr(loader.sampler, "set_epoch"):
+                loader.sampler.set_epoch(self.trainer.current_epoch)
+            loader._iterator = None
+        set_random_state(self._resumed, self._mixing)
+        self._resumed = None
+        fetcher = self.trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        iter(fetcher)
 
     def on_train_epoch_start(self) -> None:
         """Restart persistent workers, if reproducible workers were asked for."""
         if os.environ.get("PL_SEED_WORKERS") != "1":
             return
         # They would go on with random states that no checkpoint can hold; new ones are seeded from this process's.
-        loaders = self.trainer.train_dataloader
-        for loader in loaders if isinstance(loaders, Sequence) else [loaders]:
-            if isinstance(loader, DataLoader) and self.trainer.current_epoch > 0:
+        for loader in self._train_loaders():
+            if self.trainer.current_epoch > 0:
                 loader._iterator = None  # what a DataLoader without persistent workers has
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -258,12 +269,16 @@ class SANE(LightningModule):
         checkpoint[_RANDOM] = gather_random_states(self._mixing)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the random state of this process, if a run is continued by as many processes as began it."""
+        """Keep the random state of this process, if a run is continued by as many processes as began it."""
         states = checkpoint.get(_RANDOM, [])
         is_continued = self._trainer is not None and self._trainer.state.fn == "fit"
         if is_continued and len(states) == world_size():
             self._resumed = states[rank()]
-            set_random_state(states[rank()], self._mixing)
+
+    def _train_loaders(self) -> list[DataLoader[Any]]:
+        loaders = self.trainer.train_dataloader
+        loaders = loaders if isinstance(loaders, Sequence) else [loaders]
+        return [loader for loader in loaders if isinstance(loader, DataLoader)]
 
     def _checked(self, batch: Sequence[Any], batch_idx: int) -> tuple[Views, Tensor]:
         """Views and targets, or an error that says what the data set should do."""
