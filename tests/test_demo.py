@@ -19,12 +19,7 @@ images = importlib.import_module("images")
 SHORT = ["--epochs", "1", "--batch-size", "16"]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

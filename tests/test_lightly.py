@@ -37,15 +37,11 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _isolated(one_thread, monkeypatch, tmp_path):
     for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
         monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batch(count=2, size=8, side=16):

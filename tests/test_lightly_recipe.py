@@ -25,14 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning",
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _isolated(one_thread, monkeypatch):
     for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
         monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
         monkeypatch.delenv(name)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

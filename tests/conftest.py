@@ -1,0 +1,13 @@
+"""What several test modules share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors: a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
