@@ -1,0 +1,1 @@
+"""Configurations for solo-learn's main_pretrain.py; Hydra's pkg:// finds them here."""

@@ -1,0 +1,248 @@
+"""SANE as a method of solo-learn, beside its MoCoV2Plus."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from solo.methods.base import BaseMomentumMethod
+from solo.utils.misc import omegaconf_select
+from solo.utils.momentum import initialize_momentum_params
+from torch import Tensor, nn
+
+from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
+from slr_plugin._checks import check_flag, check_integer
+from slr_plugin.distributed import rank
+from slr_plugin.presets import CIFAR10, IMAGENET
+
+
+class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
+    r"""MoCo v2+ with refined labels and momentum mixup, symmetric over the two large crops.
+
+    .. math:: L = \tfrac12 \sum_{v \in \{0, 1\}} L^{(9)}(f(x_v), g(x_{1-v}), f(x'_v))
+
+    Each large crop is the query once and the key once; either direction has its own queue and its own
+    :class:`slr_plugin.SLRLoss`, equation (9). What is mixed, theta x query + (1 - theta) x another image's positive:
+
+    - two large crops alone: each with the other;
+    - small crops, if there are any, in place of the large ones: each with the large crop that is its direction's
+      positive, resized. They serve the two directions in turn. A small crop of full size is written
+      ``crop_size: [224]``: solo-learn then does not count it as a large one, of which it allows two;
+    - ``strong_crops: true``: small crops are the positives that are mixed in, the large ones, resized, the queries. So
+      strong augmentation never reaches the keys or the labels.
+
+    Settings, ``method_kwargs`` (defaults: the paper's, of ``presets.CIFAR10`` for CIFAR and ``presets.IMAGENET`` else):
+
+    - ``proj_hidden_dim``, ``proj_output_dim``: of the projector, 2048 and 256 by default; two layers, as mocov2plus;
+    - ``temperature``, ``queue_size``: tau and the length of either queue, for any batch size;
+    - ``sharpening``: tau' in (0, 1];
+    - ``confidence``: ``[m1, m2]``, mu grows from m1 to m2 over the run; a number is constant, 0 means one-hot labels;
+    - ``refined_weight``: lambda in [0, 1];
+    - ``kappa``: > 0, theta ~ Beta(kappa, kappa); null: nothing is mixed, labels are refined all the same;
+    - ``strong_crops``: see above, false by default;
+    - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
+      crops. With ``confidence: 0`` the loss is then mocov2plus's.
+
+    Raises:
+        ValueError: a setting is out of range, is misspelt, or contradicts another.
+        TypeError: a setting is of the wrong type.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        settings = cfg.method_kwargs
+        self._check(settings)
+        self.confidence = _start_and_end(settings.confidence)
+        self.strong_crops: bool = settings.strong_crops
+
+        self.projector = self._new_projector(settings)
+        self.momentum_projector = self._new_projector(settings)
+        initialize_momentum_params(self.projector, self.momentum_projector)
+        # By view of the query. No submodule may be called backbone or encoder: main_linear.py renames by these words.
+        self.criteria = nn.ModuleList(
+            SLRLoss(
+                settings.temperature,
+                (settings.queue_size, settings.proj_output_dim),
+                gather_distributed=True,
+                sharpening=settings.sharpening,
+                confidence=self.confidence[0],
+                refined_weight=settings.refined_weight,
+                in_batch_keys=settings.in_batch_keys,
+            )
+            for _ in range(2)
+        )
+        # Its own generator, as Lightning seeds all processes alike: they would all mix alike.
+        self._mixing = torch.Generator()
+        self.mixup = None if settings.kappa is None else MomentumMixup(settings.kappa, generator=self._mixing)
+
+    @staticmethod
+    def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
+        """Add the defaults of ``method_kwargs`` to ``cfg``, in place, and return it."""
+        cfg = super(SANE, SANE).add_and_assert_specific_cfg(cfg)
+        preset = CIFAR10 if cfg.data.dataset in ("cifar10", "cifar100") else IMAGENET
+        defaults = {
+            "proj_hidden_dim": 2048,
+            "proj_output_dim": 256,
+            "temperature": preset.temperature,
+            "queue_size": preset.queue_size,
+            "sharpening": preset.sharpening,
+            "confidence": list(preset.confidence),
+            "refined_weight": preset.refined_weight,
+            "kappa": preset.kappa,
+            "strong_crops": False,
+            "in_batch_keys": True,
+        }
+        for name in cfg.method_kwargs:
+            # solo-learn ignores what it does not know, and so do we, but not what is a misspelling of ours.
+            meant = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.8)
+            if name not in defaults and meant:
+                raise ValueError(f"method_kwargs.{name} is unknown; did you mean method_kwargs.{meant[0]}?")
+        for name, default in defaults.items():
+            cfg.method_kwargs[name] = omegaconf_select(cfg, f"method_kwargs.{name}", default)
+        return cfg
+
+    @property
+    def learnable_params(self) -> list[dict[str, Any]]:
+        """The parent's and the projector's."""
+        extra = [{"name": "projector", "params": self.projector.parameters()}]
+        return super().learnable_params + extra  # type: ignore[no-any-return]
+
+    @property
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The parent's and the projectors."""
+        return super().momentum_pairs + [(self.projector, self.momentum_projector)]  # type: ignore[no-any-return]
+
+    def forward(self, X: Tensor) -> dict[str, Tensor]:  # noqa: N803  # solo-learn's name
+        """The parent's outputs and ``z`` (s, proj_output_dim), of unit length."""
+        return self._with_projection(super().forward(X), self.projector)
+
+    def multicrop_forward(self, X: Tensor) -> dict[str, Tensor]:  # noqa: N803
+        """As :meth:`forward`, without the online classifier."""
+        return self._with_projection(super().multicrop_forward(X), self.projector)
+
+    @torch.no_grad()
+    def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:  # noqa: N803
+        """As :meth:`forward`, by the momentum network."""
+        return self._with_projection(super().momentum_forward(X), self.momentum_projector)
+
+    def on_train_start(self) -> None:
+        """Seed the mixing: by the global seed, the process, and where a resumed run goes on."""
+        super().on_train_start()
+        seed = np.random.SeedSequence([torch.initial_seed(), rank(), self.trainer.global_step])
+        self._mixing.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
+        """Equation (9) in both directions, plus the loss of the online classifier where there are classes.
+
+        Args:
+            batch: ``[indexes, [X_1, ..., X_n], targets]``, the two large crops first.
+            batch_idx: unused.
+        """
+        indexes, views, targets = batch
+        mixed = self._mixed(views)
+        if self.multicrop:  # the base class encodes small crops by multicrop_forward: it gets the mixed ones
+            views = [*views[: self.num_large_crops], *(images for images, _ in mixed)]
+        out = super().training_step([indexes, views, targets], batch_idx)
+        queries, positives = out["z"][: self.num_large_crops], out["momentum_z"]
+        crops = out["z"][self.num_large_crops :] or [self.multicrop_forward(images)["z"] for images, _ in mixed]
+        mixes = [mix for _, mix in mixed]
+
+        confidence = self._confidence_now()
+        losses = []
+        for view, criterion in enumerate(self.criteria):
+            criterion.confidence = confidence
+            losses.append(criterion(queries[view], positives[1 - view], crops[view::2], mixes[view::2]))
+        loss = torch.stack(losses).mean()
+        self.log("train_slr_loss", loss, on_epoch=True, sync_dist=True)
+        self.log_dict({f"train_slr_{name}": value for name, value in self._stats().items()})
+
+        # Without any class its mean is 0 / 0 = NaN. Its gradient is 0 all the same, which DDP waits for.
+        has_classes = (targets != -1).any()
+        class_loss = torch.where(has_classes, out["loss"], torch.zeros_like(out["loss"]))
+        total: Tensor = loss + class_loss
+        return total
+
+    def _check(self, settings: DictConfig) -> None:
+        """What the parts that are built from the settings do not check themselves."""
+        for name in ("proj_hidden_dim", "proj_output_dim", "queue_size"):
+            check_integer(f"method_kwargs.{name}", settings[name], low=1)
+        for name in ("strong_crops", "in_batch_keys"):
+            check_flag(f"method_kwargs.{name}", settings[name])
+        if settings.strong_crops and not self.multicrop:
+            raise ValueError(
+                "method_kwargs.strong_crops=True needs augmentation pipelines after the first, of another crop_size; for "
+                "one of full size write it as a list, crop_size: [224]"
+            )
+        if self.num_small_crops == 1:
+            raise ValueError(
+                "one small crop would serve one of the two directions only: set num_crops of its pipeline to 2"
+            )
+        if not settings.in_batch_keys and (settings.kappa is not None or self.multicrop):
+            raise ValueError(
+                "method_kwargs.in_batch_keys=False leaves mixed queries without keys for their labels: add kappa=null, "
+                "and no small crops"
+            )
+
+    def _new_projector(self, settings: DictConfig) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(self.features_dim, settings.proj_hidden_dim),
+            nn.ReLU(),
+            nn.Linear(settings.proj_hidden_dim, settings.proj_output_dim),
+        )
+
+    def _with_projection(self, out: dict[str, Tensor], projector: nn.Module) -> dict[str, Tensor]:
+        return out | {"z": F.normalize(projector(out["feats"]), dim=-1)}
+
+    def _confidence_now(self) -> float:
+        start, end = self.confidence
+        if start == end:
+            return start
+        steps = self.trainer.estimated_stepping_batches
+        if not steps < float("inf"):
+            raise ValueError("the confidence grows to the end of the run, which has none: set max_epochs or max_steps")
+        return CosineConfidence(start, end, total_steps=max(1, int(steps)))(int(self.trainer.global_step))
+
+    def _mixed(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Mix]]:
+        """Mixed images, and how they were mixed; those of even place are for queries of view 0, the others of view 1."""
+        large, small = views[: self.num_large_crops], views[self.num_large_crops :]
+        if self.mixup is None:
+            return [(crop, _unmixed(crop)) for crop in small]
+        if not small:
+            return [self.mixup(large[0], large[1]), self.mixup(large[1], large[0])]
+        mixed = []
+        for place, crop in enumerate(small):
+            query, positive = large[place % 2], large[1 - place % 2]
+            if self.strong_crops:
+                mixed.append(self.mixup(_resized(query, crop), crop))
+            else:
+                mixed.append(self.mixup(crop, _resized(positive, crop)))
+        return mixed
+
+    def _stats(self) -> dict[str, Tensor]:
+        first, second = (criterion.stats for criterion in self.criteria)
+        return {name: (first[name] + second[name]) / 2 for name in first}
+
+
+def _unmixed(crop: Tensor) -> Mix:
+    size = len(crop)
+    return Mix(torch.ones(size, device=crop.device), torch.arange(size, device=crop.device))
+
+
+def _resized(images: Tensor, like: Tensor) -> Tensor:
+    if images.shape == like.shape:
+        return images
+    return F.interpolate(images, like.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+
+
+def _start_and_end(confidence: Any) -> tuple[float, float]:
+    """The confidence as (m1, m2), of a number or a pair."""
+    pair = list(confidence) if isinstance(confidence, Sequence) and not isinstance(confidence, str) else [confidence] * 2
+    if len(pair) != 2:
+        raise ValueError(f"method_kwargs.confidence must be [m1, m2] or a number, got {confidence}")
+    CosineConfidence(*pair, total_steps=1)  # raises where they are out of range
+    return pair[0], pair[1]

@@ -1,0 +1,74 @@
+"""How solo-learn learns of the method."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+CLONE = "git clone https://github.com/vturrisi/solo-learn"
+
+
+def require_solo_learn() -> None:
+    """Raise ImportError, saying what to do, unless solo-learn's main branch can be imported."""
+    if find_spec("solo") is None:
+        raise ImportError(
+            f"solo-learn is not importable: get it with {CLONE}, then run its scripts, or add the clone to PYTHONPATH",
+            name="solo",
+        )
+    try:
+        importlib.import_module("solo.methods")
+        importlib.import_module("solo.utils.misc").omegaconf_select  # noqa: B018  # PyPI's release has no such function
+    except (ImportError, AttributeError) as error:
+        missing = getattr(error, "name", None)
+        if _is_pypi_release():
+            raise ImportError(
+                "the solo-learn installed here is PyPI's release of 2021, which today's Lightning cannot load: "
+                f"pip uninstall solo-learn, then {CLONE} and run its scripts",
+                name="solo",
+            ) from error
+        if missing and find_spec(missing.partition(".")[0]) is None:
+            raise ImportError(
+                f'solo-learn needs {missing}, which is not installed: pip install "slr-plugin[solo]"', name=missing
+            ) from error
+        raise
+
+
+def register() -> None:
+    """Add ``sane`` to ``solo.methods.METHODS``; calling it again changes nothing.
+
+    Raises:
+        ImportError: solo-learn is not importable, or is PyPI's release of 2021; the message says what to do.
+    """
+    require_solo_learn()
+    from solo.methods import METHODS
+
+    from slr_plugin.adapters.solo_learn.method import SANE
+
+    METHODS["sane"] = SANE
+
+
+class RegisterSANE(Callback):
+    """Registers the method before solo-learn's script looks for it, in the processes that DDP starts too.
+
+    In a configuration::
+
+        hydra:
+          callbacks:
+            slr:
+              _target_: slr_plugin.adapters.solo_learn.RegisterSANE
+    """
+
+    def on_job_start(self, config: Any, **kwargs: Any) -> None:
+        """Called by Hydra before the script's main function."""
+        register()
+
+
+def _is_pypi_release() -> bool:
+    try:
+        return metadata.version("solo-learn") < "1.0.3"
+    except metadata.PackageNotFoundError:
+        return False
