@@ -1,7 +1,7 @@
 """Run a script of a solo-learn clone, unmodified, with the method "sane" in it, or copy the configurations.
 
-    python -m slr_plugin.adapters.solo_learn SCRIPT.py [the script's own arguments]
-    python -m slr_plugin.adapters.solo_learn --write-configs DIR
+python -m slr_plugin.adapters.solo_learn SCRIPT.py [the script's own arguments]
+python -m slr_plugin.adapters.solo_learn --write-configs DIR
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def run(path: Path, arguments: Sequence[str]) -> None:
     script a ``__main__`` of its own, as runpy gives it, they would run the script without the method.
     """
     if not path.is_file():
-        raise SystemExit(f"there is no script {path}; get solo-learn's with: {CLONE}, and pass solo-learn/main_pretrain.py")
+        raise SystemExit(
+            f"there is no script {path}; get solo-learn's with: {CLONE}, and pass solo-learn/main_pretrain.py"
+        )
     path = path.resolve()
     os.environ[_SCRIPT] = str(path)
     sys.path.insert(0, str(path.parent))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from solo.methods.base import BaseMomentumMethod
-from solo.utils.misc import omegaconf_select
 from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
 
-from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
-from slr_plugin._checks import check_flag, check_integer
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
+from slr_plugin.adapters.solo_learn.settings import add_defaults, check, start_and_end
+from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 from slr_plugin.distributed import rank
-from slr_plugin.presets import CIFAR10, IMAGENET
 
 
 class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
@@ -56,8 +54,8 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         settings = cfg.method_kwargs
-        self._check(settings)
-        self.confidence = _start_and_end(settings.confidence)
+        check(settings, self.num_small_crops)
+        self.confidence = start_and_end(settings.confidence)
         self.strong_crops: bool = settings.strong_crops
 
         self.projector = self._new_projector(settings)
@@ -84,26 +82,7 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Add the defaults of ``method_kwargs`` to ``cfg``, in place, and return it."""
         cfg = super(SANE, SANE).add_and_assert_specific_cfg(cfg)
-        preset = CIFAR10 if cfg.data.dataset in ("cifar10", "cifar100") else IMAGENET
-        defaults = {
-            "proj_hidden_dim": 2048,
-            "proj_output_dim": 256,
-            "temperature": preset.temperature,
-            "queue_size": preset.queue_size,
-            "sharpening": preset.sharpening,
-            "confidence": list(preset.confidence),
-            "refined_weight": preset.refined_weight,
-            "kappa": preset.kappa,
-            "strong_crops": False,
-            "in_batch_keys": True,
-        }
-        for name in cfg.method_kwargs:
-            # solo-learn ignores what it does not know, and so do we, but not what is a misspelling of ours.
-            meant = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.8)
-            if name not in defaults and meant:
-                raise ValueError(f"method_kwargs.{name} is unknown; did you mean method_kwargs.{meant[0]}?")
-        for name, default in defaults.items():
-            cfg.method_kwargs[name] = omegaconf_select(cfg, f"method_kwargs.{name}", default)
+        add_defaults(cfg.method_kwargs, cfg.data.dataset)
         return cfg
 
     @property
@@ -144,20 +123,19 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
             batch_idx: unused.
         """
         indexes, views, targets = batch
-        mixed = self._mixed(views)
-        if self.multicrop:  # the base class encodes small crops by multicrop_forward: it gets the mixed ones
-            views = [*views[: self.num_large_crops], *(images for images, _ in mixed)]
-        out = super().training_step([indexes, views, targets], batch_idx)
-        queries, positives = out["z"][: self.num_large_crops], out["momentum_z"]
-        crops = out["z"][self.num_large_crops :] or [self.multicrop_forward(images)["z"] for images, _ in mixed]
-        mixes = [mix for _, mix in mixed]
+        large, small = views[: self.num_large_crops], views[self.num_large_crops :]
+        mixed = mix_views(large, small, self.mixup, self.strong_crops)
+        images, mixes = [image for image, _ in mixed], [mix for _, mix in mixed]
+        # What is given as small crops the base class encodes by multicrop_forward.
+        out = super().training_step([indexes, [*large, *(images if small else [])], targets], batch_idx)
+        queries, projections = out["z"][: self.num_large_crops], out["z"][self.num_large_crops :]
+        if not small:
+            projections = [self.multicrop_forward(image)["z"] for image in images]
 
         confidence = self._confidence_now()
-        losses = []
-        for view, criterion in enumerate(self.criteria):
+        for criterion in self.criteria:
             criterion.confidence = confidence
-            losses.append(criterion(queries[view], positives[1 - view], crops[view::2], mixes[view::2]))
-        loss = torch.stack(losses).mean()
+        loss = symmetric_loss(self.criteria, queries, out["momentum_z"], projections, mixes)
         self.log("train_slr_loss", loss, on_epoch=True, sync_dist=True)
         self.log_dict({f"train_slr_{name}": value for name, value in self._stats().items()})
 
@@ -166,27 +144,6 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         class_loss = torch.where(has_classes, out["loss"], torch.zeros_like(out["loss"]))
         total: Tensor = loss + class_loss
         return total
-
-    def _check(self, settings: DictConfig) -> None:
-        """What the parts that are built from the settings do not check themselves."""
-        for name in ("proj_hidden_dim", "proj_output_dim", "queue_size"):
-            check_integer(f"method_kwargs.{name}", settings[name], low=1)
-        for name in ("strong_crops", "in_batch_keys"):
-            check_flag(f"method_kwargs.{name}", settings[name])
-        if settings.strong_crops and not self.multicrop:
-            raise ValueError(
-                "method_kwargs.strong_crops=True needs augmentation pipelines after the first, of another crop_size; for "
-                "one of full size write it as a list, crop_size: [224]"
-            )
-        if self.num_small_crops == 1:
-            raise ValueError(
-                "one small crop would serve one of the two directions only: set num_crops of its pipeline to 2"
-            )
-        if not settings.in_batch_keys and (settings.kappa is not None or self.multicrop):
-            raise ValueError(
-                "method_kwargs.in_batch_keys=False leaves mixed queries without keys for their labels: add kappa=null, "
-                "and no small crops"
-            )
 
     def _new_projector(self, settings: DictConfig) -> nn.Sequential:
         return nn.Sequential(
@@ -207,42 +164,6 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
             raise ValueError("the confidence grows to the end of the run, which has none: set max_epochs or max_steps")
         return CosineConfidence(start, end, total_steps=max(1, int(steps)))(int(self.trainer.global_step))
 
-    def _mixed(self, views: Sequence[Tensor]) -> list[tuple[Tensor, Mix]]:
-        """Mixed images, and how they were mixed; those of even place are for queries of view 0, the others of view 1."""
-        large, small = views[: self.num_large_crops], views[self.num_large_crops :]
-        if self.mixup is None:
-            return [(crop, _unmixed(crop)) for crop in small]
-        if not small:
-            return [self.mixup(large[0], large[1]), self.mixup(large[1], large[0])]
-        mixed = []
-        for place, crop in enumerate(small):
-            query, positive = large[place % 2], large[1 - place % 2]
-            if self.strong_crops:
-                mixed.append(self.mixup(_resized(query, crop), crop))
-            else:
-                mixed.append(self.mixup(crop, _resized(positive, crop)))
-        return mixed
-
     def _stats(self) -> dict[str, Tensor]:
         first, second = (criterion.stats for criterion in self.criteria)
         return {name: (first[name] + second[name]) / 2 for name in first}
-
-
-def _unmixed(crop: Tensor) -> Mix:
-    size = len(crop)
-    return Mix(torch.ones(size, device=crop.device), torch.arange(size, device=crop.device))
-
-
-def _resized(images: Tensor, like: Tensor) -> Tensor:
-    if images.shape == like.shape:
-        return images
-    return F.interpolate(images, like.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
-
-
-def _start_and_end(confidence: Any) -> tuple[float, float]:
-    """The confidence as (m1, m2), of a number or a pair."""
-    pair = list(confidence) if isinstance(confidence, Sequence) and not isinstance(confidence, str) else [confidence] * 2
-    if len(pair) != 2:
-        raise ValueError(f"method_kwargs.confidence must be [m1, m2] or a number, got {confidence}")
-    CosineConfidence(*pair, total_steps=1)  # raises where they are out of range
-    return pair[0], pair[1]

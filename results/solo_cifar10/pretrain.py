@@ -19,9 +19,9 @@ from torchvision import transforms
 
 sys.path.insert(0, os.environ["SOLO_LEARN_DIR"])
 
-from main_pretrain import main  # noqa: E402
-from solo.data import classification_dataloader  # noqa: E402
-from solo.methods.base import BaseMethod  # noqa: E402
+from main_pretrain import main
+from solo.data import classification_dataloader
+from solo.methods.base import BaseMethod
 
 
 def small_resnet9(method: str, **kwargs: Any) -> nn.Module:

@@ -1,0 +1,71 @@
+"""``method_kwargs`` of solo-learn's configuration: defaults and checks."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from slr_plugin._checks import check_flag, check_integer, check_number
+from slr_plugin.presets import CIFAR10, IMAGENET
+
+
+def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
+    """Add what is not set, in place: the paper's values, for CIFAR or for ImageNet, and mocov2plus's projector.
+
+    Raises:
+        ValueError: a name that is nearly one of ours. Others are ignored, as everywhere in solo-learn.
+    """
+    preset = CIFAR10 if dataset in ("cifar10", "cifar100") else IMAGENET
+    defaults = {
+        "proj_hidden_dim": 2048,
+        "proj_output_dim": 256,
+        "temperature": preset.temperature,
+        "queue_size": preset.queue_size,
+        "sharpening": preset.sharpening,
+        "confidence": list(preset.confidence),
+        "refined_weight": preset.refined_weight,
+        "kappa": preset.kappa,
+        "strong_crops": False,
+        "in_batch_keys": True,
+    }
+    for name in settings:
+        meant = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.8)
+        if name not in defaults and meant:
+            raise ValueError(f"method_kwargs.{name} is unknown; did you mean method_kwargs.{meant[0]}?")
+    for name, default in defaults.items():
+        if name not in settings:
+            settings[name] = default
+        elif settings[name] == "None":  # solo-learn's other way to write null
+            settings[name] = None
+
+
+def check(settings: MutableMapping[str, Any], num_small_crops: int) -> None:
+    """Raise ValueError or TypeError, naming the setting, where SLRLoss and MomentumMixup would not, or by other names."""
+    for name in ("proj_hidden_dim", "proj_output_dim", "queue_size"):
+        check_integer(f"method_kwargs.{name}", settings[name], low=1)
+    for name in ("strong_crops", "in_batch_keys"):
+        check_flag(f"method_kwargs.{name}", settings[name])
+    start_and_end(settings["confidence"])
+    if settings["strong_crops"] and not num_small_crops:
+        raise ValueError(
+            "method_kwargs.strong_crops=True needs augmentation pipelines after the first, of another crop_size; for one "
+            "of full size write it as a list, crop_size: [224]"
+        )
+    if num_small_crops == 1:
+        raise ValueError("one small crop would serve one of the two directions only: set its pipeline's num_crops to 2")
+    if not settings["in_batch_keys"] and (settings["kappa"] is not None or num_small_crops):
+        raise ValueError(
+            "method_kwargs.in_batch_keys=False leaves mixed queries without keys for their labels: add kappa: null, and "
+            "no small crops"
+        )
+
+
+def start_and_end(confidence: Any) -> tuple[float, float]:
+    """The confidence as (m1, m2), of that or of one number."""
+    pair = confidence if isinstance(confidence, Sequence) and not isinstance(confidence, str) else [confidence] * 2
+    if len(pair) != 2:
+        raise ValueError(f"method_kwargs.confidence must be [m1, m2] or a number, got {confidence}")
+    for value in pair:
+        check_number("method_kwargs.confidence", value, low=0.0)
+    return pair[0], pair[1]

@@ -1,0 +1,72 @@
+"""Equation (9) in both directions: each of two large crops is the query once and the key once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slr_plugin import Mix, MomentumMixup, SLRLoss
+
+
+def mix_views(
+    large: Sequence[Tensor], small: Sequence[Tensor], mixup: MomentumMixup | None, strong: bool
+) -> list[tuple[Tensor, Mix]]:
+    """What the trained network sees besides the two large crops, and how it was mixed.
+
+    Args:
+        large: two batches of images (s, channels, side, side); in direction v ``large[v]`` are the queries,
+            ``large[1 - v]`` the positives.
+        small: further crops of the same images, of any sizes. If there are some, they are mixed in place of the large
+            ones, with a large one resized.
+        mixup: None leaves the small crops as they are.
+        strong: small crops are positives, mixed into the large queries. Otherwise they are queries.
+
+    Returns:
+        Mixed images of direction 0, of direction 1, of direction 0, ...
+    """
+    if mixup is None:
+        return [(crop, _unmixed(crop)) for crop in small]
+    if not small:
+        return [mixup(large[0], large[1]), mixup(large[1], large[0])]
+    mixed = []
+    for place, crop in enumerate(small):
+        query, positive = large[place % 2], large[1 - place % 2]
+        mixed.append(mixup(_resized(query, crop), crop) if strong else mixup(crop, _resized(positive, crop)))
+    return mixed
+
+
+def symmetric_loss(
+    criteria: Iterable[SLRLoss],
+    queries: Sequence[Tensor],
+    positives: Sequence[Tensor],
+    mixed: Sequence[Tensor],
+    mixes: Sequence[Mix],
+) -> Tensor:
+    """The mean of both directions' losses; either queue takes its direction's positives.
+
+    Args:
+        criteria: one per direction.
+        queries: (s, d) features of the two large crops by the trained network.
+        positives: (s, d) features of the two large crops by the momentum network.
+        mixed: (s, d) features of what :func:`mix_views` returned, in its order.
+        mixes: and how it was mixed.
+    """
+    losses = [
+        criterion(queries[view], positives[1 - view], mixed[view::2], mixes[view::2])
+        for view, criterion in enumerate(criteria)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _unmixed(crop: Tensor) -> Mix:
+    size = len(crop)
+    return Mix(torch.ones(size, device=crop.device), torch.arange(size, device=crop.device))
+
+
+def _resized(images: Tensor, like: Tensor) -> Tensor:
+    if images.shape == like.shape:
+        return images
+    return F.interpolate(images, like.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
