@@ -4,8 +4,8 @@ Two ways in. A configuration that names the callback, as those in ``configs`` do
 
     python main_pretrain.py --config-path pkg://slr_plugin.adapters.solo_learn.configs --config-name sane-cifar10
 
-and ``python -m slr_plugin.adapters.solo_learn SCRIPT.py ...`` runs any script with the method in it. Importing this does
-not need solo-learn, which is a clone of scripts, no package to install; using :class:`SANE` does.
+and ``python -m slr_plugin.adapters.solo_learn SCRIPT.py ...`` runs any script with the method in it. To import this,
+solo-learn itself is not needed, which is a clone of scripts, no package to install; to use :class:`SANE` it is.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     @property
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """The parent's and the projectors."""
-        return super().momentum_pairs + [(self.projector, self.momentum_projector)]  # type: ignore[no-any-return]
+        return [*super().momentum_pairs, (self.projector, self.momentum_projector)]
 
     def forward(self, X: Tensor) -> dict[str, Tensor]:  # noqa: N803  # solo-learn's name
         """The parent's outputs and ``z`` (s, proj_output_dim), of unit length."""
@@ -133,11 +133,13 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
             projections = [self.multicrop_forward(image)["z"] for image in images]
 
         confidence = self._confidence_now()
-        for criterion in self.criteria:
+        criteria = cast("list[SLRLoss]", list(self.criteria))
+        for criterion in criteria:
             criterion.confidence = confidence
-        loss = symmetric_loss(self.criteria, queries, out["momentum_z"], projections, mixes)
+        loss = symmetric_loss(criteria, queries, out["momentum_z"], projections, mixes)
         self.log("train_slr_loss", loss, on_epoch=True, sync_dist=True)
-        self.log_dict({f"train_slr_{name}": value for name, value in self._stats().items()})
+        first, second = (criterion.stats for criterion in criteria)
+        self.log_dict({f"train_slr_{name}": (first[name] + second[name]) / 2 for name in first})
 
         # Without any class its mean is 0 / 0 = NaN. Its gradient is 0 all the same, which DDP waits for.
         has_classes = (targets != -1).any()
@@ -163,7 +165,3 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         if not steps < float("inf"):
             raise ValueError("the confidence grows to the end of the run, which has none: set max_epochs or max_steps")
         return CosineConfidence(start, end, total_steps=max(1, int(steps)))(int(self.trainer.global_step))
-
-    def _stats(self) -> dict[str, Tensor]:
-        first, second = (criterion.stats for criterion in self.criteria)
-        return {name: (first[name] + second[name]) / 2 for name in first}

@@ -41,7 +41,7 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
 
 
 def check(settings: MutableMapping[str, Any], num_small_crops: int) -> None:
-    """Raise ValueError or TypeError, naming the setting, where SLRLoss and MomentumMixup would not, or by other names."""
+    """Raise ValueError or TypeError, naming the setting, where SLRLoss would not, or by another name."""
     for name in ("proj_hidden_dim", "proj_output_dim", "queue_size"):
         check_integer(f"method_kwargs.{name}", settings[name], low=1)
     for name in ("strong_crops", "in_batch_keys"):
@@ -49,15 +49,15 @@ def check(settings: MutableMapping[str, Any], num_small_crops: int) -> None:
     start_and_end(settings["confidence"])
     if settings["strong_crops"] and not num_small_crops:
         raise ValueError(
-            "method_kwargs.strong_crops=True needs augmentation pipelines after the first, of another crop_size; for one "
-            "of full size write it as a list, crop_size: [224]"
+            "method_kwargs.strong_crops=True needs augmentation pipelines after the first, of another crop_size; "
+            "for one of full size write it as a list, crop_size: [224]"
         )
     if num_small_crops == 1:
         raise ValueError("one small crop would serve one of the two directions only: set its pipeline's num_crops to 2")
     if not settings["in_batch_keys"] and (settings["kappa"] is not None or num_small_crops):
         raise ValueError(
-            "method_kwargs.in_batch_keys=False leaves mixed queries without keys for their labels: add kappa: null, and "
-            "no small crops"
+            "method_kwargs.in_batch_keys=False leaves mixed queries without keys for their labels: add kappa: null, "
+            "and no small crops"
         )
 
 

@@ -1,7 +1,7 @@
 """solo-learn's own main_pretrain.py at the scale of a CPU: a small encoder, images judged at 32 x 32 pixels.
 
-Everything else (methods, losses, schedules, augmentation, evaluation) is solo-learn's. Run it in run.sh's way, with a clone of
-solo-learn named by SOLO_LEARN_DIR.
+Everything else (methods, losses, schedules, augmentation, evaluation) is solo-learn's. See run.sh for its use, with a
+clone of solo-learn named by SOLO_LEARN_DIR.
 """
 
 import json
