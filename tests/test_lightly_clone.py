@@ -13,11 +13,10 @@ import torch
 if "LIGHTLY_DIR" not in os.environ:
     pytest.skip("set LIGHTLY_DIR to a clone of github.com/lightly-ai/lightly", allow_module_level=True)
 
+from _digits import write_digits
 from _lightly import Losses, trainer
 from lightly.transforms import MoCoV2Transform
-from PIL import Image
 from pytorch_lightning import seed_everything
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
@@ -31,13 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.fixture
 def folder(tmp_path):
     """Two scans of every digit to train on, one to be judged."""
-    digits = load_digits()
-    for number, (pixels, target) in enumerate(zip(digits.images[:30], digits.target[:30], strict=True)):
-        place = tmp_path / ("val" if number < 10 else "train") / str(target)
-        place.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).convert("RGB")
-        image.resize((256, 256)).save(place / f"{number}.png")
-    return tmp_path
+    return write_digits(tmp_path, size=256, val=range(10), train=range(10, 30))
 
 
 def test_without_confidence_and_mixup_its_loss_is_that_of_lightlys_moco_v2(folder, monkeypatch):

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 for package in ("lightly", "pytorch_lightning", "sklearn"):
     pytest.importorskip(package, reason='pip install "slr-plugin[lightly]"')
 
-from sklearn.datasets import load_digits
+from _digits import write_digits
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -31,13 +30,7 @@ def _isolated(one_thread, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits")
-    digits = load_digits()
-    for number, (pixels, target) in enumerate(zip(digits.images[:40], digits.target[:40], strict=True)):
-        (root / str(target)).mkdir(exist_ok=True)
-        image = Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).resize((32, 32))
-        image.save(root / str(target) / f"{number}.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 def options(folder, epochs=2):

@@ -5,7 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from PIL import Image
 for package in ("lightly", "matplotlib", "sklearn", "timm", "tensorboard"):
     pytest.importorskip(package, reason='pip install "slr-plugin[lightly]"')
 
-from sklearn.datasets import load_digits
+from _digits import write_digits
 
 from slr_plugin.queue import KeyQueue
 
@@ -33,13 +32,7 @@ def _isolated(one_thread, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("digits")
-    digits = load_digits()
-    for number, (pixels, target) in enumerate(zip(digits.images[:120], digits.target[:120], strict=True)):
-        place = root / ("test" if number < 60 else "train") / str(target)
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * (255 / 16)).astype(np.uint8)).resize((32, 32)).save(place / f"{number}.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("digits"), test=range(60), train=range(60, 120))
 
 
 def run(folder, output, *options):
