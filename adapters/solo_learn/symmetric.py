@@ -55,7 +55,7 @@ def symmetric_loss(
         mixes: and how it was mixed.
     """
     losses = [
-        criterion(queries[view], positives[1 - view], mixed[view::2], mixes[view::2])
+        criterion(queries[view], positives[1 - view], mixed[view::2] or None, mixes[view::2] or None)
         for view, criterion in enumerate(criteria)
     ]
     return torch.stack(losses).mean()
