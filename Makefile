@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLONE ?= ../lightly
+SOLO_LEARN_DIR ?= ../solo-learn
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -16,6 +17,9 @@ test: $(VENV)/.dev ## Run the tests
 test-lightly: $(VENV)/.dev ## Run lightly's own loss tests and benchmark script with ours (CLONE=a clone of its repository)
 	PYTHONPATH=.ci $(BIN)/python -m pytest -p lightly_substitute -W default --rootdir $(CLONE) $(CLONE)/tests/loss/test_ntx_ent_loss.py
 	LIGHTLY_DIR=$(CLONE) $(BIN)/python -m pytest tests/test_lightly_clone.py
+
+test-solo: $(VENV)/.dev ## Run SANE in solo-learn's own scripts (SOLO_LEARN_DIR=a clone of its repository)
+	SOLO_LEARN_DIR=$(SOLO_LEARN_DIR) $(BIN)/python -m pytest tests/test_solo_learn.py tests/test_solo_learn_clone.py
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check
@@ -39,5 +43,5 @@ $(VENV)/.dev: pyproject.toml setup.cfg
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-.PHONY: help demo test test-lightly lint bench wheel clean
+.PHONY: help demo test test-lightly test-solo lint bench wheel clean
 .DEFAULT_GOAL := help

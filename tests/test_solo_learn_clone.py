@@ -1,0 +1,384 @@
+"""SANE in the real solo-learn, which no wheel holds: make test-solo SOLO_LEARN_DIR=a clone of its repository."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if "SOLO_LEARN_DIR" not in os.environ:
+    found = importlib.util.find_spec("solo.methods") if importlib.util.find_spec("solo") else None
+    if found is None:
+        pytest.skip(
+            "git clone https://github.com/vturrisi/solo-learn, then make test-solo SOLO_LEARN_DIR=solo-learn",
+            allow_module_level=True,
+        )
+    os.environ["SOLO_LEARN_DIR"] = str(Path(found.origin).parents[2])
+
+import _solo_learn
+from _digits import write_digits
+from _solo_learn import BATCH, CLASSES, CLONE, Record, build, config, loader, mocov2plus_beside_ours, train
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from solo.args.pretrain import parse_cfg
+from solo.methods import METHODS
+
+from slr_plugin import CosineConfidence
+from slr_plugin.adapters.solo_learn import SANE, register
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Using scheduler_interval")
+
+
+@pytest.fixture(autouse=True)
+def _isolated(one_thread, monkeypatch, tmp_path):
+    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
+        monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four scans of every digit to train on, one to be judged."""
+    return write_digits(tmp_path_factory.mktemp("digits"), train=range(40), val=range(40, 50))
+
+
+# --- the contract, as solo-learn's tests/methods check it
+
+
+def test_register_is_idempotent():
+    register()
+    register()
+    assert METHODS["sane"] is SANE
+    assert list(METHODS).count("sane") == 1
+
+
+def test_outputs_and_parameters():
+    model = build()
+    assert [group["name"] for group in model.learnable_params] == ["backbone", "classifier", "projector"]
+    images = torch.randn(4, 3, 32, 32)
+    for out in (model(images), model.momentum_forward(images), model.multicrop_forward(images)):
+        assert out["feats"].shape == (4, 512)
+        assert out["z"].shape == (4, 12)
+        torch.testing.assert_close(out["z"].norm(dim=1), torch.ones(4))
+    assert model(images)["logits"].shape == (4, CLASSES)
+    before = model.cfg.copy()
+    assert SANE.add_and_assert_specific_cfg(model.cfg) == before
+    pairs = model.momentum_pairs
+    assert pairs[-1] == (model.projector, model.momentum_projector)
+    for online, slow in pairs:
+        for ours, theirs in zip(online.parameters(), slow.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+            assert not theirs.requires_grad
+
+
+def test_only_the_backbones_are_called_so():
+    """main_linear.py renames every entry with such a word in its name."""
+    names = [name for name, _ in build().named_modules() if "backbone" in name or "encoder" in name]
+    assert {name.split(".")[0] for name in names} == {"backbone", "momentum_backbone"}
+
+
+def test_bad_settings_are_refused_when_the_method_is_built():
+    with pytest.raises(ValueError, match="confidence must be"):
+        build(method_kwargs={"confidence": [0, 1, 2]})
+    with pytest.raises(ValueError, match="needs augmentation pipelines after the first"):
+        build(method_kwargs={"strong_crops": True})
+    with pytest.raises(ValueError, match="kappa must be > 0"):
+        build(method_kwargs={"kappa": 0})
+    with pytest.raises(ValueError, match=r"did you mean method_kwargs\.sharpening"):
+        build(method_kwargs={"sharpning": 0.5})
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet-100", "imagenet"])
+@pytest.mark.parametrize("kind", ["", "-multi-strong"])
+def test_every_configuration_builds_the_method(name, kind):
+    with initialize_config_module("slr_plugin.adapters.solo_learn.configs", version_base="1.2"):
+        cfg = compose(f"sane-{name}{kind}")
+    OmegaConf.set_struct(cfg, False)
+    cfg = parse_cfg(cfg)
+    assert cfg.data.num_large_crops == 2  # main_pretrain.py insists
+    model = SANE(cfg)
+    assert model.strong_crops == bool(kind)
+    assert model.num_small_crops == ({"c": 4, "i": 5}[name[0]] if kind else 0)
+    assert model.criteria[0].memory_bank.bank.shape == (cfg.method_kwargs.queue_size, 256)
+
+
+# --- training
+
+
+def test_it_is_mocov2plus_without_confidence_and_mixup(folder):
+    curves = []
+    for model, name in zip(mocov2plus_beside_ours(), ("train_nce_loss", "train_slr_loss"), strict=True):
+        record = Record(name)
+        train(model, loader(model.cfg, folder / "train"), [record], precision="64-true")
+        curves.append(record.values)
+    assert len(curves[0]) == 10
+    np.testing.assert_allclose(*curves, rtol=1e-6)  # solo-learn's loss in float64; the queues hold float32
+
+
+@pytest.mark.parametrize(
+    ("small", "settings"),
+    [
+        ([], {}),
+        ([], {"kappa": None}),
+        ([(24, 2), (16, 1)], {}),
+        ([(24, 2)], {"kappa": None}),
+        ([([32], 1), (16, 1)], {"strong_crops": True}),
+    ],
+    ids=["two views", "no mixup", "small crops", "small crops, no mixup", "strong crops"],
+)
+def test_trains(folder, small, settings):
+    model = build(small=small, method_kwargs=settings)
+    encoded = []
+    model.backbone.register_forward_hook(lambda module, inputs, output: encoded.append(inputs[0].shape[-1]))
+    record = Record("train_slr_loss", "train_slr_mu", "train_slr_positive_weight")
+    train(model, loader(model.cfg, folder / "train"), [record], max_epochs=1)
+    assert np.isfinite(record.values).all()
+    assert len(record.values) == 5
+    sizes = [side[0] if isinstance(side, list) else side for side, count in small for _ in range(count)]
+    without = [] if "kappa" in settings else [32, 32]
+    assert encoded[: 2 + len(sizes or without)] == [32, 32, *(sizes or without)]  # each crop once, no more
+    assert len(encoded) == 5 * (2 + len(sizes or without))
+    for view, criterion in enumerate(model.criteria):
+        assert criterion.step == 5
+        assert criterion.memory_bank.bank_ptr == 40 % 24
+        assert not torch.equal(criterion.memory_bank.bank, model.criteria[1 - view].memory_bank.bank)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_confidence_follows_the_optimizer_steps(folder, accumulate):
+    model = build(method_kwargs={"confidence": [0.5, 3.0]})
+    record = Record("train_slr_mu")
+    trainer = train(model, loader(model.cfg, folder / "train"), [record], accumulate_grad_batches=accumulate)
+    total = int(trainer.estimated_stepping_batches)
+    assert total == trainer.global_step == {1: 10, 2: 6}[accumulate]
+    schedule = CosineConfidence(0.5, 3.0, total)
+    # Of 5 batches the last steps alone.
+    steps = range(10) if accumulate == 1 else [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+    assert [mu for (mu,) in record.values] == pytest.approx([schedule(step) for step in steps])
+
+
+def test_a_run_without_end_needs_a_constant_confidence(folder):
+    options = {"max_epochs": -1, "limit_train_batches": 1}
+    with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+        train(build(scheduler={"name": "none"}), loader(config(), folder / "train"), **options)
+
+
+def test_images_without_classes(folder, tmp_path):
+    """solo-learn's class loss is NaN then; it must reach neither the loss nor the classifier."""
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted((folder / "train").rglob("*.png"))):
+        (flat / f"{number}.png").symlink_to(path)
+    model = build()
+    before = model.classifier.weight.clone()
+    record = Record("train_slr_loss")
+    train(model, loader(model.cfg, flat, no_labels=True), [record], max_epochs=1)
+    assert record.totals == pytest.approx([loss for (loss,) in record.values])
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_classes_train_the_online_classifier(folder):
+    model = build()
+    before = model.classifier.weight.clone()
+    record = Record("train_slr_loss", "train_class_loss")
+    train(model, loader(model.cfg, folder / "train"), [record], max_epochs=1)
+    assert record.totals == pytest.approx([slr + classes for slr, classes in record.values])
+    assert not torch.equal(model.classifier.weight, before)
+
+
+def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
+    model = build()
+    trainer = train(model, loader(model.cfg, folder / "train"), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    seeded = model._mixing.initial_seed()
+    resumed = build()
+    seen = []
+
+    class Look(_solo_learn.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if not seen:
+                seen.extend(criterion.memory_bank.bank.clone() for criterion in pl_module.criteria)
+
+    runner = _solo_learn.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[Look()],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    runner.fit(resumed, loader(model.cfg, folder / "train"), ckpt_path=tmp_path / "half.ckpt")
+    assert all(
+        torch.equal(bank, criterion.memory_bank.bank) for bank, criterion in zip(seen, model.criteria, strict=True)
+    )
+    assert resumed.criteria[0].step == 10
+    assert resumed._mixing.initial_seed() != seeded
+
+
+def test_two_processes(folder, tmp_path):
+    """One queue, one network, but each its own theta and partners."""
+    (tmp_path / "train").symlink_to(folder / "train")
+    command = [sys.executable, "-W", "ignore", _solo_learn.__file__, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    for name in ("queues", "weights"):
+        assert first[name] == second[name]
+    assert first["theta"] != second["theta"]
+    assert first["partner"] != second["partner"]
+    assert first["finite"]
+    assert second["finite"]
+    assert first["steps"] == 2
+
+
+# --- solo-learn's scripts, unmodified
+
+
+def environment():
+    names = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "SLR_PLUGIN"))}
+    return names | {"OMP_NUM_THREADS": "1"}
+
+
+def pretrain(folder, *overrides, config="sane-cifar10", epochs=1, devices=1):
+    """Arguments of main_pretrain.py with a configuration of ours, shrunk."""
+    settings = {
+        "data.dataset": "custom",
+        "data.train_path": folder / "train",
+        "data.val_path": folder / "val",
+        "data.num_workers": 0,
+        "method_kwargs.queue_size": 50,
+        "optimizer.batch_size": BATCH,
+        "max_epochs": epochs,
+        "accelerator": "cpu",
+        "devices": f"'{devices}'",
+        "strategy": "ddp" if devices > 1 else "auto",
+        "sync_batchnorm": False,
+        "precision": 32,
+        "auto_resume.enabled": False,
+    }
+    package = ["--config-path", "pkg://slr_plugin.adapters.solo_learn.configs", "--config-name", config]
+    return [*package, *(f"{name}={value}" for name, value in settings.items()), *overrides]
+
+
+def start(script, arguments, how=()):
+    command = [sys.executable, "-W", "ignore", *how, str(CLONE / script), *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def checkpoint():
+    """The newest one in the working directory."""
+    (path,) = sorted(Path("trained_models/sane").glob("*/*.ckpt"), key=lambda path: path.stat().st_mtime)[-1:]
+    return path, torch.load(path, weights_only=False)
+
+
+LAUNCHER = ("-m", "slr_plugin.adapters.solo_learn")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.parametrize(
+    ("how", "devices", "overrides"),
+    [
+        ((), 1, []),
+        ((), 2, []),
+        (LAUNCHER, 2, ["~hydra.callbacks.slr"]),
+        (TORCHRUN, 2, []),
+        ((*TORCHRUN, *LAUNCHER), 2, ["~hydra.callbacks.slr"]),
+    ],
+    ids=["one process", "two, callback", "two, launcher", "torchrun, callback", "torchrun, launcher"],
+)
+def test_main_pretrain(folder, how, devices, overrides):
+    finish(start("main_pretrain.py", pretrain(folder, *overrides, devices=devices), how))
+    state = checkpoint()[1]["state_dict"]
+    steps = 40 // (BATCH * devices)
+    for view in (0, 1):
+        assert state[f"criteria.{view}.step"] == steps
+        assert state[f"criteria.{view}.memory_bank.bank_ptr"] == steps * BATCH * devices  # keys of all processes
+
+
+def test_killed_and_resumed_by_itself(folder):
+    """kill -9 in the middle of an epoch; the same command goes on from the last checkpoint, queue included."""
+    arguments = pretrain(folder, "auto_resume.enabled=True", epochs=8)
+    process = start("main_pretrain.py", arguments)
+    while not (found := list(Path("trained_models/sane").glob("*/*-ep=1.ckpt"))):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    out = finish(start("main_pretrain.py", arguments))
+    assert "Resuming from previous checkpoint" in out
+    assert str(found[0].parent) in out
+    path, stored = checkpoint()
+    assert path.name.endswith("-ep=7.ckpt")
+    assert stored["global_step"] == stored["state_dict"]["criteria.0.step"] == 40
+    assert stored["state_dict"]["criteria.1.memory_bank.bank_ptr"] == 40 * BATCH % 50
+
+
+def test_linear_evaluation_finds_the_whole_backbone(folder):
+    finish(start("main_pretrain.py", pretrain(folder)))
+    path, stored = checkpoint()
+    settings = {
+        "pretrained_feature_extractor": f"'{path}'",  # in quotes: solo-learn's file names hold an equals sign
+        "data.dataset": "custom",
+        "data.train_path": folder / "train",
+        "data.val_path": folder / "val",
+        "data.format": "image_folder",
+        "data.num_workers": 0,
+        "optimizer.batch_size": BATCH,
+        "optimizer.lr": 0,
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": "'1'",
+        "strategy": "auto",
+        "sync_batchnorm": False,
+        "precision": 32,
+        "wandb.enabled": False,
+        "auto_resume.enabled": False,
+    }
+    package = ["--config-path", "scripts/linear/imagenet-100", "--config-name", "mocov2plus.yaml"]
+    finish(start("main_linear.py", [*package, *(f"{name}={value}" for name, value in settings.items())]))
+    (linear,) = Path("trained_models/linear").glob("*/*.ckpt")
+    evaluated = torch.load(linear, weights_only=False)["state_dict"]
+    pretrained = {name: value for name, value in stored["state_dict"].items() if name.startswith("backbone.")}
+    assert len(pretrained) > 100
+    for name, value in pretrained.items():
+        assert torch.equal(evaluated[name], value), name
+
+
+def test_offline_knn_reaches_the_gpu(folder):
+    """main_knn.py looks the method up, too, and is no Hydra application: only the launcher helps."""
+    finish(start("main_pretrain.py", pretrain(folder)))
+    run = checkpoint()[0].parent
+    options = {
+        "--dataset": "custom",
+        "--train_data_path": folder / "train",
+        "--val_data_path": folder / "val",
+        "--batch_size": BATCH,
+        "--num_workers": 0,
+        "--pretrained_checkpoint_dir": run,
+        "--k": 5,
+        "--temperature": 0.1,
+        "--feature_type": "backbone",
+        "--distance_function": "cosine",
+    }
+    arguments = [part for pair in options.items() for part in pair]
+    plain = start("main_knn.py", arguments)
+    assert "KeyError: 'sane'" in plain.communicate()[1]
+    out, err = (process := start("main_knn.py", arguments, LAUNCHER)).communicate()
+    if torch.cuda.is_available():
+        assert process.returncode == 0, err[-3000:]
+        assert "Result: acc@1" in out
+    else:
+        assert "im.cuda(non_blocking=True)" in err  # solo-learn's script demands one
+        assert "KeyError" not in err
