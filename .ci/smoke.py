@@ -25,6 +25,16 @@ except ImportError as error:
     said = str(error)
 assert 'pip install "slr-plugin[lightly]"' in said, said
 
+try:
+    importlib.import_module("slr_plugin.adapters.solo_learn")
+    said = "nothing: is hydra here?"
+except ImportError as error:
+    said = str(error)
+assert 'pip install "slr-plugin[solo]"' in said, said
+configs = here / "adapters" / "solo_learn" / "configs"
+assert len(list(configs.glob("sane-*.yaml"))) == 8, configs
+assert (configs / "augmentations" / "cifar.yaml").is_file()
+
 encoder = torch.nn.Linear(8, 4)
 criterion = slr_plugin.presets.CIFAR10.loss(dim=4, total_steps=10, memory_bank_size=(32, 4))
 x0, x1 = torch.randn(2, 16, 8)

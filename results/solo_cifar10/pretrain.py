@@ -45,7 +45,8 @@ def keep_figures(module: BaseMethod) -> None:
     """Write what every epoch's validation found, as <checkpoint.dir>/<name>.json; a hook of Lightning's."""
     if module.trainer.sanity_checking:
         return
-    figures = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
+    logged = module.trainer.callback_metrics.items()
+    figures = {name: float(value) for name, value in logged if name.startswith(("val_", "train_slr_"))}
     epochs.append({"epoch": module.trainer.current_epoch, "seconds": time.time() - started, **figures})
     path = Path(module.cfg.checkpoint.dir) / f"{module.cfg.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
