@@ -32,6 +32,7 @@ from solo.methods import METHODS
 
 from slr_plugin import CosineConfidence
 from slr_plugin.adapters.solo_learn import SANE, register
+from slr_plugin.adapters.solo_learn.symmetric import mix_views
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Using scheduler_interval")
 
@@ -134,18 +135,26 @@ def test_it_is_mocov2plus_without_confidence_and_mixup(folder):
     ],
     ids=["two views", "no mixup", "small crops", "small crops, no mixup", "strong crops"],
 )
-def test_trains(folder, small, settings):
+def test_trains(folder, small, settings, monkeypatch):
     model = build(small=small, method_kwargs=settings)
-    encoded = []
-    model.backbone.register_forward_hook(lambda module, inputs, output: encoded.append(inputs[0].shape[-1]))
+    encoded, mixed, strong = [], [], []
+    spy = lambda *views: strong.append(views[-1]) or mix_views(*views)  # noqa: E731
+    monkeypatch.setattr("slr_plugin.adapters.solo_learn.method.mix_views", spy)
+    model.backbone.register_forward_hook(lambda module, inputs, output: encoded.append(inputs[0]))
+    if mixup := model.mixup:
+        model.mixup = lambda *pair: mixed.append(mixup(*pair)) or mixed[-1]
     record = Record("train_slr_loss", "train_slr_mu", "train_slr_positive_weight")
     train(model, loader(model.cfg, folder / "train"), [record], max_epochs=1)
     assert np.isfinite(record.values).all()
     assert len(record.values) == 5
+    assert strong == ["strong_crops" in settings] * 5
     sizes = [side[0] if isinstance(side, list) else side for side, count in small for _ in range(count)]
     without = [] if "kappa" in settings else [32, 32]
-    assert encoded[: 2 + len(sizes or without)] == [32, 32, *(sizes or without)]  # each crop once, no more
-    assert len(encoded) == 5 * (2 + len(sizes or without))
+    each = [32, 32, *(sizes or without)]
+    assert [images.shape[-1] for images in encoded] == each * 5  # every crop once, no more
+    further = [images for place, images in enumerate(encoded) if place % len(each) >= 2]
+    for images, (wanted, _) in zip(further, mixed, strict=bool(mixup)):
+        assert torch.equal(images, wanted)  # mixed, not as the loader gave them
     for view, criterion in enumerate(model.criteria):
         assert criterion.step == 5
         assert criterion.memory_bank.bank_ptr == 40 % 24
