@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+collect_ignore = ["_solo_learn.py"]  # for doctests, of which it has none; it needs a clone of solo-learn
+
 
 @pytest.fixture
 def one_thread():
