@@ -13,3 +13,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unseeded(monkeypatch):
+    """No trace of Lightning's seed_everything, from which its trainers and loaders would take orders."""
+    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
+        monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
+        monkeypatch.delenv(name)

@@ -24,10 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning",
 
 
 @pytest.fixture(autouse=True)
-def _isolated(one_thread, monkeypatch):
-    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
-        monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
-        monkeypatch.delenv(name)
+def _isolated(one_thread, unseeded):
+    pass
 
 
 @pytest.fixture(scope="module")

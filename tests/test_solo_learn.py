@@ -368,6 +368,15 @@ def test_a_fault_of_solo_learns_own_is_shown(tmp_path):
     result = run("main_knn.py", cwd=tmp_path)
     assert result.returncode == 1
     assert "cannot import name 'gone'" in result.stderr
+    assert "Traceback" in result.stderr
+
+
+def test_a_clone_found_before_pypis_dead_release_is_not_called_so(tmp_path):
+    write_tree(tmp_path / "site", {"solo_learn-1.0.2.dist-info/METADATA": "Name: solo-learn\nVersion: 1.0.2\n"})
+    write_tree(tmp_path / "site", {"solo/__init__.py": ""})
+    write_tree(tmp_path, STAND_IN | {"solo/methods/__init__.py": "import einops_of_another_name", "main_knn.py": ""})
+    result = run("main_knn.py", cwd=tmp_path, path=tmp_path / "site")
+    assert "solo-learn needs einops_of_another_name" in result.stderr
 
 
 def test_the_adapter_can_be_imported_without_solo_learn(tmp_path):

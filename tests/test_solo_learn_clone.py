@@ -38,10 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Using sch
 
 
 @pytest.fixture(autouse=True)
-def _isolated(one_thread, monkeypatch, tmp_path):
-    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
-        monkeypatch.setenv(name, "0")  # so that it is removed or restored afterwards
-        monkeypatch.delenv(name)
+def _isolated(one_thread, unseeded, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 

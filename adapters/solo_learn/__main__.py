@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slr_plugin.adapters.solo_learn.registry import CLONE, register
+from slr_plugin.adapters.solo_learn.registry import CLONE, SoloLearnMissingError, register
 
 # Lightning starts DDP's further processes as ``python -m`` this module with the script's arguments alone.
 _SCRIPT = "SLR_PLUGIN_SOLO_LEARN_SCRIPT"
@@ -48,7 +48,7 @@ def run(path: Path, arguments: Sequence[str]) -> None:
     sys.path.insert(0, str(path.parent))
     try:
         register()
-    except ImportError as error:
+    except SoloLearnMissingError as error:
         raise SystemExit(str(error)) from error
     sys.argv = [str(path), *arguments]
     script = sys.modules["__main__"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -12,10 +13,14 @@ from hydra.experimental.callback import Callback
 CLONE = "git clone https://github.com/vturrisi/solo-learn"
 
 
+class SoloLearnMissingError(ImportError):
+    """solo-learn's main branch cannot be imported; the message says what to do."""
+
+
 def require_solo_learn() -> None:
-    """Raise ImportError, saying what to do, unless solo-learn's main branch can be imported."""
+    """Raise SoloLearnMissingError unless solo-learn's main branch can be imported."""
     if find_spec("solo") is None:
-        raise ImportError(
+        raise SoloLearnMissingError(
             f"solo-learn is not importable: get it with {CLONE}, then run its scripts, or add the clone to PYTHONPATH",
             name="solo",
         )
@@ -25,13 +30,13 @@ def require_solo_learn() -> None:
     except (ImportError, AttributeError) as error:
         missing = getattr(error, "name", None)
         if _is_pypi_release():
-            raise ImportError(
+            raise SoloLearnMissingError(
                 "the solo-learn installed here is PyPI's release of 2021, which today's Lightning cannot load: "
                 f"pip uninstall solo-learn, then {CLONE} and run its scripts",
                 name="solo",
             ) from error
         if missing and find_spec(missing.partition(".")[0]) is None:
-            raise ImportError(
+            raise SoloLearnMissingError(
                 f'solo-learn needs {missing}, which is not installed: pip install "slr-plugin[solo]"', name=missing
             ) from error
         raise
@@ -41,7 +46,7 @@ def register() -> None:
     """Add ``sane`` to ``solo.methods.METHODS``; calling it again changes nothing.
 
     Raises:
-        ImportError: solo-learn is not importable, or is PyPI's release of 2021; the message says what to do.
+        SoloLearnMissingError: an ImportError: there is no solo-learn, or it is PyPI's release of 2021.
     """
     require_solo_learn()
     from solo.methods import METHODS
@@ -68,7 +73,12 @@ class RegisterSANE(Callback):
 
 
 def _is_pypi_release() -> bool:
+    """Whether ``solo`` is what pip installed, not a clone found before it; that is PyPI's one release."""
+    spec = find_spec("solo")
     try:
-        return metadata.version("solo-learn") < "1.0.3"
+        installed = metadata.distribution("solo-learn")
     except metadata.PackageNotFoundError:
         return False
+    places = spec.submodule_search_locations if spec else None
+    folder = Path(str(installed.locate_file("solo"))).resolve()
+    return installed.version == "1.0.2" and folder in [Path(place).resolve() for place in places or ()]
