@@ -51,9 +51,8 @@ def test_the_loss_is_equation_9_in_both_directions(crops):
     torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=0)
     for ours, theirs in zip(torch.autograd.grad(loss, queries), torch.autograd.grad(wanted, queries), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    for criterion, batch in zip(
-        criteria, (first, second), strict=True
-    ):  # each queue takes its own direction's positives
+    # Either queue takes its own direction's positives.
+    for criterion, batch in zip(criteria, (first, second), strict=True):
         newest = torch.nn.functional.normalize(batch.out1, dim=1).float()
         torch.testing.assert_close(criterion.memory_bank.bank[:6], newest)
 
@@ -125,11 +124,12 @@ def test_defaults_are_the_papers(dataset, preset):
 
 
 def test_what_is_set_stays():
-    settings = OmegaConf.create({"kappa": None, "confidence": 0.3, "momentum_classifier": True})
+    others = {"momentum_classifier": True, "pred_hidden_dim": 8}
+    settings = OmegaConf.create({"kappa": None, "confidence": 0.3, **others})
     add_defaults(settings, "cifar10")
     assert settings.kappa is None
     assert start_and_end(settings.confidence) == (0.3, 0.3)
-    assert settings.momentum_classifier  # solo-learn's own tests give settings that a method does not know
+    assert others.items() <= dict(settings).items()  # solo-learn lets pass what a method does not know
     settings = OmegaConf.create({"kappa": "None"})
     add_defaults(settings, "cifar10")
     assert settings.kappa is None
@@ -155,6 +155,12 @@ def test_bad_settings(settings, small_crops, error, message):
     add_defaults(settings, "cifar10")
     with pytest.raises(error, match=message):
         check(settings, small_crops)
+
+
+@pytest.mark.parametrize("name", ["kapa", "confidance", "queue_sise", "strong_crop"])
+def test_misspellings_are_noticed(name):
+    with pytest.raises(ValueError, match=f"method_kwargs.{name} is unknown"):
+        add_defaults(OmegaConf.create({name: 0.5}), "cifar10")
 
 
 def test_a_misspelt_setting_is_named():

@@ -30,7 +30,8 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
         "in_batch_keys": True,
     }
     for name in settings:
-        meant = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.8)
+        # Closer than pred_hidden_dim, which other methods have, is to proj_hidden_dim.
+        meant = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.87)
         if name not in defaults and meant:
             raise ValueError(f"method_kwargs.{name} is unknown; did you mean method_kwargs.{meant[0]}?")
     for name, default in defaults.items():
