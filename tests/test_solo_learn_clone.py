@@ -225,6 +225,18 @@ def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
     assert resumed._mixing.initial_seed() != seeded
 
 
+def test_a_run_that_goes_on_with_other_settings_says_so(folder, tmp_path, recwarn):
+    """solo-learn resumes by name: an ablation under the same name would go on with what it was to be compared with."""
+    trainer = train(build(), loader(config(), folder / "train"), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=False)
+    build().on_load_checkpoint(checkpoint)
+    build().on_load_checkpoint({})  # of an earlier version
+    assert "other method_kwargs" not in str([warning.message for warning in recwarn])
+    with pytest.warns(UserWarning, match=r"method_kwargs \(kappa from 0.1 to None\).*give it another name"):
+        build(method_kwargs={"kappa": None}).on_load_checkpoint(checkpoint)
+
+
 def test_two_processes(folder, tmp_path):
     """One queue, one network, but each its own theta and partners."""
     (tmp_path / "train").symlink_to(folder / "train")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from solo.methods.base import BaseMomentumMethod
 from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 from slr_plugin.adapters.solo_learn.settings import add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 from slr_plugin.distributed import rank
+
+_SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
 
 
 class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
@@ -115,6 +118,24 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         seed = np.random.SeedSequence([torch.initial_seed(), rank(), self.trainer.global_step])
         self._mixing.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the settings."""
+        checkpoint[_SETTINGS] = self._settings()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
+        now = self._settings()
+        before = checkpoint.get(_SETTINGS, now)
+        changed = [
+            f"{name} from {before.get(name)} to {now.get(name)}" for name in now if before.get(name) != now[name]
+        ]
+        if changed:
+            warnings.warn(
+                f"the checkpoint was written with other method_kwargs ({', '.join(changed)}): if this is to be another run, "
+                "give it another name, or set auto_resume.enabled=False",
+                stacklevel=2,
+            )
+
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Equation (9) in both directions, plus the loss of the online classifier where there are classes.
 
@@ -146,6 +167,10 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         class_loss = torch.where(has_classes, out["loss"], torch.zeros_like(out["loss"]))
         total: Tensor = loss + class_loss
         return total
+
+    def _settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = OmegaConf.to_container(self.cfg.method_kwargs)  # type: ignore[assignment]
+        return settings
 
     def _new_projector(self, settings: DictConfig) -> nn.Sequential:
         return nn.Sequential(
