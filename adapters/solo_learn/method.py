@@ -126,13 +126,11 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
         now = self._settings()
         before = checkpoint.get(_SETTINGS, now)
-        changed = [
-            f"{name} from {before.get(name)} to {now.get(name)}" for name in now if before.get(name) != now[name]
-        ]
+        changed = [f"{name} from {before.get(name)} to {new}" for name, new in now.items() if before.get(name) != new]
         if changed:
             warnings.warn(
-                f"the checkpoint was written with other method_kwargs ({', '.join(changed)}): if this is to be another run, "
-                "give it another name, or set auto_resume.enabled=False",
+                f"the checkpoint was written with other method_kwargs ({', '.join(changed)}): if this is to be another "
+                "run, give it another name, or set auto_resume.enabled=False",
                 stacklevel=2,
             )
 
