@@ -18,19 +18,13 @@ assert importlib.util.find_spec("adapters") is None, "the wheel must not own a t
 assert importlib.metadata.version("slr-plugin") == slr_plugin.__version__
 assert not {"lightly", "solo", "torchvision"} & set(sys.modules)
 
-try:
-    importlib.import_module("slr_plugin.adapters.lightly")
-    said = "nothing: is lightly here?"
-except ImportError as error:
-    said = str(error)
-assert 'pip install "slr-plugin[lightly]"' in said, said
-
-try:
-    importlib.import_module("slr_plugin.adapters.solo_learn")
-    said = "nothing: is hydra here?"
-except ImportError as error:
-    said = str(error)
-assert 'pip install "slr-plugin[solo]"' in said, said
+for adapter, extra in (("lightly", "lightly"), ("solo_learn", "solo")):
+    try:
+        importlib.import_module(f"slr_plugin.adapters.{adapter}")
+        said = "nothing: is its framework here?"
+    except ImportError as error:
+        said = str(error)
+    assert f'pip install "slr-plugin[{extra}]"' in said, said
 configs = here / "adapters" / "solo_learn" / "configs"
 assert len(list(configs.glob("sane-*.yaml"))) == 8, configs
 assert (configs / "augmentations" / "cifar.yaml").is_file()
