@@ -86,7 +86,7 @@ class Record(Callback):
         self.totals.append(outputs["loss"].item())
 
 
-def train(model, batches, callbacks=(), **options):
+def train(model, batches, callbacks=(), ckpt_path=None, **options):
     """Fit with a quiet Trainer on the CPU; returns it."""
     seed_everything(0)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -96,7 +96,7 @@ def train(model, batches, callbacks=(), **options):
         enable_checkpointing=False,
         **quiet | {"max_epochs": 2, "devices": 1} | options,
     )
-    trainer.fit(model, batches)
+    trainer.fit(model, batches, ckpt_path=ckpt_path)
     return trainer
 
 

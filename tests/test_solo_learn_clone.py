@@ -213,11 +213,7 @@ def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
             if not seen:
                 seen.extend(criterion.memory_bank.bank.clone() for criterion in pl_module.criteria)
 
-    runner = _solo_learn.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[Look()],
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    runner.fit(resumed, loader(model.cfg, folder / "train"), ckpt_path=tmp_path / "half.ckpt")
+    train(resumed, loader(model.cfg, folder / "train"), [Look()], ckpt_path=tmp_path / "half.ckpt")
     assert all(
         torch.equal(bank, criterion.memory_bank.bank) for bank, criterion in zip(seen, model.criteria, strict=True)
     )

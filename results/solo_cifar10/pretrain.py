@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
@@ -60,5 +59,4 @@ if __name__ == "__main__":
     BaseMethod.on_validation_end = keep_figures
     BaseMethod._BACKBONES["small_resnet9"] = small_resnet9
     classification_dataloader.build_custom_pipeline = images_as_they_are
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     main()

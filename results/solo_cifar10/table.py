@@ -11,7 +11,7 @@ FIGURES = ("val_knn_acc1", "val_acc1")
 
 
 def main(paths: list[str]) -> None:
-    """One row per method: the last epoch's accuracies, mean and both seeds; then the differences to mocov2plus."""
+    """One row per method: the last epoch's accuracies, mean and both seeds; then how sane differs from the others."""
     runs = [json.loads(Path(path).read_text()) for path in paths]
     table = {
         method: np.array(
