@@ -1,25 +1,65 @@
-"""``python -m benchmarks NAME``: one measurement, printed as a table and kept as JSON."""
+"""``python -m benchmarks NAME``: one measurement, printed as tables and kept as JSON."""
+
+from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
+import torch
+
 from benchmarks import loss
+from benchmarks.representations import harness, report
+from benchmarks.representations.budgets import BUDGETS
+from benchmarks.representations.methods import METHODS
+from benchmarks.representations.report import STUDIES
+
+
+def add_loss(parser: argparse.ArgumentParser) -> None:
+    """Options of the loss's benchmark."""
+    add = parser.add_argument
+    add("--device", default="cpu")
+    add("--rounds", type=int, default=15, help="paired repetitions (default: %(default)s)")
+    add("--precision", default="highest", choices=["highest", "high", "medium"])
+    add("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
+    add("--output", type=Path, default=Path("outputs"), help="folder for loss.json and loss.md")
+
+
+def add_representations(parser: argparse.ArgumentParser) -> None:
+    """Options of the comparison of methods."""
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="images as DIR/train/<class>/* and DIR/test/<class>/*")
+    add("--budget", choices=sorted(BUDGETS), default="cpu", help="default: %(default)s")
+    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="tables to fill (default: all)")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"instead of a study's: {', '.join(METHODS)}")
+    add("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--jobs", type=int, help="runs at a time (default: one per CPU core, or one on a GPU)")
+    add("--results", type=Path, default=Path("results/representations"), help="records (default: %(default)s)")
+    add("--cache", type=Path, default=Path("outputs/views"), help="for views, 2 GB a seed (default: %(default)s)")
+    add("--only-report", action="store_true", help="train nothing, draw what there is")
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True)
-    command = names.add_parser("loss", help="time and memory of forward and backward, beside the peers")
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--rounds", type=int, default=15, help="paired repetitions (default: %(default)s)")
-    command.add_argument("--precision", default="highest", choices=["highest", "high", "medium"])
-    command.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
-    command.add_argument("--output", type=Path, default=Path("outputs"), help="folder for loss.json and loss.md")
-    arguments = parser.parse_args()
-    if arguments.rounds < loss.SLOW_ROUNDS:
-        parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
-    loss.run(arguments.sizes, arguments.device, arguments.rounds, arguments.precision, arguments.output)
+    add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
+    add_representations(names.add_parser("representations", help="accuracy of encoders trained with each method"))
+    args = parser.parse_args()
+    if args.name == "loss":
+        if args.rounds < loss.SLOW_ROUNDS:
+            parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
+        loss.run(args.sizes, args.device, args.rounds, args.precision, args.output)
+        return
+    results = args.results / args.budget
+    if not args.only_report:
+        if args.data is None or not (args.data / "train").is_dir():
+            parser.error(f"--data must hold train/<class>/* and test/<class>/*, got {args.data}")
+        methods = args.methods or dict.fromkeys(method for study in args.studies for method in STUDIES[study].methods)
+        jobs = args.jobs or (1 if args.device != "cpu" else os.cpu_count() or 1)
+        harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
+    print(report.write(results))
 
 
 if __name__ == "__main__":

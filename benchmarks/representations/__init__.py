@@ -1,0 +1,7 @@
+"""Representations: what each loss is worth, measured with everything else held equal.
+
+``python -m benchmarks representations`` trains one encoder per method and seed and keeps each finished run as a JSON
+file, so that a harness that was stopped goes on where it was. Encoder, initial weights, data order, views, optimiser
+and schedule are a seed's, the same for every method; only :mod:`benchmarks.representations.methods` differs. Classes
+serve evaluation and the measurement of labels, never training.
+"""

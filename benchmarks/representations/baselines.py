@@ -1,0 +1,125 @@
+"""Losses to compare with that no installable package has: small, dense, and as their papers print them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slr_plugin import CosineConfidence, Mix, dense
+from slr_plugin.queue import KeyQueue
+
+# (similarity (s, K), the column of each positive (s,), prior confidence) -> labels (s, K)
+Labeler = Callable[[Tensor, Tensor, float], Tensor]
+
+
+class SoftLabelLoss(nn.Module):
+    """Equation (9) with any labels over the paper's key set, batch and queue; the dense form of ``SLRLoss``.
+
+    Args:
+        memory_bank_size: (n, d) of the queue.
+        labeler: the labels, from the similarities of the positives with the keys.
+        temperature: of the logits.
+        confidence: the schedule handed to the labeler.
+        refined_weight: lambda.
+    """
+
+    in_batch_keys, gather_distributed = True, False
+    step: Tensor
+
+    def __init__(
+        self,
+        memory_bank_size: tuple[int, int],
+        labeler: Labeler,
+        temperature: float,
+        confidence: CosineConfidence,
+        refined_weight: float,
+    ) -> None:
+        super().__init__()
+        self.memory_bank = KeyQueue(memory_bank_size)
+        self.labeler = labeler
+        self.temperature = temperature
+        self.confidence = confidence
+        self.refined_weight = refined_weight
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, out0: Tensor, out1: Tensor, mixed: Tensor | None = None, mix: Mix | None = None) -> Tensor:
+        """As :meth:`slr_plugin.SLRLoss.forward`."""
+        queries, positives = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        keys = torch.cat([positives, self.memory_bank.bank])
+        labels = self.labels(out0, out1)
+        logits = queries @ keys.T / self.temperature
+        one_hot_term = F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
+        if mixed is not None and mix is not None:
+            theta, partner = mix
+            labels = theta[:, None] * labels + (1 - theta[:, None]) * labels[partner]
+            logits = F.normalize(mixed, dim=1) @ keys.T / self.temperature
+        loss = torch.lerp(one_hot_term, dense.cross_entropy(logits, labels), self.refined_weight)
+        self.memory_bank.enqueue(positives)
+        self.step += 1
+        return loss
+
+    @torch.no_grad()
+    def labels(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """As :meth:`slr_plugin.SLRLoss.labels`."""
+        positives = F.normalize(out1, dim=1)
+        similarity = positives @ torch.cat([positives, self.memory_bank.bank]).T
+        own = torch.arange(len(positives), device=positives.device)
+        return self.labeler(similarity, own, self.confidence(int(self.step)))
+
+
+def one_estimator(which: str, temperature: float) -> Labeler:
+    """Equation (5) with p alone or q alone: the other's share is 0, also in z."""
+
+    def labeler(similarity: Tensor, own: Tensor, confidence: float) -> Tensor:
+        labels = dense.self_labels(similarity, own, temperature=temperature, confidence=0.0)
+        estimate = getattr(labels, which)
+        weight = confidence * estimate.amax(1, keepdim=True)
+        return (labels.refined + weight * estimate) / (1 + weight)
+
+    return labeler
+
+
+def sce(temperature: float = 0.05, own_weight: float = 0.5) -> Labeler:
+    """Similarity contrastive estimation (Denize et al., WACV 2023): half one-hot, half similarities of the key."""
+
+    def labeler(similarity: Tensor, own: Tensor, confidence: float) -> Tensor:
+        labels = dense.self_labels(similarity, own, temperature=temperature, confidence=0.0)
+        return own_weight * labels.refined + (1 - own_weight) * labels.q
+
+    return labeler
+
+
+class CO2Loss(nn.Module):
+    """Consistent contrast (Wei et al., ICLR 2021): InfoNCE, and query and key must resemble the negatives alike.
+
+    The symmetric Kullback-Leibler divergence between the softmax of the query's and of the key's similarities to the
+    queue is added with a weight.
+    """
+
+    def __init__(
+        self,
+        memory_bank_size: tuple[int, int],
+        temperature: float,
+        consistency_temperature: float = 0.04,
+        weight: float = 10.0,
+    ) -> None:
+        super().__init__()
+        self.memory_bank = KeyQueue(memory_bank_size)
+        self.temperature = temperature
+        self.consistency_temperature = consistency_temperature
+        self.weight = weight
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of queries and keys, (s, d) each."""
+        queries, keys = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        bank = self.memory_bank.bank.clone()  # backward needs it after the queue has moved on
+        own, others = (queries * keys).sum(1, keepdim=True), queries @ bank.T
+        logits = torch.cat([own, others], dim=1) / self.temperature
+        contrast = F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+        query_log, key_log = (x.div(self.consistency_temperature).log_softmax(1) for x in (others, keys @ bank.T))
+        consistency = ((query_log.exp() - key_log.exp()) * (query_log - key_log)).sum(1).mean() / 2
+        self.memory_bank.enqueue(keys)
+        return contrast + self.weight * consistency

@@ -1,0 +1,89 @@
+"""How much is spent on a run: data, encoder, epochs, hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lightly.models import ResNetGenerator
+from torch import nn
+from torchvision.models import resnet18
+
+from slr_plugin.adapters.lightly import cifar_stem
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Everything that all methods of a comparison share. Optimiser, temperature and so on are the CIFAR-10 preset's."""
+
+    encoder: Callable[[], nn.Module]  # images to features (s, d)
+    feature_dim: int
+    train_images: int | None  # None: all
+    test_images: int | None
+    epochs: int
+    batch_size: int
+    queue_size: int
+    evaluations: int  # of kNN accuracy over a run; label quality is measured in each of these epochs
+    threads: int | None  # of one run on the CPU; a fixed number, so that a run repeats to the last digit
+    keeps_views: bool  # on the disk, for the other methods of the seed
+
+
+def small_resnet() -> nn.Module:
+    """lightly's ResNet-9 of width 16: what a CPU core trains in minutes."""
+    model = ResNetGenerator("resnet-9", width=0.25)
+    model.linear = nn.Identity()
+    return model
+
+
+def cifar_resnet18() -> nn.Module:
+    """torchvision's ResNet-18 with the usual stem for small images."""
+    model = cifar_stem(resnet18())
+    model.fc = nn.Identity()
+    return model
+
+
+BUDGETS = {
+    "cpu": Budget(
+        encoder=small_resnet,
+        feature_dim=128,
+        train_images=5000,
+        test_images=5000,
+        epochs=40,
+        batch_size=128,
+        queue_size=2048,
+        evaluations=4,
+        threads=1,
+        keeps_views=True,
+    ),
+    "gpu": Budget(
+        encoder=cifar_resnet18,
+        feature_dim=512,
+        train_images=None,
+        test_images=None,
+        epochs=200,
+        batch_size=256,
+        queue_size=4096,
+        evaluations=20,
+        threads=None,
+        keeps_views=False,
+    ),
+    # For the tests of the harness: seconds, and no result.
+    "smoke": Budget(
+        encoder=small_resnet,
+        feature_dim=128,
+        train_images=96,
+        test_images=64,
+        epochs=2,
+        batch_size=32,
+        queue_size=64,
+        evaluations=2,
+        threads=1,
+        keeps_views=True,
+    ),
+}
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bfloat16 for the encoder; projections and losses are in float32."""
+    return torch.autocast(device.type, torch.bfloat16)

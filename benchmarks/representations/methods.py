@@ -1,0 +1,222 @@
+"""The methods that are compared: what each does with an image's views."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lightly.loss
+import torch
+from lightly.models.modules import MoCoProjectionHead, NNCLRPredictionHead, NNMemoryBankModule
+from lightly.models.utils import update_momentum
+from torch import Tensor, nn
+
+from benchmarks.representations import baselines
+from benchmarks.representations.budgets import Budget, precision
+from benchmarks.representations.data import Batch
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
+from slr_plugin.presets import CIFAR10
+
+DIM = 128
+HIDDEN = 512
+EMA_MOMENTUM = 0.99  # ImageNet's usual 0.999 averages over 1,000 steps, much of a short run
+# A forward pass counts 1, its backward pass 2: what a step costs in passes of a batch through the encoder.
+FORWARD, TRAINED = 1, 3
+
+
+class Network(nn.Module):
+    """Encoder and the paper's three-layer projection head."""
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self.encoder = budget.encoder().to(memory_format=torch.channels_last)
+        self.head = MoCoProjectionHead(budget.feature_dim, HIDDEN, DIM, num_layers=3, batch_norm=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(s, feature_dim) in float32."""
+        with precision(images.device):
+            features = self.encoder(images)
+        return features.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Projections (s, 128)."""
+        return self.head(self.features(images))
+
+
+class Setup(NamedTuple):
+    """What a method may depend on."""
+
+    queue: tuple[int, int]
+    total_steps: int
+    mixing: torch.Generator  # never the global one, which would shift other draws
+
+
+class Objective(nn.Module):
+    """A loss with what it needs around the online network; its parameters are trained too."""
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """The loss of one minibatch."""
+        raise NotImplementedError
+
+    def after_step(self, online: Network) -> None:
+        """Follow the online network."""
+
+
+class Momentum(Objective):
+    """Queries of the online network meet the keys of its moving average; optionally also mixed queries."""
+
+    def __init__(self, criterion: nn.Module, mixup: MomentumMixup | None = None, vanilla: bool = False) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.mixup = mixup
+        self.vanilla = vanilla
+
+    def follow(self, online: Network) -> None:
+        """Start as a copy of the online network."""
+        self.target = copy.deepcopy(online).requires_grad_(False)
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """Query and key view; the mixup takes the strong view in the key's place where there is one."""
+        queries = online(batch.query)
+        with torch.no_grad():
+            keys = self.target(batch.key)
+        if self.mixup is None:
+            return self.criterion(queries, keys)
+        first, second = batch.query, batch.key if batch.strong is None else batch.strong
+        if self.vanilla:  # among queries
+            first = second = batch.query if batch.strong is None else batch.strong
+        mixed, mix = self.mixup(first, second)
+        return self.criterion(queries, keys, online(mixed), mix)
+
+    def after_step(self, online: Network) -> None:
+        """Exponential moving average of the parameters."""
+        update_momentum(online, self.target, m=EMA_MOMENTUM)
+
+
+class Siamese(Objective):
+    """Both views through the online network."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """The loss of both views."""
+        return self.criterion(online(batch.query), online(batch.key))
+
+
+class NearestNeighbour(Objective):
+    """NNCLR as in lightly's benchmarks: the prediction of a view meets the nearest neighbour of the other."""
+
+    def __init__(self, queue: tuple[int, int]) -> None:
+        super().__init__()
+        self.criterion = lightly.loss.NTXentLoss(temperature=0.1)
+        self.prediction_head = NNCLRPredictionHead(DIM, HIDDEN, DIM)
+        self.memory_bank = NNMemoryBankModule(size=queue)
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """The mean over the two directions."""
+        z0, z1 = online(batch.query), online(batch.key)
+        p0, p1 = self.prediction_head(z0), self.prediction_head(z1)
+        near0, near1 = self.memory_bank(z0.detach(), update=False), self.memory_bank(z1.detach(), update=True)
+        return (self.criterion(near0, p1) + self.criterion(near1, p0)) / 2
+
+
+def slr(setup: Setup, **settings: Any) -> SLRLoss:
+    """The paper's CIFAR-10 settings, overridden."""
+    return CIFAR10.loss(DIM, setup.total_steps, memory_bank_size=setup.queue, **settings)
+
+
+def soft(setup: Setup, labeler: baselines.Labeler, **settings: Any) -> baselines.SoftLabelLoss:
+    """The same with other labels."""
+    defaults = {
+        "temperature": CIFAR10.temperature,
+        "confidence": CosineConfidence(*CIFAR10.confidence, setup.total_steps),
+        "refined_weight": CIFAR10.refined_weight,
+    }
+    return baselines.SoftLabelLoss(setup.queue, labeler, **defaults | settings)
+
+
+def mixing(setup: Setup) -> MomentumMixup:
+    """The paper's mixup."""
+    return CIFAR10.mixup(setup.mixing)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the comparison."""
+
+    summary: str
+    build: Callable[[Setup], Objective]
+    passes: int  # per step, see FORWARD and TRAINED
+    strong: bool = False  # needs strongly augmented views
+    stretch: float = 1.0  # trains so many times the budget's epochs
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+PLAIN = TRAINED + FORWARD
+MIXED = 2 * TRAINED + FORWARD
+TWO_VIEWS = 2 * TRAINED
+
+
+def _ours(summary: str, mixed: bool, *, strong: bool = False, vanilla: bool = False, **settings: Any) -> Method:
+    return Method(
+        summary,
+        lambda setup: Momentum(slr(setup, **settings), mixing(setup) if mixed else None, vanilla),
+        MIXED if mixed else PLAIN,
+        strong,
+        settings=settings,
+    )
+
+
+def _part(estimator: str, mixed: bool) -> Method:
+    """One of the two estimators."""
+    labeler = baselines.one_estimator(estimator, CIFAR10.temperature * CIFAR10.sharpening)
+    return Method(
+        f"{estimator} alone" + (", momentum mixup" if mixed else ""),
+        lambda setup: Momentum(soft(setup, labeler), mixing(setup) if mixed else None),
+        MIXED if mixed else PLAIN,
+    )
+
+
+def _moco(stretch: float = 1.0, strong: bool = False) -> Method:
+    return Method(
+        "MoCo v2, lightly's NTXentLoss" + (", longer" if stretch > 1 else ""),
+        lambda setup: Momentum(lightly.loss.NTXentLoss(CIFAR10.temperature, setup.queue)),
+        PLAIN,
+        strong,
+        stretch,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "moco": _moco(),
+    "moco-longer": _moco(stretch=MIXED / PLAIN),
+    "simclr": Method("SimCLR, lightly's", lambda setup: Siamese(lightly.loss.NTXentLoss(0.5)), TWO_VIEWS),
+    "dcl": Method("DCL, lightly's", lambda setup: Siamese(lightly.loss.DCLLoss(0.1)), TWO_VIEWS),
+    "nnclr": Method("NNCLR, lightly's parts", lambda setup: NearestNeighbour(setup.queue), TWO_VIEWS),
+    "co2": Method("CO2", lambda setup: Momentum(baselines.CO2Loss(setup.queue, CIFAR10.temperature)), PLAIN),
+    "sce": Method(
+        "SCE",
+        lambda setup: Momentum(soft(setup, baselines.sce(), temperature=0.1, refined_weight=1.0)),
+        PLAIN,
+    ),
+    "one-hot": _ours("one-hot labels over batch and queue", mixed=False, confidence=0.0),
+    "p": _part("p", mixed=False),
+    "q": _part("q", mixed=False),
+    "p+q": _ours("refined labels", mixed=False),
+    "mm": _ours("momentum mixup, one-hot labels", mixed=True, confidence=0.0),
+    "p+mm": _part("p", mixed=True),
+    "q+mm": _part("q", mixed=True),
+    "sane": _ours("refined labels, momentum mixup", mixed=True),
+    "vanilla": _ours("vanilla mixup, one-hot labels", mixed=True, vanilla=True, confidence=0.0),
+    "vanilla-strong": _ours("the same, strong views", mixed=True, vanilla=True, strong=True, confidence=0.0),
+    "mm-strong": _ours("momentum mixup, strong views", mixed=True, strong=True, confidence=0.0),
+    "sane-strong": _ours("SANE, strong views", mixed=True, strong=True),
+    **{
+        f"sane-lambda-{weight}": _ours(f"SANE, lambda {weight}", mixed=True, refined_weight=weight)
+        for weight in (0.0, 0.25, 0.75, 1.0)
+    },
+}

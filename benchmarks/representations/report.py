@@ -1,0 +1,206 @@
+"""Tables and figures of the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from benchmarks.representations.harness import records
+from benchmarks.representations.methods import METHODS, PLAIN
+
+Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # method, seed, record
+MEASURES = ("knn", "linear")
+DRAWN = ("moco", "moco-longer", "vanilla", "p+q", "mm", "sane")
+LABELLED = ("p", "q", "p+q", "sane")
+
+
+class Study(NamedTuple):
+    """A question, the methods that answer it and, where the paper answers it too, its numbers."""
+
+    title: str
+    reference: str  # differences are paired with this method's runs
+    methods: tuple[str, ...]
+    paper: Mapping[str, str] = {}
+
+
+STUDIES = {
+    "methods": Study(
+        "Methods",
+        "moco",
+        ("moco", "moco-longer", "simclr", "dcl", "nnclr", "co2", "sce", "vanilla", "one-hot", "p+q", "mm", "sane"),
+        {"moco": "92.5 / 93.9", "sane": "95.2 / 96.1"},
+    ),
+    "components": Study(
+        "Components",
+        "one-hot",
+        ("one-hot", "p", "q", "mm", "p+q", "p+mm", "q+mm", "sane"),
+        {
+            name: f"- / {linear}"
+            for name, linear in {
+                "one-hot": 93.7,
+                "p": 94.6,
+                "q": 94.5,
+                "mm": 94.8,
+                "p+q": 94.9,
+                "p+mm": 95.2,
+                "q+mm": 95.1,
+                "sane": 95.9,
+            }.items()
+        },
+    ),
+    "lambda": Study(
+        "The weight of the refined term",
+        "sane",
+        ("sane-lambda-0.0", "sane-lambda-0.25", "sane", "sane-lambda-0.75", "sane-lambda-1.0"),
+        {
+            "sane-lambda-0.0": "- / 94.3",
+            "sane-lambda-0.25": "- / 95.8",
+            "sane": "- / 95.9",
+            "sane-lambda-0.75": "- / 95.5",
+            "sane-lambda-1.0": "- / 94.5",
+        },
+    ),
+    "mixup": Study(
+        "Vanilla and momentum mixup",
+        "vanilla",
+        ("vanilla", "mm", "vanilla-strong", "mm-strong", "sane-strong"),
+        {"vanilla": "- / 93.7", "mm": "- / 94.2", "vanilla-strong": "- / 93.3", "mm-strong": "- / 94.8"},
+    ),
+}
+
+
+def table(study: Study, records: Records) -> str:
+    """The study as Markdown: mean and standard deviation, paired differences with Student's 95 % interval, cost."""
+    present = [method for method in study.methods if method in records]
+    reference = records.get(study.reference, {})
+    header = ["method", "seeds", "kNN %", "linear %", "kNN difference", "linear difference", "cost"]
+    lines = ["| " + " | ".join(header + ["paper's kNN / linear"] * bool(study.paper)) + " |"]
+    lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
+    for method in present:
+        runs = records[method]
+        cells = [f"{method}: {METHODS[method].summary}", str(len(runs))]
+        cells += [spread([run[measure] for run in runs.values()]) for measure in MEASURES]
+        paired = sorted(set(runs) & set(reference))
+        if method == study.reference or not paired:
+            cells += ["", ""]
+        else:
+            cells += [
+                interval([runs[seed][measure] - reference[seed][measure] for seed in paired]) for measure in MEASURES
+            ]
+        cells.append(f"{cost(method):.2f}")
+        cells += [study.paper.get(method, "")] * bool(study.paper)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost(method: str) -> float:
+    """Passes of all images through the encoder over a run, relative to MoCo's."""
+    return METHODS[method].passes * METHODS[method].stretch / PLAIN
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+
+
+def interval(differences: Sequence[float]) -> str:
+    """The mean of paired differences and Student's 95 % interval."""
+    count, mean = len(differences), np.mean(differences)
+    if count < 2:
+        return f"{mean:+.2f}"
+    margin = student.ppf(0.975, count - 1) * np.std(differences, ddof=1) / count**0.5
+    return f"{mean:+.2f} ({mean - margin:+.2f} to {mean + margin:+.2f})"
+
+
+LABELS = ("own", "same", "other", "purity", "chance", "nearest", "distance", "one_hot_distance", "blind_distance")
+
+
+def label_table(methods: Sequence[str], records: Records) -> str:
+    """Label quality at the end of training, mean over the seeds."""
+    lines = [
+        "| method | seeds | own % | same class % | other % | purity % | chance % | nearest % | distance | one-hot's "
+        "| blind's |",
+        "|---|" + "--:|" * 10,
+    ]
+    for method in methods:
+        if runs := [run["labels"][-1] for run in records.get(method, {}).values() if run["labels"]]:
+            last = {name: float(np.mean([_label(run, name) for run in runs])) for name in LABELS}
+            cells = [f"{100 * last[name]:.1f}" for name in LABELS[:6]] + [f"{last[name]:.4f}" for name in LABELS[6:]]
+            lines.append("| " + " | ".join([method, str(len(runs)), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _label(row: Mapping[str, float], name: str) -> float:
+    """A measured value; purity is the share of the own class in what leaves the positive."""
+    return row["same"] / (row["same"] + row["other"]) if name == "purity" else row[name]
+
+
+def draw_accuracy(methods: Sequence[str], records: Records) -> Figure:
+    """kNN accuracy over epochs and over compute: mean of the seeds, and their range."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, method in enumerate(name for name in methods if name in records):
+        runs = list(records[method].values())
+        epochs = np.array([row["epoch"] for row in runs[0]["curve"]])
+        knn = [[row["knn"] for row in run["curve"]] for run in runs]
+        for axes, x in ((left, epochs), (right, epochs * METHODS[method].passes / PLAIN)):
+            band(axes, x, knn, method, f"C{number}")
+    left.set(title="Equal epochs", xlabel="epoch", ylabel="kNN accuracy (%)")
+    right.set(title="Equal compute", xlabel="encoder passes, in epochs of MoCo")
+    left.legend(frameon=False)
+    return figure
+
+
+def draw_labels(methods: Sequence[str], records: Records) -> Figure:
+    """Label quality over training."""
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = dict(zip(("distance", "purity", "nearest"), figure.subplots(1, 3), strict=True))
+    for number, method in enumerate(name for name in methods if name in records):
+        runs = [run["labels"] for run in records[method].values() if run["labels"]]
+        for measure, axes in panels.items():
+            values = [[_label(row, measure) for row in run] for run in runs]
+            band(axes, [row["epoch"] for row in runs[0]], values, method, f"C{number}")
+    for measure, level, name in (
+        ("distance", "one_hot_distance", "one-hot"),
+        ("purity", "chance", "chance"),
+        ("nearest", "chance", "chance"),
+    ):
+        panels[measure].plot(
+            [row["epoch"] for row in runs[0]], [row[level] for row in runs[0]], "--", color="tab:grey", label=name
+        )
+    panels["distance"].set(title="Distance from the true labels", ylabel="E ||ybar - y*||")
+    panels["purity"].set(title="Purity: own class in what leaves the positive")
+    panels["nearest"].set(title="Nearest key of the own class")
+    for axes in panels.values():
+        axes.set(xlabel="epoch")
+        axes.legend(frameon=False)
+    return figure
+
+
+def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
+    """The mean of one curve per seed, and their range."""
+    axes.plot(x, np.mean(curves, axis=0), color=colour, label=label)
+    axes.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2, linewidth=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def write(results: Path) -> str:
+    """Tables of all studies that have records, and figures beside them; returns the tables."""
+    found = records(results)
+    parts = []
+    for study in STUDIES.values():
+        if any(method in found for method in study.methods):
+            parts.append(f"### {study.title}\n\n{table(study, found)}")
+    if any(run["labels"] for runs in found.values() for run in runs.values()):
+        parts.append(f"### Labels\n\n{label_table(list(METHODS), found)}")
+        draw_labels(LABELLED, found).savefig(results / "labels.png", dpi=150)
+    draw_accuracy(DRAWN, found).savefig(results / "accuracy.png", dpi=150)
+    text = "\n\n".join(parts) + "\n"
+    (results / "tables.md").write_text(text)
+    return text

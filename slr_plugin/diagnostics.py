@@ -1,0 +1,223 @@
+r"""How good refined labels are, told by classes that training never sees.
+
+The theory's measure is the distance of the labels from the true soft labels: the generalisation error grows with
+:math:`\mathbb E \|\bar y - y^*\|_2` (theorem 1), :math:`y^*` uniform over the keys of the query's own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slr_plugin._checks import check_float_tensor, check_index_tensor
+from slr_plugin.distributed import gather, rank
+
+
+class LabelQuality(NamedTuple):
+    """Means over the labelled queries, as scalar tensors. The three masses sum to 1 where all keys have a class."""
+
+    own: Tensor  # label mass on the own positive
+    same: Tensor  # on other keys of the own class
+    other: Tensor  # on keys of other classes
+    chance: Tensor  # the share of the own class among the other keys: same / (same + other) of a blind estimator
+    nearest: Tensor  # how often the other key with the largest label is of the own class
+    distance: Tensor  # E ||ybar - y*||
+    one_hot_distance: Tensor  # of the label that stays on the positive
+    blind_distance: Tensor  # of the label that keeps the same mass and spreads the rest evenly
+
+
+@torch.no_grad()
+def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Tensor | None = None) -> LabelQuality:
+    r"""Compare labels with classes.
+
+    .. math:: y^*_{ik} = [\mathrm{class}_k = \mathrm{class}_i] / |\{j : \mathrm{class}_j = \mathrm{class}_i\}|
+
+    Keys without a class (-1) and queries without one are left out: a labelled part of the data will do.
+
+    Args:
+        labels: (s, K) labels, what ``criterion.labels(out0, out1)`` returns.
+        classes: (s,) int64 classes of the queries, -1 where unknown.
+        key_classes: (K,) int64 classes of the keys, -1 where unknown, such as the random keys that fill a queue first;
+            (s, K) where they differ from query to query.
+        own: (s,) int64, the column of each query's positive; None: query i has key i. (Without a queue rows and keys
+            are the views one after the other, and ``own`` is ``torch.arange(2 * s).roll(s)``.)
+
+    Returns:
+        The :class:`LabelQuality`; not a number if no query has a class and a further key with a class.
+
+    Raises:
+        ValueError: shapes do not fit.
+        TypeError: a tensor has the wrong dtype.
+
+    >>> labels = torch.tensor([[0.8, 0.2, 0.0, 0.0], [0.3, 0.6, 0.0, 0.1]])
+    >>> quality = label_quality(labels, torch.tensor([0, 0]), torch.tensor([0, 0, 1, 1]))
+    >>> {name: round(value.item(), 3) for name, value in quality._asdict().items()}  # doctest: +NORMALIZE_WHITESPACE
+    {'own': 0.7, 'same': 0.25, 'other': 0.05, 'chance': 0.333, 'nearest': 1.0, 'distance': 0.337,
+     'one_hot_distance': 0.707, 'blind_distance': 0.373}
+    """
+    check_float_tensor("labels", labels)
+    if labels.ndim != 2:
+        raise ValueError(f"labels must have shape (queries, keys), got {tuple(labels.shape)}")
+    rows, keys = labels.shape
+    own = torch.arange(rows, device=labels.device) if own is None else own
+    shapes = {"classes": [(rows,)], "key_classes": [(keys,), (rows, keys)], "own": [(rows,)]}
+    for (name, allowed), value in zip(shapes.items(), (classes, key_classes, own), strict=True):
+        check_index_tensor(name, value)
+        if tuple(value.shape) not in allowed:
+            wanted = " or ".join(map(str, allowed))
+            raise ValueError(f"{name} must have shape {wanted} beside labels {(rows, keys)}, got {tuple(value.shape)}")
+    if rows and not bool(((own >= 0) & (own < keys)).all()):
+        raise ValueError(f"own must name columns of labels {(rows, keys)}, one per row; pass own=")
+    classes, key_classes, own = (x.to(labels.device, torch.int64) for x in (classes, key_classes, own))
+
+    positive = torch.zeros_like(labels, dtype=torch.bool).scatter_(1, own[:, None], True)
+    same = (classes[:, None] == key_classes) | positive
+    known = (key_classes >= 0).expand_as(same) | positive
+    elsewhere = known & ~positive
+    counted = (classes >= 0) & elsewhere.any(1)
+
+    def mean(values: Tensor) -> Tensor:
+        return values[counted].mean()
+
+    def mass(mask: Tensor) -> Tensor:
+        return (labels * mask).sum(1)
+
+    def distance(label: Tensor) -> Tensor:
+        truth = same / same.sum(1, keepdim=True).to(labels)
+        return mean(((label - truth) * known).norm(dim=1))
+
+    others = elsewhere.sum(1).clamp(min=1).to(labels)
+    one_hot = positive.to(labels)
+    blind = mass(positive)[:, None] * one_hot + (mass(elsewhere) / others)[:, None] * elsewhere
+    heaviest = labels.masked_fill(~elsewhere, -1.0).argmax(1)
+    return LabelQuality(
+        own=mean(mass(positive)),
+        same=mean(mass(same & ~positive)),
+        other=mean(mass(known & ~same)),
+        chance=mean((same & elsewhere).sum(1) / others),
+        nearest=mean(same.gather(1, heaviest[:, None])[:, 0].to(labels)),
+        distance=distance(labels),
+        one_hot_distance=distance(one_hot),
+        blind_distance=distance(blind),
+    )
+
+
+class LabelMonitor:
+    """Watches a criterion's labels during training; knows the classes of the keys in its queue.
+
+    Announce the classes of every batch. Labels are measured on the calls announced with ``measure``, before the loss of
+    the same call, and cost one dense (s, K) matrix; the other calls cost next to nothing.
+
+    Args:
+        criterion: a :class:`slr_plugin.SLRLoss`.
+
+    >>> from slr_plugin import SLRLoss
+    >>> criterion = SLRLoss(0.2, memory_bank_size=(16, 8))
+    >>> monitor = LabelMonitor(criterion)
+    >>> for step in range(4):
+    ...     queries, keys, classes = torch.randn(8, 8), torch.randn(8, 8), torch.randint(2, (8,))
+    ...     monitor.announce(classes, measure=step % 2 == 1)
+    ...     loss = criterion(queries.requires_grad_(), keys)
+    >>> len(monitor.measured), bool(0 <= monitor.mean().same <= 1)
+    (2, True)
+    """
+
+    def __init__(self, criterion: nn.Module) -> None:
+        self.criterion = criterion
+        bank = criterion.memory_bank.bank
+        self.queue_classes = torch.full((len(criterion.memory_bank),), -1, device=bank.device)
+        self.measured: list[LabelQuality] = []
+        self._classes: Tensor | None = None
+        self._measures = False
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._hooks = (
+            criterion.register_forward_pre_hook(self._look, with_kwargs=True),
+            criterion.register_forward_hook(self._follow),
+        )
+
+    def announce(self, classes: Tensor, measure: bool = True) -> None:
+        """The classes (s,) of the criterion's next call, -1 where unknown; whether to measure its labels.
+
+        Raises:
+            TypeError: ``classes`` is no integer tensor.
+        """
+        check_index_tensor("classes", classes)
+        self._classes, self._measures = classes, measure
+
+    def mean(self) -> LabelQuality:
+        """The mean of what was measured since the last call of this method; not a number if nothing was."""
+        measured, self.measured = self.measured, []
+        if not measured:
+            return LabelQuality(*[torch.tensor(torch.nan)] * len(LabelQuality._fields))
+        return LabelQuality(*(torch.stack(values).nanmean() for values in zip(*measured, strict=True)))
+
+    def remove(self) -> None:
+        """Let go of the criterion."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs beside the criterion's."""
+        return {"queue_classes": self.queue_classes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it comes from a queue of another length.
+        """
+        stored = state["queue_classes"]
+        if stored.shape != self.queue_classes.shape:
+            raise ValueError(
+                f"the checkpoint's queue_classes has {len(stored)} entries, the queue {len(self.queue_classes)} keys"
+            )
+        self.queue_classes = stored.to(self.queue_classes)
+
+    def _look(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the call: its keys are not in the queue yet."""
+        if self._classes is None:
+            return
+        out0, out1 = (args[place] if len(args) > place else kwargs[name] for place, name in enumerate(("out0", "out1")))
+        if self._classes.shape != (len(out0),):
+            raise ValueError(
+                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {len(out0)} rows"
+            )
+        classes = self._classes.to(out0.device, torch.int64)
+        everyone = gather(classes) if criterion.gather_distributed else classes
+        if self._measures:
+            self.measured.append(self._measure(criterion, out0, out1, classes, everyone))
+        self._before = (criterion.step.clone(), everyone)
+
+    def _follow(self, criterion: nn.Module, args: Any, output: Any) -> None:
+        """After the call: where its keys went, if they did."""
+        if self._before is None:
+            return
+        (step, everyone), self._before, self._classes = self._before, None, None
+        if not len(self.queue_classes):
+            return
+        size = len(self.queue_classes)
+        newest = everyone[-size:]
+        end = criterion.memory_bank.bank_ptr.to(everyone.device)
+        places = (end - len(newest) + torch.arange(len(newest), device=everyone.device)) % size
+        # Without reading back: a call without update, or with keys that are not finite, enqueues nothing.
+        self.queue_classes = self.queue_classes.to(everyone.device)
+        written = torch.where((criterion.step > step).to(everyone.device), newest, self.queue_classes[places])
+        self.queue_classes = self.queue_classes.index_copy(0, places, written)
+
+    def _measure(
+        self, criterion: nn.Module, out0: Tensor, out1: Tensor, classes: Tensor, everyone: Tensor
+    ) -> LabelQuality:
+        labels = criterion.labels(out0, out1)
+        queue_classes = self.queue_classes.to(classes)
+        rows = torch.arange(len(classes), device=classes.device)
+        own = rows + rank() * len(classes) if criterion.gather_distributed else rows
+        if not len(queue_classes):  # rows and keys are the views, one after the other
+            own = torch.cat([own + len(everyone), own])
+            return label_quality(labels, classes.repeat(2), everyone.repeat(2), own)
+        if criterion.in_batch_keys:
+            return label_quality(labels, classes, torch.cat([everyone, queue_classes]), own)
+        key_classes = torch.cat([classes[:, None], queue_classes.expand(len(classes), -1)], dim=1)
+        return label_quality(labels, classes, key_classes, torch.zeros_like(rows))
