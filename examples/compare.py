@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from images import Dataset, load_folder, load_scans, minibatches
-from label_quality import QueueClasses, measure_labels
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -40,6 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 from slr_plugin import SLRLoss
+from slr_plugin.diagnostics import LabelMonitor
 from slr_plugin.presets import CIFAR10
 
 METHODS = ("MoCo", "SANE")
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     epochs: list[int]  # at which knn was measured: 0 is the untrained encoder
     knn: list[float]
     linear: tuple[float, float]  # of the untrained and of the trained encoder
-    label_mass: list[tuple[float, float]]  # per epoch, see measure_labels; empty for MoCo
+    label_mass: list[tuple[float, float]]  # per epoch, on other keys of the own class and on other classes; SANE only
     seconds: float
 
 
@@ -98,25 +98,23 @@ def pretrain(method: str, data: Dataset, epochs: int, batch_size: int, seed: int
 
     evaluated, knn, label_mass = [0], [knn_accuracy(online[0], data)], []
     untrained = linear_accuracy(online[0], data)
-    queue_classes = QueueClasses(queue_size)
+    monitor = LabelMonitor(criterion)
     for epoch in range(1, epochs + 1):
-        masses = []
         for x0, x1, classes in minibatches(data.train, data.views, batch_size, viewing):
             queries, keys = online(x0), target(x1)
+            monitor.announce(classes, measure=method == "SANE")
             if method == "MoCo":
                 loss = criterion(queries, keys)
             else:
-                masses.append(measure_labels(criterion.labels(queries, keys), classes, queue_classes.classes))
                 mixed, mix = mixup(x0, x1)
                 loss = criterion(queries, keys, online(mixed), mix)
-            queue_classes.enqueue(classes)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             update_average(target, online)
-        if masses:
-            label_mass.append(tuple(np.mean(masses, axis=0)))
+        quality = monitor.mean()
+        label_mass.append((100 * quality.same.item(), 100 * quality.other.item()))
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
             evaluated.append(epoch)
             knn.append(knn_accuracy(online[0], data))

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from label_quality import QueueClasses, measure_labels
 from lightly.models import ResNetGenerator
 from lightly.utils.benchmarking import LinearClassifier, MetricCallback
 from matplotlib.figure import Figure
-from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -37,42 +36,23 @@ from torchvision.utils import make_grid, save_image
 from slr_plugin import presets
 from slr_plugin.adapters.lightly import SANE, SANETransform, cifar_stem
 from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION
+from slr_plugin.adapters.lightning import LabelQualityCallback
 
 NORMALIZE = CIFAR10_AUGMENTATION["normalize"]
 
 
-class Record(Callback):
-    """Per epoch: the last loss, kNN accuracy, and where the refined labels lie. Saved in the checkpoints."""
+class Record(LabelQualityCallback):
+    """Per epoch: the last loss, kNN accuracy, and how good the refined labels are. Saved in the checkpoints."""
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int) -> None:
+        super().__init__(every_n_steps)
         self.epochs: list[dict[str, float]] = []
-        self._queue_classes: QueueClasses | None = None
-        self._targets = torch.empty(0)
-        self._measures = False  # this batch: labels are dense, so four batches an epoch must do
-        self._masses: list[tuple[float, float]] = []
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See every batch on its way into the loss: queries and keys, and the queue before they enter it."""
-        pl_module.criterion.register_forward_pre_hook(self._measure)
-        if self._queue_classes is None:
-            self._queue_classes = QueueClasses(len(pl_module.criterion.memory_bank))
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the classes, which the loss is not given."""
-        self._targets = batch[1].cpu()
-        self._measures = batch_idx % max(1, trainer.num_training_batches // 4) == 0
-
-    def _measure(self, criterion: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._measures:
-            labels = criterion.labels(*inputs[:2]).cpu()
-            self._masses.append(measure_labels(labels, self._targets, self._queue_classes.classes))
-        self._queue_classes.enqueue(self._targets)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One row per epoch; an accuracy only where it was measured."""
-        same, other = (sum(column) / len(column) for column in zip(*self._masses, strict=True))
-        self._masses = []
-        row = {"epoch": trainer.current_epoch + 1, "same": same, "other": other}
+        super().on_train_epoch_end(trainer, pl_module)
+        row = {"epoch": trainer.current_epoch + 1}
+        row |= {name: value.item() for name, value in self.quality._asdict().items()}
         metrics = trainer.callback_metrics
         row["loss"] = metrics["train_loss"].item()
         if "val_knn_top1" in metrics and (trainer.current_epoch + 1) % trainer.check_val_every_n_epoch == 0:
@@ -81,13 +61,12 @@ class Record(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"epochs": self.epochs, "queue_classes": self._queue_classes.classes, "start": self._queue_classes.start}
+        return super().state_dict() | {"epochs": self.epochs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
+        super().load_state_dict(state)
         self.epochs = list(state["epochs"])
-        self._queue_classes = QueueClasses(len(state["queue_classes"]))
-        self._queue_classes.classes, self._queue_classes.start = state["queue_classes"], state["start"]
 
 
 def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
@@ -194,8 +173,8 @@ def draw(record: Record, output: Path) -> None:
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.plot(epochs, [row["same"] for row in record.epochs], label="keys of the own class", color="tab:blue")
-    axes.plot(epochs, [row["other"] for row in record.epochs], label="keys of other classes", color="tab:red")
+    for name, keys, colour in (("same", "own class", "tab:blue"), ("other", "other classes", "tab:red")):
+        axes.plot(epochs, [100 * row[name] for row in record.epochs], label=f"keys of the {keys}", color=colour)
     axes.set(title="Label mass beyond the own positive", xlabel="epoch", ylabel="share of the label (%)")
     axes.legend(frameon=False)
     figure.savefig(output / "labels.png", dpi=150)
@@ -247,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not args.resume:
         draw_views(model, DataLoader(views, 10, shuffle=True), args.output / "views.png")
 
-    record = Record()
+    record = Record(every_n_steps=max(1, len(loader) // 4))  # its labels are dense
     trainer = Trainer(
         max_epochs=args.epochs,
         accelerator=args.accelerator,

@@ -55,8 +55,8 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
     >>> labels = torch.tensor([[0.8, 0.2, 0.0, 0.0], [0.3, 0.6, 0.0, 0.1]])
     >>> quality = label_quality(labels, torch.tensor([0, 0]), torch.tensor([0, 0, 1, 1]))
     >>> {name: round(value.item(), 3) for name, value in quality._asdict().items()}  # doctest: +NORMALIZE_WHITESPACE
-    {'own': 0.7, 'same': 0.25, 'other': 0.05, 'chance': 0.333, 'nearest': 1.0, 'distance': 0.337,
-     'one_hot_distance': 0.707, 'blind_distance': 0.373}
+    {'own': 0.7, 'same': 0.25, 'other': 0.05, 'chance': 0.333, 'nearest': 1.0, 'distance': 0.335,
+     'one_hot_distance': 0.707, 'blind_distance': 0.48}
     """
     check_float_tensor("labels", labels)
     if labels.ndim != 2:

@@ -19,6 +19,7 @@ class Budget:
 
     encoder: Callable[[], nn.Module]  # images to features (s, d)
     feature_dim: int
+    side: int  # of the views, in pixels; the images that are evaluated keep their 32
     train_images: int | None  # None: all
     test_images: int | None
     epochs: int
@@ -30,14 +31,14 @@ class Budget:
 
 
 def small_resnet() -> nn.Module:
-    """lightly's ResNet-9 of width 16: what a CPU core trains in minutes."""
-    model = ResNetGenerator("resnet-9", width=0.25)
-    model.linear = nn.Identity()
-    return model
+    """ResNet-9 of width 16 (of lightly), for images of any size: what a CPU core trains in minutes."""
+    parts = ResNetGenerator("resnet-9", width=0.25)
+    stages = [parts.layer1, parts.layer2, parts.layer3, parts.layer4]
+    return nn.Sequential(parts.conv1, parts.bn1, nn.ReLU(), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def cifar_resnet18() -> nn.Module:
-    """torchvision's ResNet-18 with the usual stem for small images."""
+    """Torchvision's ResNet-18 with the usual stem for small images."""
     model = cifar_stem(resnet18())
     model.fc = nn.Identity()
     return model
@@ -47,6 +48,7 @@ BUDGETS = {
     "cpu": Budget(
         encoder=small_resnet,
         feature_dim=128,
+        side=24,
         train_images=5000,
         test_images=5000,
         epochs=40,
@@ -59,6 +61,7 @@ BUDGETS = {
     "gpu": Budget(
         encoder=cifar_resnet18,
         feature_dim=512,
+        side=32,
         train_images=None,
         test_images=None,
         epochs=200,
@@ -72,6 +75,7 @@ BUDGETS = {
     "smoke": Budget(
         encoder=small_resnet,
         feature_dim=128,
+        side=24,
         train_images=96,
         test_images=64,
         epochs=2,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import kornia.augmentation as K  # noqa: N812 as kornia's own documentation
+import kornia.augmentation as K
 import torch
 from kornia.augmentation.auto import RandAugment
 from torch import Tensor
@@ -17,16 +17,7 @@ from torchvision.transforms import v2
 
 from benchmarks.representations.budgets import Budget
 
-SIDE = 32
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-# The MoCo authors' CIFAR demo.
-AUGMENTATION = K.AugmentationSequential(
-    K.RandomResizedCrop((SIDE, SIDE), scale=(0.08, 1.0)),
-    K.RandomHorizontalFlip(),
-    K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-    K.RandomGrayscale(p=0.2),
-    data_keys=["input"],
-)
 GROUP = 8  # images that share one draw of strong operations, which kornia makes per call
 
 
@@ -55,30 +46,29 @@ def load(root: Path, budget: Budget, device: torch.device) -> tuple[Images, Imag
 
 
 def _decode(root: Path, count: int | None, device: torch.device) -> Images:
-    transform = v2.Compose([v2.Resize(SIDE), v2.CenterCrop(SIDE), v2.PILToTensor()])
+    transform = v2.Compose([v2.Resize(32), v2.CenterCrop(32), v2.PILToTensor()])
     folder = ImageFolder(root, transform)
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:count]
     pixels, classes = zip(*DataLoader(Subset(folder, order.tolist()), batch_size=256), strict=True)
     return Images(torch.cat(pixels).to(device), torch.cat(classes).to(device))
 
 
-def minibatches(
-    images: Images, batch_size: int, seed: int, epoch: int, strong: bool, cache: Path | None
-) -> Iterator[Batch]:
+def minibatches(images: Images, budget: Budget, seed: int, epoch: int, strong: bool, cache: Path) -> Iterator[Batch]:
     """One epoch in random order; the last, incomplete batch is left out.
 
     Args:
         images: what to augment.
-        batch_size: s.
+        budget: the batch size s, the side of the views, and whether to keep them for the seed's other methods.
         seed: with ``epoch``, determines order and views, whatever the method draws.
         epoch: counts from 1.
         strong: whether the method needs strongly augmented views.
-        cache: a folder in which views are kept for the seed's other methods, 16 MB per view and epoch of 5,000 images.
+        cache: the folder in which views are kept, 9 MB per view and epoch of 5,000 images.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_stream(seed, epoch, 0)))
     names = ["query", "key", "strong"] if strong else ["query", "key"]
-    views = [_views(images, seed, epoch, name, cache) for name in names]
-    for index in order[: len(order) // batch_size * batch_size].to(images.pixels.device).split(batch_size):
+    views = [_views(images, budget, seed, epoch, name, cache) for name in names]
+    whole = len(order) // budget.batch_size * budget.batch_size
+    for index in order[:whole].to(images.pixels.device).split(budget.batch_size):
         query, key, *rest = (normalize(view[index]) for view in views)
         yield Batch(query, key, rest[0] if rest else None, images.classes[index])
 
@@ -89,16 +79,19 @@ def normalize(pixels: Tensor) -> Tensor:
     return ((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _views(images: Images, seed: int, epoch: int, name: str, cache: Path | None) -> Tensor:
-    """One view of every image, (n, 3, 32, 32) in uint8."""
-    path = cache and cache / f"{len(images)}-images" / f"seed-{seed}" / f"epoch-{epoch}-{name}.pt"
-    if path and path.exists():
+def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cache: Path) -> Tensor:
+    """One view of every image, (n, 3, side, side) in uint8."""
+    path = cache / f"{len(images)}-images-{budget.side}-pixels" / f"seed-{seed}" / f"epoch-{epoch}-{name}.pt"
+    if path.exists():
         return torch.load(path)
     with torch.random.fork_rng():
         torch.manual_seed(_stream(seed, epoch, ("query", "key", "strong").index(name) + 1))
-        views = torch.cat([_augment(part / 255, name == "strong") for part in images.pixels.split(512)])
+        augment = _augmentation(budget.side)
+        views = torch.cat([augment(part / 255) for part in images.pixels.split(512)])
+        if name == "strong":
+            views = torch.cat([_strengthen(group) for group in views.split(GROUP)])
     views = (views.clamp(0, 1) * 255).round().to(torch.uint8)
-    if path:
+    if budget.keeps_views:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")  # another process may be making the same file
         torch.save(views, unfinished)
@@ -106,20 +99,25 @@ def _views(images: Images, seed: int, epoch: int, name: str, cache: Path | None)
     return views
 
 
-def _augment(images: Tensor, strong: bool) -> Tensor:
-    """MoCo v2's augmentation; strong: then, as CLSA, each of five draws of an operation applies with probability 0.5.
+def _augmentation(side: int) -> K.AugmentationSequential:
+    """The MoCo authors' CIFAR demo's."""
+    return K.AugmentationSequential(
+        K.RandomResizedCrop((side, side), scale=(0.08, 1.0)),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        data_keys=["input"],
+    )
 
-    Unlike CLSA's, the draws of a group of images are common, and no operation is drawn twice.
+
+def _strengthen(images: Tensor) -> Tensor:
+    """As CLSA: each of five draws of an operation applies with probability 0.5, its magnitude is uniform.
+
+    Unlike CLSA's, the draws are common to the images of a call, and no operation is drawn twice.
     """
-    images = AUGMENTATION(images)
-    if not strong:
-        return images
-    groups = []
-    for group in images.split(GROUP):
-        count = int(torch.rand(5).ge(0.5).sum())
-        magnitude = 1 + int(torch.randint(29, ()))
-        groups.append(RandAugment(count, magnitude)(group) if count else group)
-    return torch.cat(groups)
+    count = int(torch.rand(5).ge(0.5).sum())
+    magnitude = 1 + int(torch.randint(29, ()))
+    return RandAugment(count, magnitude)(images) if count else images
 
 
 def _stream(seed: int, epoch: int, use: int) -> int:

@@ -27,10 +27,7 @@ def run(
     """
     results.mkdir(parents=True, exist_ok=True)
     missing = [
-        (method, seed)
-        for seed in range(seeds)
-        for method in methods
-        if not record_path(results, method, seed).exists()
+        (method, seed) for seed in range(seeds) for method in methods if not record_path(results, method, seed).exists()
     ]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         runs = {pool.submit(_work, *pair, budget, data, device, results, cache): pair for pair in missing}
@@ -54,9 +51,7 @@ def records(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def _work(
-    method: str, seed: int, budget: str, data: Path, device: str, results: Path, cache: Path
-) -> dict[str, Any]:
+def _work(method: str, seed: int, budget: str, data: Path, device: str, results: Path, cache: Path) -> dict[str, Any]:
     record = train(method, seed, BUDGETS[budget], *_images(data, budget, device), cache)
     path = record_path(results, method, seed)
     unfinished = path.with_suffix(".part")

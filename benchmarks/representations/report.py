@@ -138,11 +138,13 @@ def label_table(methods: Sequence[str], records: Records) -> str:
 
 def _label(row: Mapping[str, float], name: str) -> float:
     """A measured value; purity is the share of the own class in what leaves the positive."""
-    return row["same"] / (row["same"] + row["other"]) if name == "purity" else row[name]
+    if name == "purity":
+        return row["same"] / max(row["same"] + row["other"], 1e-12)  # 0 of nothing for a one-hot label
+    return row[name]
 
 
 def draw_accuracy(methods: Sequence[str], records: Records) -> Figure:
-    """kNN accuracy over epochs and over compute: mean of the seeds, and their range."""
+    """KNN accuracy over epochs and over compute: mean of the seeds, and their range."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for number, method in enumerate(name for name in methods if name in records):

@@ -33,7 +33,9 @@ class Features(NamedTuple):
     classes: Tensor
 
 
-def train(name: str, seed: int, budget: Budget, train_images: Images, test_images: Images, cache: Path) -> dict[str, Any]:
+def train(
+    name: str, seed: int, budget: Budget, train_images: Images, test_images: Images, cache: Path
+) -> dict[str, Any]:
     """Train and evaluate; returns the record that is kept as JSON, accuracies in per cent."""
     method = METHODS[name]
     device = train_images.pixels.device
@@ -56,14 +58,17 @@ def train(name: str, seed: int, budget: Budget, train_images: Images, test_image
     optimizer = torch.optim.SGD(parameters, rate, CIFAR10.momentum, weight_decay=CIFAR10.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
 
-    record: dict[str, Any] = {"method": name, "seed": seed, "epochs": epochs, "passes": epochs * batches * method.passes}
+    record: dict[str, Any] = {
+        "method": name,
+        "seed": seed,
+        "epochs": epochs,
+        "passes": epochs * batches * method.passes,
+    }
     evaluated = {round(epochs * part / budget.evaluations) for part in range(1, budget.evaluations + 1)}
     curve, labels, seconds = [], [], 0.0
     for epoch in range(1, epochs + 1):
         losses = []
-        loader = minibatches(
-            train_images, budget.batch_size, seed, epoch, method.strong, cache if budget.keeps_views else None
-        )
+        loader = minibatches(train_images, budget, seed, epoch, method.strong, cache)
         for step, batch in enumerate(loader):
             if monitor:
                 monitor.announce(batch.classes, epoch in evaluated and step % -(-batches // MEASURED_BATCHES) == 0)

@@ -1,0 +1,208 @@
+"""Label quality against a loop over queries and keys; the monitor against the queue that it follows."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
+from slr_plugin.diagnostics import LabelMonitor, label_quality
+
+
+def looped(labels, classes, key_classes, own):
+    """The definitions, query by query and key by key."""
+    rows = []
+    for label, of, positive in zip(labels.tolist(), classes.tolist(), own.tolist(), strict=True):
+        known = [k for k, c in enumerate(key_classes.tolist()) if c >= 0 or k == positive]
+        others = [k for k in known if k != positive]
+        if of < 0 or not others:
+            continue
+        same = [k for k in others if key_classes[k] == of]
+        truth = {k: 1 / (1 + len(same)) for k in [positive, *same]}
+        rest = sum(label[k] for k in others)
+
+        # The label itself, the one-hot one, and the one that spreads the rest evenly.
+        compared = [label, *([float(k == positive) for k in range(len(label))] for _ in range(2))]
+        for k in others:
+            compared[2][k] = rest / len(others)
+        compared[2][positive] = label[positive]
+        heaviest = max(others, key=lambda k, label=label: (label[k], -k))
+        rows.append(
+            [
+                label[positive],
+                sum(label[k] for k in same),
+                sum(label[k] for k in others if k not in same),
+                len(same) / len(others),
+                float(heaviest in same),
+                *(math.sqrt(sum((y[k] - truth.get(k, 0.0)) ** 2 for k in known)) for y in compared),
+            ]
+        )
+    return np.mean(rows, axis=0) if rows else np.full(8, np.nan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**16), st.integers(1, 5), st.integers(1, 9), st.booleans())
+def test_is_what_the_definitions_say(seed, rows, more, shifted):
+    generator = torch.Generator().manual_seed(seed)
+    keys = rows + more
+    labels = torch.rand(rows, keys, dtype=torch.float64, generator=generator)
+    labels /= labels.sum(1, keepdim=True)
+    classes = torch.randint(-1, 3, (rows,), generator=generator)
+    key_classes = torch.randint(-1, 3, (keys,), generator=generator)
+    own = torch.randperm(keys, generator=generator)[:rows] if shifted else torch.arange(rows)
+    key_classes[own] = classes
+    quality = label_quality(labels, classes, key_classes, own if shifted else None)
+    np.testing.assert_allclose(torch.stack(quality), looped(labels, classes, key_classes, own), atol=1e-12)
+    each = label_quality(labels, classes, key_classes.expand(rows, -1), own)
+    torch.testing.assert_close(each, quality, equal_nan=True)
+
+
+def test_the_labels_that_it_compares_with():
+    classes, key_classes = torch.tensor([0, 1]), torch.tensor([0, 1, 0, 0, 1, 2])
+    truth = (classes[:, None] == key_classes).double()
+    truth /= truth.sum(1, keepdim=True)
+    one_hot = torch.eye(2, 6, dtype=torch.float64)
+    blind = torch.where(one_hot > 0, 0.7, 0.3 / 5)
+    assert label_quality(truth, classes, key_classes).distance == 0
+    quality = label_quality(one_hot, classes, key_classes)
+    assert quality.distance == quality.one_hot_distance == quality.blind_distance
+    assert (quality.own, quality.same, quality.other) == (1, 0, 0)
+    quality = label_quality(blind, classes, key_classes)
+    torch.testing.assert_close(quality.distance, quality.blind_distance)
+    torch.testing.assert_close(quality.same / (quality.same + quality.other), quality.chance)
+
+
+def test_a_labelled_part_of_the_data_will_do():
+    labels = torch.rand(4, 10, dtype=torch.float64)
+    classes, key_classes = torch.tensor([0, -1, 1, 0]), torch.tensor([0, -1, 1, 0, -1, 1, 1, -1, 0, 0])
+    known = key_classes >= 0
+    part = label_quality(labels[classes >= 0][:, known], classes[classes >= 0], key_classes[known])
+    torch.testing.assert_close(label_quality(labels, classes, key_classes), part)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"labels": torch.ones(2, 3, dtype=torch.long)}, TypeError, "labels must have a floating point dtype"),
+        ({"labels": torch.ones(3)}, ValueError, r"labels must have shape \(queries, keys\), got \(3,\)"),
+        ({"classes": torch.zeros(3, dtype=torch.long)}, ValueError, r"classes must have shape \(2,\)"),
+        ({"classes": torch.zeros(2)}, TypeError, "classes must have dtype torch.int64"),
+        (
+            {"key_classes": torch.zeros(2, dtype=torch.long)},
+            ValueError,
+            r"key_classes must have shape \(3,\) or \(2, 3\)",
+        ),
+        ({"own": torch.tensor([0, 3])}, ValueError, "own must name columns of labels"),
+        ({"labels": torch.ones(2, 1), "key_classes": torch.tensor([0])}, ValueError, "pass own="),
+    ],
+)
+def test_bad_input(changed, error, message):
+    good = {"labels": torch.ones(2, 3), "classes": torch.tensor([0, 1]), "key_classes": torch.tensor([0, 1, 1])}
+    label_quality(**good)
+    with pytest.raises(error, match=message):
+        label_quality(**good | changed)
+
+
+def features(classes):
+    """Features whose first entry tells the class that they were made for."""
+    values = torch.randn(len(classes), 4, requires_grad=True)
+    return values, torch.cat([10.0 * classes[:, None], torch.ones(len(classes), 3)], dim=1)
+
+
+def test_classes_keep_step_with_the_queue():
+    torch.manual_seed(0)
+    criterion = SLRLoss(0.2, (5, 4))
+    monitor = LabelMonitor(criterion)
+    held = torch.full((5,), -1)  # what a queue that moves by hand would hold
+    number = 0
+    for size, enters in [(2, True), (2, True), (3, False), (2, True), (7, True), (1, None), (3, True)]:
+        classes = torch.arange(number, number + size)
+        number += size
+        queries, keys = features(classes)
+        if enters is None:  # not finite: the queue refuses it
+            keys[0, 0] = torch.inf
+        monitor.announce(classes)
+        criterion(queries, keys, update=enters)
+        if enters:
+            pointer = int(criterion.memory_bank.bank_ptr)
+            for age, one in enumerate(reversed(classes.tolist()[-5:]), start=1):
+                held[pointer - age] = one
+        assert monitor.queue_classes.tolist() == held.tolist()
+    expected = torch.nn.functional.normalize(torch.cat([10.0 * held[:, None], torch.ones(5, 3)], dim=1), dim=1)
+    torch.testing.assert_close(criterion.memory_bank.bank, expected)
+
+
+@pytest.mark.parametrize(("size", "in_batch_keys"), [(12, True), (12, False), (0, True)])
+def test_measures_the_labels_of_the_call(size, in_batch_keys):
+    torch.manual_seed(0)
+    criterion = SLRLoss(
+        0.2, (size, 4) if size else 0, in_batch_keys=in_batch_keys, confidence=CosineConfidence(1, 3, 9)
+    )
+    monitor = LabelMonitor(criterion)
+    for _ in range(3):
+        classes = torch.randint(2, (6,))
+        queries, keys = torch.randn(2, 6, 4, requires_grad=True)
+        labels, queue_classes = criterion.labels(queries, keys), monitor.queue_classes.clone()
+        monitor.announce(classes)
+        criterion(queries, keys)
+    if not size:
+        arguments = classes.repeat(2), classes.repeat(2), torch.arange(12).roll(6)
+    elif in_batch_keys:
+        arguments = classes, torch.cat([classes, queue_classes]), torch.arange(6)
+    else:
+        key_classes = torch.cat([classes[:, None], queue_classes.expand(6, -1)], dim=1)
+        arguments = classes, key_classes, torch.zeros(6, dtype=torch.long)
+    torch.testing.assert_close(monitor.measured[-1], label_quality(labels, *arguments))
+
+
+def test_changes_nothing_and_measures_where_told():
+    def train(watched):
+        torch.manual_seed(0)
+        criterion, mixup = SLRLoss(0.2, (8, 4)), MomentumMixup()
+        monitor = LabelMonitor(criterion) if watched else None
+        losses = []
+        for step in range(4):
+            queries, keys, other = torch.randn(3, 5, 4, requires_grad=True)
+            if monitor and step != 3:  # one call that was not announced
+                monitor.announce(torch.arange(5), measure=step == 1)
+            _, mix = mixup(queries.detach(), keys.detach())
+            losses.append(criterion(queries, keys, mixed=other, mix=mix))
+        return torch.stack(losses), criterion, monitor
+
+    plain, watched = train(False), train(True)
+    assert torch.equal(plain[0], watched[0])
+    assert torch.equal(plain[1].memory_bank.bank, watched[1].memory_bank.bank)
+    monitor = watched[2]
+    assert len(monitor.measured) == 1
+    assert monitor.mean().own < 1
+    assert all(value.isnan() for value in monitor.mean())
+    monitor.remove()
+    monitor.announce(torch.arange(5))
+    watched[1](torch.randn(5, 4), torch.randn(5, 4))
+    assert not monitor.measured
+
+
+def test_goes_on_from_a_checkpoint():
+    criterion = SLRLoss(0.2, (4, 4))
+    monitor = LabelMonitor(criterion)
+    monitor.announce(torch.tensor([1, 2]))
+    criterion(*features(torch.tensor([1, 2])))
+    resumed = LabelMonitor(criterion)
+    assert resumed.queue_classes.tolist() == [-1] * 4
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.queue_classes.tolist() == [1, 2, -1, -1]
+    with pytest.raises(ValueError, match="has 4 entries, the queue 3 keys"):
+        LabelMonitor(SLRLoss(0.2, (3, 4))).load_state_dict(monitor.state_dict())
+
+
+def test_classes_of_another_batch_raise_and_lose_nothing():
+    criterion = SLRLoss(0.2, (4, 4))
+    monitor = LabelMonitor(criterion)
+    bank = criterion.memory_bank.bank.clone()
+    monitor.announce(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"shape \(3,\), the criterion's batch 2 rows"):
+        criterion(*features(torch.tensor([1, 2])))
+    assert torch.equal(criterion.memory_bank.bank, bank)
