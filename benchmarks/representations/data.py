@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,10 @@ class Batch(NamedTuple):
     classes: Tensor
 
 
+# The stream of random numbers of each view, so that it is the same whichever others a method takes; 0 is the order's.
+STREAMS = {"query": 1, "key": 2, "strong": 3, "weak": 3}
+
+
 def load(root: Path, budget: Budget, device: torch.device) -> tuple[Images, Images]:
     """Training and test images, ``root``/train/<class>/* and ``root``/test/<class>/*; the same for every seed."""
     return _decode(root / "train", budget.train_images, device), _decode(root / "test", budget.test_images, device)
@@ -53,7 +57,9 @@ def _decode(root: Path, count: int | None, device: torch.device) -> Images:
     return Images(torch.cat(pixels).to(device), torch.cat(classes).to(device))
 
 
-def minibatches(images: Images, budget: Budget, seed: int, epoch: int, strong: bool, cache: Path) -> Iterator[Batch]:
+def minibatches(
+    images: Images, budget: Budget, seed: int, epoch: int, names: Sequence[str], cache: Path
+) -> Iterator[Batch]:
     """One epoch in random order; the last, incomplete batch is left out.
 
     Args:
@@ -61,11 +67,10 @@ def minibatches(images: Images, budget: Budget, seed: int, epoch: int, strong: b
         budget: the batch size s, the side of the views, and whether to keep them for the seed's other methods.
         seed: with ``epoch``, determines order and views, whatever the method draws.
         epoch: counts from 1.
-        strong: whether the method needs strongly augmented views.
+        names: of STREAMS, those of query and key and perhaps a strong one.
         cache: the folder in which views are kept, 9 MB per view and epoch of 5,000 images.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_stream(seed, epoch, 0)))
-    names = ["query", "key", "strong"] if strong else ["query", "key"]
     views = [_views(images, budget, seed, epoch, name, cache) for name in names]
     whole = len(order) // budget.batch_size * budget.batch_size
     for index in order[:whole].to(images.pixels.device).split(budget.batch_size):
@@ -85,8 +90,8 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
     if path.exists():
         return torch.load(path)
     with torch.random.fork_rng():
-        torch.manual_seed(_stream(seed, epoch, ("query", "key", "strong").index(name) + 1))
-        augment = _augmentation(budget.side)
+        torch.manual_seed(_stream(seed, epoch, STREAMS[name]))
+        augment = _augmentation(budget.side, colours=name != "weak")
         views = torch.cat([augment(part / 255) for part in images.pixels.split(512)])
         if name == "strong":
             views = torch.cat([_strengthen(group) for group in views.split(GROUP)])
@@ -99,15 +104,14 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
     return views
 
 
-def _augmentation(side: int) -> K.AugmentationSequential:
-    """The MoCo authors' CIFAR demo's."""
-    return K.AugmentationSequential(
-        K.RandomResizedCrop((side, side), scale=(0.08, 1.0)),
+def _augmentation(side: int, colours: bool) -> K.AugmentationSequential:
+    """The MoCo authors' CIFAR demo's; without colours the weak one of ReSSL and SCE."""
+    geometric = [
+        K.RandomResizedCrop((side, side), scale=(0.08 if colours else 0.2, 1.0)),
         K.RandomHorizontalFlip(),
-        K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        K.RandomGrayscale(p=0.2),
-        data_keys=["input"],
-    )
+    ]
+    coloured = [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
+    return K.AugmentationSequential(*geometric, *(coloured if colours else []), data_keys=["input"])
 
 
 def _strengthen(images: Tensor) -> Tensor:

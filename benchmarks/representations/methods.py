@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import lightly.loss
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks.representations import baselines
 from benchmarks.representations.budgets import Budget, precision
 from benchmarks.representations.data import Batch
-from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
+from slr_plugin import CosineConfidence, MomentumMixup
 from slr_plugin.presets import CIFAR10
 
 DIM = 128
@@ -124,26 +124,6 @@ class NearestNeighbour(Objective):
         return (self.criterion(near0, p1) + self.criterion(near1, p0)) / 2
 
 
-def slr(setup: Setup, **settings: Any) -> SLRLoss:
-    """The paper's CIFAR-10 settings, overridden."""
-    return CIFAR10.loss(DIM, setup.total_steps, memory_bank_size=setup.queue, **settings)
-
-
-def soft(setup: Setup, labeler: baselines.Labeler, **settings: Any) -> baselines.SoftLabelLoss:
-    """The same with other labels."""
-    defaults = {
-        "temperature": CIFAR10.temperature,
-        "confidence": CosineConfidence(*CIFAR10.confidence, setup.total_steps),
-        "refined_weight": CIFAR10.refined_weight,
-    }
-    return baselines.SoftLabelLoss(setup.queue, labeler, **defaults | settings)
-
-
-def mixing(setup: Setup) -> MomentumMixup:
-    """The paper's mixup."""
-    return CIFAR10.mixup(setup.mixing)
-
-
 @dataclass(frozen=True)
 class Method:
     """One entry of the comparison."""
@@ -151,72 +131,111 @@ class Method:
     summary: str
     build: Callable[[Setup], Objective]
     passes: int  # per step, see FORWARD and TRAINED
-    strong: bool = False  # needs strongly augmented views
+    views: tuple[str, ...] = ("query", "key")  # see benchmarks.representations.data
     stretch: float = 1.0  # trains so many times the budget's epochs
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 PLAIN = TRAINED + FORWARD
 MIXED = 2 * TRAINED + FORWARD
 TWO_VIEWS = 2 * TRAINED
+STRONG = ("query", "key", "strong")
+WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in ReSSL and SCE
 
 
-def _ours(summary: str, mixed: bool, *, strong: bool = False, vanilla: bool = False, **settings: Any) -> Method:
+def _method(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool, **options: Any) -> Method:
+    """Queries against the keys of the momentum network."""
+    vanilla = options.pop("vanilla", False)
     return Method(
         summary,
-        lambda setup: Momentum(slr(setup, **settings), mixing(setup) if mixed else None, vanilla),
+        lambda setup: Momentum(criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None, vanilla),
         MIXED if mixed else PLAIN,
-        strong,
-        settings=settings,
+        **options,
     )
 
 
-def _part(estimator: str, mixed: bool) -> Method:
-    """One of the two estimators."""
-    labeler = baselines.one_estimator(estimator, CIFAR10.temperature * CIFAR10.sharpening)
-    return Method(
-        f"{estimator} alone" + (", momentum mixup" if mixed else ""),
-        lambda setup: Momentum(soft(setup, labeler), mixing(setup) if mixed else None),
-        MIXED if mixed else PLAIN,
+def _slr(
+    summary: str, mixed: bool, *, views: tuple[str, ...] = ("query", "key"), vanilla: bool = False, **settings: Any
+) -> Method:
+    """The paper's CIFAR-10 settings, overridden."""
+    return _method(
+        summary,
+        lambda setup: CIFAR10.loss(
+            DIM, setup.total_steps, memory_bank_size=setup.queue, **_scheduled(settings, setup.total_steps)
+        ),
+        mixed,
+        views=views,
+        vanilla=vanilla,
     )
 
 
-def _moco(stretch: float = 1.0, strong: bool = False) -> Method:
-    return Method(
-        "MoCo v2, lightly's NTXentLoss" + (", longer" if stretch > 1 else ""),
-        lambda setup: Momentum(lightly.loss.NTXentLoss(CIFAR10.temperature, setup.queue)),
-        PLAIN,
-        strong,
-        stretch,
+def _soft(
+    summary: str, mixed: bool, labeler: baselines.Labeler, *, views: tuple[str, ...] = ("query", "key"), **settings: Any
+) -> Method:
+    """The same with other labels."""
+    defaults = {
+        "temperature": CIFAR10.temperature,
+        "confidence": CIFAR10.confidence,
+        "refined_weight": CIFAR10.refined_weight,
+    }
+    return _method(
+        summary,
+        lambda setup: baselines.SoftLabelLoss(
+            setup.queue, labeler, **_scheduled(defaults | settings, setup.total_steps)
+        ),
+        mixed,
+        views=views,
     )
 
+
+def _scheduled(settings: dict[str, Any], total_steps: int) -> dict[str, Any]:
+    """Settings with a pair (m1, m2) as the schedule of the confidence."""
+    confidence = settings.get("confidence")
+    if isinstance(confidence, tuple):
+        return settings | {"confidence": CosineConfidence(*confidence, total_steps)}
+    return settings
+
+
+def _moco(summary: str, **options: Any) -> Method:
+    return _method(
+        summary, lambda setup: lightly.loss.NTXentLoss(CIFAR10.temperature, setup.queue), mixed=False, **options
+    )
+
+
+P, Q = (baselines.one_estimator(which, CIFAR10.temperature * CIFAR10.sharpening) for which in "pq")
 
 METHODS: dict[str, Method] = {
-    "moco": _moco(),
-    "moco-longer": _moco(stretch=MIXED / PLAIN),
-    "simclr": Method("SimCLR, lightly's", lambda setup: Siamese(lightly.loss.NTXentLoss(0.5)), TWO_VIEWS),
-    "dcl": Method("DCL, lightly's", lambda setup: Siamese(lightly.loss.DCLLoss(0.1)), TWO_VIEWS),
-    "nnclr": Method("NNCLR, lightly's parts", lambda setup: NearestNeighbour(setup.queue), TWO_VIEWS),
-    "co2": Method("CO2", lambda setup: Momentum(baselines.CO2Loss(setup.queue, CIFAR10.temperature)), PLAIN),
-    "sce": Method(
-        "SCE",
-        lambda setup: Momentum(soft(setup, baselines.sce(), temperature=0.1, refined_weight=1.0)),
-        PLAIN,
+    "moco": _moco("MoCo v2, lightly's NTXentLoss"),
+    "moco-longer": _moco("the same, as many passes as SANE", stretch=MIXED / PLAIN),
+    "simclr": Method("SimCLR, lightly's NTXentLoss", lambda setup: Siamese(lightly.loss.NTXentLoss(0.5)), TWO_VIEWS),
+    "dcl": Method("lightly's DCLLoss", lambda setup: Siamese(lightly.loss.DCLLoss(0.1)), TWO_VIEWS),
+    "nnclr": Method("NNCLR of lightly's parts", lambda setup: NearestNeighbour(setup.queue), TWO_VIEWS),
+    "co2": _method(
+        "InfoNCE and consistency", lambda setup: baselines.CO2Loss(setup.queue, CIFAR10.temperature), mixed=False
     ),
-    "one-hot": _ours("one-hot labels over batch and queue", mixed=False, confidence=0.0),
-    "p": _part("p", mixed=False),
-    "q": _part("q", mixed=False),
-    "p+q": _ours("refined labels", mixed=False),
-    "mm": _ours("momentum mixup, one-hot labels", mixed=True, confidence=0.0),
-    "p+mm": _part("p", mixed=True),
-    "q+mm": _part("q", mixed=True),
-    "sane": _ours("refined labels, momentum mixup", mixed=True),
-    "vanilla": _ours("vanilla mixup, one-hot labels", mixed=True, vanilla=True, confidence=0.0),
-    "vanilla-strong": _ours("the same, strong views", mixed=True, vanilla=True, strong=True, confidence=0.0),
-    "mm-strong": _ours("momentum mixup, strong views", mixed=True, strong=True, confidence=0.0),
-    "sane-strong": _ours("SANE, strong views", mixed=True, strong=True),
+    "sce": _soft("half one-hot, half similarities", False, baselines.sce(), temperature=0.1, refined_weight=1.0),
+    "one-hot": _slr("one-hot labels over batch and queue", mixed=False, confidence=0.0),
+    "p": _soft("p alone", False, P),
+    "q": _soft("q alone", False, Q),
+    "p+q": _slr("refined labels", mixed=False),
+    "mm": _slr("momentum mixup, one-hot labels", mixed=True, confidence=0.0),
+    "p+mm": _soft("p alone, momentum mixup", True, P),
+    "q+mm": _soft("q alone, momentum mixup", True, Q),
+    "sane": _slr("refined labels, momentum mixup", mixed=True),
+    "vanilla": _slr("vanilla mixup, one-hot labels", mixed=True, vanilla=True, confidence=0.0),
+    "vanilla-strong": _slr("the same, strong views", mixed=True, vanilla=True, views=STRONG, confidence=0.0),
+    "mm-strong": _slr("momentum mixup, strong views", mixed=True, views=STRONG, confidence=0.0),
+    "sane-strong": _slr("SANE, strong views", mixed=True, views=STRONG),
     **{
-        f"sane-lambda-{weight}": _ours(f"SANE, lambda {weight}", mixed=True, refined_weight=weight)
+        f"sane-lambda-{weight}": _slr(f"lambda {weight}", mixed=True, refined_weight=weight)
         for weight in (0.0, 0.25, 0.75, 1.0)
     },
+    # When does refinement add to momentum mixup?
+    "sane-sharp": _slr("tau' 0.25, mu 0.5 to 10", mixed=True, sharpening=0.25, confidence=(0.5, 10.0)),
+    "mm-weak": _slr("momentum mixup, weak keys", mixed=True, views=WEAK, confidence=0.0),
+    "sane-weak": _slr("SANE, weak keys", mixed=True, views=WEAK),
+    "sane-weak-sharp": _slr(
+        "weak keys, tau' 0.25, mu 0.5 to 10", mixed=True, views=WEAK, sharpening=0.25, confidence=(0.5, 10.0)
+    ),
+    "half-q+mm": _soft("q at tau' 0.25 has half the label", True, baselines.sce(0.05)),
+    "half-q+mm-weak": _soft("the same, weak keys", True, baselines.sce(0.05), views=WEAK),
 }

@@ -68,7 +68,7 @@ def train(
     curve, labels, seconds = [], [], 0.0
     for epoch in range(1, epochs + 1):
         losses = []
-        loader = minibatches(train_images, budget, seed, epoch, method.strong, cache)
+        loader = minibatches(train_images, budget, seed, epoch, method.views, cache)
         for step, batch in enumerate(loader):
             if monitor:
                 monitor.announce(batch.classes, epoch in evaluated and step % -(-batches // MEASURED_BATCHES) == 0)

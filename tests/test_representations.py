@@ -1,0 +1,213 @@
+"""The benchmark of representations: its baselines against their formulas, its harness on real images."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+for package in ("lightly", "kornia", "sklearn", "matplotlib"):
+    pytest.importorskip(package, reason='pip install "slr-plugin[dev]"')
+
+from _digits import write_digits
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("installed without the repository", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.representations import baselines, data, harness, report, training
+from benchmarks.representations.budgets import BUDGETS
+from benchmarks.representations.methods import METHODS
+from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
+
+SMOKE = BUDGETS["smoke"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"), test=range(100, 180), train=range(100))
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    return data.load(folder, SMOKE, torch.device("cpu"))
+
+
+def draw(rows=6, dim=5):
+    generator = torch.Generator().manual_seed(0)
+    out0, out1, mixed = torch.randn(3, rows, dim, dtype=torch.float64, generator=generator)
+    mix = Mix(torch.rand(rows, dtype=torch.float64, generator=generator), torch.randperm(rows, generator=generator))
+    return out0.requires_grad_(), out1, mixed.requires_grad_(), mix
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_the_dense_form_with_the_papers_labels_is_slr_loss(is_mixed):
+    confidence = CosineConfidence(0.5, 2.0, 4)
+
+    def labeler(similarity, own, mu):
+        return dense.self_labels(similarity, own, temperature=0.2, sharpening=0.7, confidence=mu).refined
+
+    ours = SLRLoss(0.2, (9, 5), sharpening=0.7, confidence=confidence, refined_weight=0.3)
+    other = baselines.SoftLabelLoss((9, 5), labeler, 0.2, confidence, 0.3)
+    other.memory_bank.load_state_dict(ours.memory_bank.state_dict())
+    out0, out1, mixed, mix = draw()
+    for _ in range(3):
+        torch.testing.assert_close(other.labels(out0, out1), ours.labels(out0, out1))
+        arguments = (out0, out1, mixed, mix) if is_mixed else (out0, out1)
+        losses = ours(*arguments), other(*arguments)
+        torch.testing.assert_close(*losses)
+        gradients = [torch.autograd.grad(loss, (out0, mixed)[: 1 + is_mixed]) for loss in losses]
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(other.memory_bank.bank, ours.memory_bank.bank)
+
+
+@pytest.mark.parametrize("which", ["p", "q"])
+def test_one_estimator_alone(which):
+    """Equation (5) with the other's share left out."""
+    similarity = torch.randn(4, 7, dtype=torch.float64).tanh()
+    labels = baselines.one_estimator(which, 0.2)(similarity, torch.arange(4), 3.0)
+    for i in range(4):
+        estimate = similarity[i] / 0.2
+        if which == "q":
+            estimate[i] = -torch.inf
+        estimate = estimate.softmax(0)
+        z = 1 + 3 * estimate.max()
+        share = 3 * estimate.max() / z
+        torch.testing.assert_close(labels[i], (1 - share) * F.one_hot(torch.tensor(i), 7) + share * estimate)
+
+
+def test_sce_gives_half_to_the_others():
+    similarity = torch.randn(3, 6, dtype=torch.float64)
+    labels = baselines.sce(0.05)(similarity, torch.arange(3), 0.0)
+    torch.testing.assert_close(labels.sum(1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(labels.diagonal(), torch.full((3,), 0.5, dtype=torch.float64))
+    others = torch.cat([similarity[1, :1], similarity[1, 2:]])
+    torch.testing.assert_close(torch.cat([labels[1, :1], labels[1, 2:]]), 0.5 * (others / 0.05).softmax(0))
+
+
+def test_co2_is_infonce_and_a_symmetric_divergence():
+    out0, out1, *_ = draw()
+    losses = {}
+    for weight in (0.0, 3.0):
+        loss = baselines.CO2Loss((8, 5), 0.2, 0.1, weight)
+        torch.manual_seed(0)
+        loss.memory_bank.bank.copy_(F.normalize(torch.randn(8, 5), dim=1))
+        bank = loss.memory_bank.bank.clone().double()
+        loss.double()
+        losses[weight] = loss(out0, out1)
+    queries, keys = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+    infonce, divergence = 0.0, 0.0
+    for q, k in zip(queries, keys, strict=True):
+        infonce -= torch.cat([(q @ k)[None], bank @ q]).div(0.2).log_softmax(0)[0] / 6
+        a, b = (torch.softmax(bank @ x / 0.1, 0) for x in (q, k))
+        divergence += (stats_kl(a, b) + stats_kl(b, a)) / 2 / 6
+    torch.testing.assert_close(losses[0.0], infonce)
+    torch.testing.assert_close(losses[3.0] - losses[0.0], 3 * divergence)
+    losses[3.0].backward()
+    assert out0.grad.isfinite().all()
+
+
+def stats_kl(a, b):
+    return (a * (a / b).log()).sum()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(name, images, tmp_path):
+    record = training.train(name, 0, SMOKE, *images, tmp_path)
+    assert record["epochs"] == round(2 * METHODS[name].stretch)
+    assert all(np.isfinite(row["loss"]) for row in record["curve"])
+    assert 0 <= record["knn"] <= 100
+    assert 0 <= record["linear"] <= 100
+    soft_labels = bool(record["labels"]) and record["labels"][-1]["own"] < 0.999
+    one_hot = name.startswith(("moco", "simclr", "dcl", "nnclr", "co2", "one-hot", "mm", "vanilla"))
+    assert soft_labels != one_hot
+    json.dumps(record)
+
+
+def test_a_run_repeats(images, tmp_path):
+    runs = [training.train("sane", 1, SMOKE, *images, tmp_path) for _ in range(2)]
+    for run in runs:
+        run.pop("seconds")
+    assert runs[0] == runs[1]
+    assert training.train("sane", 2, SMOKE, *images, tmp_path)["curve"] != runs[0]["curve"]
+
+
+def test_all_methods_of_a_seed_start_alike_and_see_the_same_views(images, tmp_path, monkeypatch):
+    seen, weights = {}, {}
+
+    def recorded(*args):
+        for batch in data.minibatches(*args):
+            seen[name].append((batch.query, batch.key, batch.classes))
+            yield batch
+
+    def start(network, *args):
+        weights.setdefault(name, copy.deepcopy(network.state_dict()))
+        return follow(network, *args)
+
+    follow = training.Network.forward
+    monkeypatch.setattr(training, "minibatches", recorded)
+    monkeypatch.setattr(training.Network, "forward", start)
+    for name in ("moco", "simclr", "sane-strong"):
+        seen[name] = []
+        training.train(name, 0, SMOKE, *images, tmp_path / name)
+    for name in ("simclr", "sane-strong"):
+        torch.testing.assert_close(seen[name], seen["moco"], rtol=0, atol=0)
+        torch.testing.assert_close(weights[name], weights["moco"], rtol=0, atol=0)
+
+
+def test_views_are_random_and_belong_to_their_images(tmp_path):
+    """Images of one colour each: a crop is the image, unless its colours are jittered."""
+    colours = torch.randint(256, (64, 3, 1, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = data.Images(colours.expand(-1, -1, 32, 32), torch.arange(64))
+    first, second = data.minibatches(images, SMOKE, 0, 1, ("query", "weak"), tmp_path)
+    assert sorted(torch.cat([first.classes, second.classes]).tolist()) == list(range(64))
+    own = data.normalize(images.pixels)[first.classes][..., :24, :24]
+    torch.testing.assert_close(first.key, own, rtol=0, atol=0.03)
+    changed = (first.query - own).abs().amax((1, 2, 3)) > 0.1
+    assert 0.5 < changed.float().mean() < 1
+    again = next(data.minibatches(images, SMOKE, 0, 1, ("query", "weak"), tmp_path))
+    later = next(data.minibatches(images, SMOKE, 0, 2, ("query", "weak"), tmp_path))
+    assert torch.equal(first.query, again.query)
+    assert not torch.equal(first.classes, later.classes)
+
+
+def test_the_harness_runs_what_is_missing(folder, tmp_path, capsys):
+    def run(methods, seeds):
+        harness.run(methods, seeds, "smoke", folder, "cpu", 1, tmp_path / "results", tmp_path / "views")
+        return {path.name: path.read_text() for path in (tmp_path / "results").glob("*")}
+
+    first = run(["moco"], 1)
+    assert list(first) == ["moco-seed0.json"]
+    second = run(["moco", "p"], 2)
+    assert sorted(second) == ["moco-seed0.json", "moco-seed1.json", "p-seed0.json", "p-seed1.json"]
+    assert second["moco-seed0.json"] == first["moco-seed0.json"]
+    found = harness.records(tmp_path / "results")
+    assert found["p"][1]["seed"] == 1
+    text = report.write(tmp_path / "results")
+    assert "| p: p alone | 2 |" in text
+    assert {"tables.md", "accuracy.png", "labels.png"} < {path.name for path in (tmp_path / "results").iterdir()}
+
+
+def test_tables_pair_by_seed():
+    def records(knn):
+        return {seed: {"knn": value, "linear": 2 * value} for seed, value in knn.items()}
+
+    found = {"moco": records({0: 40.0, 1: 42.0, 2: 41.0}), "sane": records({0: 42.0, 1: 45.0, 2: 43.5, 3: 90.0})}
+    table = report.table(report.STUDIES["methods"], found)
+    differences = np.array([2.0, 3.0, 2.5])
+    low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert f"| +2.50 ({low:+.2f} to {high:+.2f}) | +5.00 ({2 * low:+.2f} to {2 * high:+.2f}) | 1.75 |" in table
+    assert "41.00 ± 1.00" in table
+    assert "92.5 / 93.9" in table
+
+
+def test_equal_compute_is_equal():
+    assert report.cost("moco-longer") == report.cost("sane") == 1.75
+    assert report.cost("simclr") == 1.5
