@@ -18,7 +18,7 @@ assert importlib.util.find_spec("adapters") is None, "the wheel must not own a t
 assert importlib.metadata.version("slr-plugin") == slr_plugin.__version__
 assert not {"lightly", "solo", "torchvision"} & set(sys.modules)
 
-for adapter, extra in (("lightly", "lightly"), ("solo_learn", "solo")):
+for adapter, extra in (("lightly", "lightly"), ("lightning", "lightly"), ("solo_learn", "solo")):
     try:
         importlib.import_module(f"slr_plugin.adapters.{adapter}")
         said = "nothing: is its framework here?"

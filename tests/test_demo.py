@@ -120,13 +120,6 @@ def test_views_are_drawn_per_image(digits):
     assert len(views.unique(dim=0)) == 4
 
 
-def test_label_mass():
-    labels = torch.tensor([[0.5, 0.1, 0.2, 0.1, 0.1], [0.0, 1.0, 0.0, 0.0, 0.0]])
-    # Keys: the batch's two, then one of class 7, one random, one of class 3.
-    same, other = compare.measure_labels(labels, torch.tensor([7, 3]), torch.tensor([7, -1, 3]))
-    assert (same, other) == pytest.approx((10.0, 10.0))
-
-
 @pytest.mark.parametrize(
     ("differences", "finding"),
     [

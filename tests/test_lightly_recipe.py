@@ -14,11 +14,8 @@ for package in ("lightly", "matplotlib", "sklearn", "timm", "tensorboard"):
 
 from _digits import write_digits
 
-from slr_plugin.queue import KeyQueue
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 recipe = importlib.import_module("lightly_cifar10")
-label_quality = importlib.import_module("label_quality")
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::UserWarning:torch")
 
@@ -99,18 +96,3 @@ def test_a_finished_run_is_not_overwritten(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(folder, tmp_path)
     assert "continue it with --resume, or choose another --output" in capsys.readouterr().err
-
-
-def test_queue_classes_keep_step_with_the_queue():
-    classes, queue = label_quality.QueueClasses(5), KeyQueue((5, 1))
-    for batch in ([1, 2], [3, 4], [5, 6], [7, 8, 9, 10, 11, 12], [13]):
-        classes.enqueue(torch.tensor(batch))
-        queue.enqueue(torch.tensor(batch, dtype=torch.float32)[:, None])
-    assert classes.classes.tolist() == queue.bank[:, 0].tolist()
-    assert classes.start == queue.bank_ptr
-
-
-def test_label_mass_with_mocos_keys():
-    labels = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
-    same, other = label_quality.measure_labels(labels, torch.tensor([1, 2]), torch.tensor([1, 3]))
-    assert (same, other) == pytest.approx((15.0, 10.0))
