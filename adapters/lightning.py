@@ -18,7 +18,7 @@ if find_spec("pytorch_lightning") is not None:
     from pytorch_lightning import Callback
 else:
     require("lightly", "lightning")
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback  # type: ignore[assignment]
 
 
 def targets(batch: Any) -> Tensor:

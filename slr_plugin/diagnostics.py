@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slr_plugin._checks import check_float_tensor, check_index_tensor
 from slr_plugin.distributed import gather, rank
+from slr_plugin.loss import SLRLoss
 
 
 class LabelQuality(NamedTuple):
@@ -63,11 +64,15 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
         raise ValueError(f"labels must have shape (queries, keys), got {tuple(labels.shape)}")
     rows, keys = labels.shape
     own = torch.arange(rows, device=labels.device) if own is None else own
-    shapes = {"classes": [(rows,)], "key_classes": [(keys,), (rows, keys)], "own": [(rows,)]}
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "classes": [(rows,)],
+        "key_classes": [(keys,), (rows, keys)],
+        "own": [(rows,)],
+    }
     for (name, allowed), value in zip(shapes.items(), (classes, key_classes, own), strict=True):
         check_index_tensor(name, value)
         if tuple(value.shape) not in allowed:
-            wanted = " or ".join(map(str, allowed))
+            wanted = " or ".join(str(shape) for shape in allowed)
             raise ValueError(f"{name} must have shape {wanted} beside labels {(rows, keys)}, got {tuple(value.shape)}")
     if rows and not bool(((own >= 0) & (own < keys)).all()):
         raise ValueError(f"own must name columns of labels {(rows, keys)}, one per row; pass own=")
@@ -125,7 +130,7 @@ class LabelMonitor:
     (2, True)
     """
 
-    def __init__(self, criterion: nn.Module) -> None:
+    def __init__(self, criterion: SLRLoss) -> None:
         self.criterion = criterion
         bank = criterion.memory_bank.bank
         self.queue_classes = torch.full((len(criterion.memory_bank),), -1, device=bank.device)
@@ -176,7 +181,7 @@ class LabelMonitor:
             )
         self.queue_classes = stored.to(self.queue_classes)
 
-    def _look(self, criterion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _look(self, criterion: SLRLoss, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the call: its keys are not in the queue yet."""
         if self._classes is None:
             return
@@ -191,7 +196,7 @@ class LabelMonitor:
             self.measured.append(self._measure(criterion, out0, out1, classes, everyone))
         self._before = (criterion.step.clone(), everyone)
 
-    def _follow(self, criterion: nn.Module, args: Any, output: Any) -> None:
+    def _follow(self, criterion: SLRLoss, args: Any, output: Any) -> None:
         """After the call: where its keys went, if they did."""
         if self._before is None:
             return
@@ -208,7 +213,7 @@ class LabelMonitor:
         self.queue_classes = self.queue_classes.index_copy(0, places, written)
 
     def _measure(
-        self, criterion: nn.Module, out0: Tensor, out1: Tensor, classes: Tensor, everyone: Tensor
+        self, criterion: SLRLoss, out0: Tensor, out1: Tensor, classes: Tensor, everyone: Tensor
     ) -> LabelQuality:
         labels = criterion.labels(out0, out1)
         queue_classes = self.queue_classes.to(classes)

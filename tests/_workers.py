@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from slr_plugin import CosineConfidence, Mix, SLRLoss
+from slr_plugin.diagnostics import LabelMonitor
 
 BATCH, STEPS, WORLD = 6, 20, 2
 
@@ -66,6 +67,7 @@ def train(scenario: Scenario, rank: int | None) -> dict[str, object]:
     optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
     generator = torch.Generator().manual_seed(1)
     part = slice(None) if rank is None else slice(rank * BATCH, (rank + 1) * BATCH)
+    monitor = LabelMonitor(model.criterion)
     losses, gradients = [], []
     for _ in range(STEPS):
         views = torch.randn(2, WORLD * BATCH, 5, dtype=torch.float64, generator=generator)
@@ -75,13 +77,20 @@ def train(scenario: Scenario, rank: int | None) -> dict[str, object]:
         mixed = torch.lerp(views[1, partner], views[0], theta[:, None])
         x0, x1 = views[:, part]
         mix = Mix(theta[part], partner[part] - (0 if rank is None else rank * BATCH))
+        monitor.announce(torch.randint(3, (WORLD * BATCH,), generator=generator)[part])
         loss = step_model(x0, x1, mixed[part], mix) if scenario.mixed else step_model(x0, x1, None, None)
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters()]))
         optimizer.step()
-    return {"loss": torch.stack(losses), "gradient": torch.stack(gradients), **model.criterion.state_dict()}
+    return {
+        "loss": torch.stack(losses),
+        "gradient": torch.stack(gradients),
+        "quality": torch.stack(monitor.measured[-1]),
+        "queue_classes": monitor.queue_classes,
+        **model.criterion.state_dict(),
+    }
 
 
 def uneven(rank: int) -> str:

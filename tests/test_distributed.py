@@ -27,6 +27,15 @@ def test_two_processes_train_like_one(processes, name):
         torch.testing.assert_close(results["gradient"], alone["gradient"], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", GATHERED)
+def test_two_processes_measure_the_labels_of_one(processes, name):
+    alone = train(SCENARIOS[name], rank=None)
+    mean = torch.stack([results[name]["quality"] for results in processes]).mean(0)
+    torch.testing.assert_close(mean, alone["quality"])
+    for results in processes:
+        assert torch.equal(results[name]["queue_classes"], alone["queue_classes"])
+
+
 @pytest.mark.parametrize("name", [name for name in GATHERED if SCENARIOS[name].queue])
 def test_gathered_queues_are_equal_and_those_of_one_process(processes, name):
     alone = train(SCENARIOS[name], rank=None)
