@@ -65,13 +65,27 @@ class Objective(nn.Module):
 
 
 class Momentum(Objective):
-    """Queries of the online network meet the keys of its moving average; optionally also mixed queries."""
+    """Queries of the online network meet the keys of its moving average.
 
-    def __init__(self, criterion: nn.Module, mixup: MomentumMixup | None = None, vanilla: bool = False) -> None:
+    Args:
+        criterion: called with queries and keys, and the mixed queries if there are.
+        mixup: makes mixed queries.
+        vanilla: mixes among queries.
+        mixed_only: has no other queries; the criterion's refined weight is 1.
+    """
+
+    def __init__(
+        self,
+        criterion: nn.Module,
+        mixup: MomentumMixup | None = None,
+        vanilla: bool = False,
+        mixed_only: bool = False,
+    ) -> None:
         super().__init__()
         self.criterion = criterion
         self.mixup = mixup
         self.vanilla = vanilla
+        self.mixed_only = mixed_only
 
     def follow(self, online: Network) -> None:
         """Start as a copy of the online network."""
@@ -79,7 +93,7 @@ class Momentum(Objective):
 
     def forward(self, online: Network, batch: Batch) -> Tensor:
         """Query and key view; the mixup takes the strong view in the key's place where there is one."""
-        queries = online(batch.query)
+        queries = None if self.mixed_only else online(batch.query)
         with torch.no_grad():
             keys = self.target(batch.key)
         if self.mixup is None:
@@ -87,8 +101,9 @@ class Momentum(Objective):
         first, second = batch.query, batch.key if batch.strong is None else batch.strong
         if self.vanilla:  # among queries
             first = second = batch.query if batch.strong is None else batch.strong
-        mixed, mix = self.mixup(first, second)
-        return self.criterion(queries, keys, online(mixed), mix)
+        images, mix = self.mixup(first, second)
+        mixed = online(images)
+        return self.criterion(mixed if queries is None else queries, keys, mixed, mix)  # weight 0: any queries will do
 
     def after_step(self, online: Network) -> None:
         """Exponential moving average of the parameters."""
@@ -143,33 +158,28 @@ WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in 
 
 
 def _method(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool, **options: Any) -> Method:
-    """Queries against the keys of the momentum network."""
-    vanilla = options.pop("vanilla", False)
+    """Queries against the keys of the momentum network; options are Momentum's or Method's."""
+    how = {name: options.pop(name) for name in ("vanilla", "mixed_only") if name in options}
     return Method(
         summary,
-        lambda setup: Momentum(criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None, vanilla),
-        MIXED if mixed else PLAIN,
+        lambda setup: Momentum(criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None, **how),
+        MIXED if mixed and "mixed_only" not in how else PLAIN,
         **options,
     )
 
 
-def _slr(
-    summary: str, mixed: bool, *, views: tuple[str, ...] = ("query", "key"), vanilla: bool = False, **settings: Any
-) -> Method:
+def _slr(summary: str, mixed: bool, settings: dict[str, Any], **options: Any) -> Method:
     """The paper's CIFAR-10 settings, overridden."""
-    return _method(
-        summary,
-        lambda setup: CIFAR10.loss(
-            DIM, setup.total_steps, memory_bank_size=setup.queue, **_scheduled(settings, setup.total_steps)
-        ),
-        mixed,
-        views=views,
-        vanilla=vanilla,
-    )
+
+    def criterion(setup: Setup) -> nn.Module:
+        scheduled = _scheduled(settings, setup.total_steps)
+        return CIFAR10.loss(DIM, setup.total_steps, memory_bank_size=setup.queue, **scheduled)
+
+    return _method(summary, criterion, mixed, **options)
 
 
 def _soft(
-    summary: str, mixed: bool, labeler: baselines.Labeler, *, views: tuple[str, ...] = ("query", "key"), **settings: Any
+    summary: str, mixed: bool, labeler: baselines.Labeler, settings: dict[str, Any] | None = None, **options: Any
 ) -> Method:
     """The same with other labels."""
     defaults = {
@@ -177,14 +187,12 @@ def _soft(
         "confidence": CIFAR10.confidence,
         "refined_weight": CIFAR10.refined_weight,
     }
-    return _method(
-        summary,
-        lambda setup: baselines.SoftLabelLoss(
-            setup.queue, labeler, **_scheduled(defaults | settings, setup.total_steps)
-        ),
-        mixed,
-        views=views,
-    )
+
+    def criterion(setup: Setup) -> nn.Module:
+        scheduled = _scheduled(defaults | (settings or {}), setup.total_steps)
+        return baselines.SoftLabelLoss(setup.queue, labeler, **scheduled)
+
+    return _method(summary, criterion, mixed, **options)
 
 
 def _scheduled(settings: dict[str, Any], total_steps: int) -> dict[str, Any]:
@@ -201,6 +209,8 @@ def _moco(summary: str, **options: Any) -> Method:
     )
 
 
+ONE_HOT: dict[str, Any] = {"confidence": 0.0}
+SHARP: dict[str, Any] = {"sharpening": 0.25, "confidence": (0.5, 10.0)}
 P, Q = (baselines.one_estimator(which, CIFAR10.temperature * CIFAR10.sharpening) for which in "pq")
 
 METHODS: dict[str, Method] = {
@@ -212,30 +222,35 @@ METHODS: dict[str, Method] = {
     "co2": _method(
         "InfoNCE and consistency", lambda setup: baselines.CO2Loss(setup.queue, CIFAR10.temperature), mixed=False
     ),
-    "sce": _soft("half one-hot, half similarities", False, baselines.sce(), temperature=0.1, refined_weight=1.0),
-    "one-hot": _slr("one-hot labels over batch and queue", mixed=False, confidence=0.0),
+    "sce": _soft(
+        "half one-hot, half similarities", False, baselines.sce(), {"temperature": 0.1, "refined_weight": 1.0}
+    ),
+    "one-hot": _slr("one-hot labels over batch and queue", False, ONE_HOT),
     "p": _soft("p alone", False, P),
     "q": _soft("q alone", False, Q),
-    "p+q": _slr("refined labels", mixed=False),
-    "mm": _slr("momentum mixup, one-hot labels", mixed=True, confidence=0.0),
+    "p+q": _slr("refined labels", False, {}),
+    "mm": _slr("momentum mixup, one-hot labels", True, ONE_HOT),
     "p+mm": _soft("p alone, momentum mixup", True, P),
     "q+mm": _soft("q alone, momentum mixup", True, Q),
-    "sane": _slr("refined labels, momentum mixup", mixed=True),
-    "vanilla": _slr("vanilla mixup, one-hot labels", mixed=True, vanilla=True, confidence=0.0),
-    "vanilla-strong": _slr("the same, strong views", mixed=True, vanilla=True, views=STRONG, confidence=0.0),
-    "mm-strong": _slr("momentum mixup, strong views", mixed=True, views=STRONG, confidence=0.0),
-    "sane-strong": _slr("SANE, strong views", mixed=True, views=STRONG),
+    "sane": _slr("refined labels, momentum mixup", True, {}),
+    "vanilla": _slr("vanilla mixup, one-hot labels", True, ONE_HOT, vanilla=True),
+    "vanilla-strong": _slr("the same, strong views", True, ONE_HOT, vanilla=True, views=STRONG),
+    "mm-strong": _slr("momentum mixup, strong views", True, ONE_HOT, views=STRONG),
+    "sane-strong": _slr("SANE, strong views", True, {}, views=STRONG),
     **{
-        f"sane-lambda-{weight}": _slr(f"lambda {weight}", mixed=True, refined_weight=weight)
-        for weight in (0.0, 0.25, 0.75, 1.0)
+        f"sane-lambda-{weight}": _slr(f"lambda {weight}", True, {"refined_weight": weight})
+        for weight in (0.0, 0.25, 0.75)
     },
-    # When does refinement add to momentum mixup?
-    "sane-sharp": _slr("tau' 0.25, mu 0.5 to 10", mixed=True, sharpening=0.25, confidence=(0.5, 10.0)),
-    "mm-weak": _slr("momentum mixup, weak keys", mixed=True, views=WEAK, confidence=0.0),
-    "sane-weak": _slr("SANE, weak keys", mixed=True, views=WEAK),
-    "sane-weak-sharp": _slr(
-        "weak keys, tau' 0.25, mu 0.5 to 10", mixed=True, views=WEAK, sharpening=0.25, confidence=(0.5, 10.0)
+    # At lambda 1 the queries that are not mixed need no pass: a step costs what MoCo's does.
+    "sane-lambda-1.0": _slr("lambda 1.0", True, {"refined_weight": 1.0}, mixed_only=True),
+    "sane-lambda-1.0-longer": _slr(
+        "the same, as many passes as SANE", True, {"refined_weight": 1.0}, mixed_only=True, stretch=MIXED / PLAIN
     ),
+    # When does refinement add to momentum mixup?
+    "sane-sharp": _slr("tau' 0.25, mu 0.5 to 10", True, SHARP),
+    "mm-weak": _slr("momentum mixup, weak keys", True, ONE_HOT, views=WEAK),
+    "sane-weak": _slr("SANE, weak keys", True, {}, views=WEAK),
+    "sane-weak-sharp": _slr("weak keys, tau' 0.25, mu 0.5 to 10", True, SHARP, views=WEAK),
     "half-q+mm": _soft("q at tau' 0.25 has half the label", True, baselines.sce(0.05)),
     "half-q+mm-weak": _soft("the same, weak keys", True, baselines.sce(0.05), views=WEAK),
 }

@@ -16,7 +16,7 @@ from benchmarks.representations.methods import METHODS, PLAIN
 
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # method, seed, record
 MEASURES = ("knn", "linear")
-DRAWN = ("moco", "moco-longer", "vanilla", "p+q", "mm", "sane")
+DRAWN = ("moco", "moco-longer", "mm", "sane", "sane-lambda-1.0", "sane-lambda-1.0-longer")
 LABELLED = ("p", "q", "p+q", "sane")
 
 
@@ -33,7 +33,22 @@ STUDIES = {
     "methods": Study(
         "Methods",
         "moco",
-        ("moco", "moco-longer", "simclr", "dcl", "nnclr", "co2", "sce", "vanilla", "one-hot", "p+q", "mm", "sane"),
+        (
+            "moco",
+            "moco-longer",
+            "simclr",
+            "dcl",
+            "nnclr",
+            "co2",
+            "sce",
+            "vanilla",
+            "one-hot",
+            "p+q",
+            "mm",
+            "sane",
+            "sane-lambda-1.0",
+            "sane-lambda-1.0-longer",
+        ),
         {"moco": "92.5 / 93.9", "sane": "95.2 / 96.1"},
     ),
     "components": Study(
@@ -71,6 +86,12 @@ STUDIES = {
         "vanilla",
         ("vanilla", "mm", "vanilla-strong", "mm-strong", "sane-strong"),
         {"vanilla": "- / 93.7", "mm": "- / 94.2", "vanilla-strong": "- / 93.3", "mm-strong": "- / 94.8"},
+    ),
+    "refinement": Study(
+        "Does refinement add to momentum mixup?", "mm", ("mm", "sane", "p+mm", "q+mm", "sane-sharp", "half-q+mm")
+    ),
+    "refinement-weak": Study(
+        "The same with weak keys", "mm-weak", ("mm", "mm-weak", "sane-weak", "sane-weak-sharp", "half-q+mm-weak")
     ),
 }
 
@@ -163,6 +184,7 @@ def draw_labels(methods: Sequence[str], records: Records) -> Figure:
     """Label quality over training."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     panels = dict(zip(("distance", "purity", "nearest"), figure.subplots(1, 3), strict=True))
+    runs = []
     for number, method in enumerate(name for name in methods if name in records):
         runs = [run["labels"] for run in records[method].values() if run["labels"]]
         for measure, axes in panels.items():
@@ -173,9 +195,9 @@ def draw_labels(methods: Sequence[str], records: Records) -> Figure:
         ("purity", "chance", "chance"),
         ("nearest", "chance", "chance"),
     ):
-        panels[measure].plot(
-            [row["epoch"] for row in runs[0]], [row[level] for row in runs[0]], "--", color="tab:grey", label=name
-        )
+        for run in runs[:1]:
+            x, y = [row["epoch"] for row in run], [row[level] for row in run]
+            panels[measure].plot(x, y, "--", color="tab:grey", label=name)
     panels["distance"].set(title="Distance from the true labels", ylabel="E ||ybar - y*||")
     panels["purity"].set(title="Purity: own class in what leaves the positive")
     panels["nearest"].set(title="Nearest key of the own class")
@@ -192,17 +214,28 @@ def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], labe
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def sections(found: Records) -> dict[str, str]:
+    """Every table that there are records for, by the name of its study; "labels" are all methods'."""
+    tables = {
+        name: table(study, found) for name, study in STUDIES.items() if any(method in found for method in study.methods)
+    }
+    return tables | {"labels": label_table(list(METHODS), found)}
+
+
 def write(results: Path) -> str:
-    """Tables of all studies that have records, and figures beside them; returns the tables."""
+    """Draw the figures of a folder of records beside them; returns the tables."""
     found = records(results)
-    parts = []
-    for study in STUDIES.values():
-        if any(method in found for method in study.methods):
-            parts.append(f"### {study.title}\n\n{table(study, found)}")
-    if any(run["labels"] for runs in found.values() for run in runs.values()):
-        parts.append(f"### Labels\n\n{label_table(list(METHODS), found)}")
-        draw_labels(LABELLED, found).savefig(results / "labels.png", dpi=150)
     draw_accuracy(DRAWN, found).savefig(results / "accuracy.png", dpi=150)
-    text = "\n\n".join(parts) + "\n"
-    (results / "tables.md").write_text(text)
-    return text
+    draw_labels(LABELLED, found).savefig(results / "labels.png", dpi=150)
+    titles = {name: study.title for name, study in STUDIES.items()} | {"labels": "Labels"}
+    return "\n\n".join(f"### {titles[name]}\n\n{text}" for name, text in sections(found).items())
+
+
+def fill(document: str, tables: Mapping[str, str]) -> str:
+    """The document with every table put between its marks, ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    for name, text in tables.items():
+        mark = f"<!-- table: {name} -->\n"
+        before, found, rest = document.partition(mark)
+        if found:
+            document = before + mark + text + "\n<!-- end -->" + rest.partition("<!-- end -->")[2]
+    return document
