@@ -1,0 +1,41 @@
+"""What RESULTS.md says of the committed records."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "RESULTS.md").is_file():
+    pytest.skip("installed without the repository", allow_module_level=True)
+for package in ("lightly", "kornia", "matplotlib", "sklearn"):
+    pytest.importorskip(package, reason='pip install "slr-plugin[dev]"')
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.representations import harness, report
+
+RESULTS = (ROOT / "RESULTS.md").read_text()
+
+
+def test_the_tables_are_those_of_the_records():
+    found = harness.records(ROOT / "results" / "representations" / "cpu")
+    tables = {f"cpu/{name}": text for name, text in report.sections(found).items()}
+    assert set(re.findall(r"<!-- table: (\S+) -->", RESULTS)) == set(tables)
+    assert report.fill(RESULTS, tables) == RESULTS, (
+        "run: python -m benchmarks representations --only-report --document RESULTS.md"
+    )
+
+
+def test_fill_replaces_what_is_between_the_marks_only():
+    document = "a\n<!-- table: x/y -->\nold\n<!-- end -->\nb\n<!-- table: z -->\nkept\n<!-- end -->\nc\n"
+    filled = document.replace("old", "new\ntable")
+    assert report.fill(document, {"x/y": "new\ntable", "absent": "?"}) == filled
+    assert report.fill(filled, {"x/y": "new\ntable"}) == filled
+
+
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / document).read_text()):
+        if "://" not in link:
+            assert (ROOT / link).exists(), link
