@@ -21,7 +21,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("installed without the repository", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.representations import baselines, data, harness, report, training
+from benchmarks.representations import baselines, data, harness, methods, report, training
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.methods import METHODS
 from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
@@ -90,6 +90,24 @@ def test_sce_gives_half_to_the_others():
     torch.testing.assert_close(labels.diagonal(), torch.full((3,), 0.5, dtype=torch.float64))
     others = torch.cat([similarity[1, :1], similarity[1, 2:]])
     torch.testing.assert_close(torch.cat([labels[1, :1], labels[1, 2:]]), 0.5 * (others / 0.05).softmax(0))
+
+
+def test_the_oracle_sets_the_purity_and_nothing_else():
+    setup = methods.Setup((20, 5), 1, torch.Generator())
+    oracle = methods.Oracle(setup, 0.75)
+    oracle.classes = torch.tensor([0, 1, 2, 0])
+    oracle.monitor.queue_classes = torch.arange(20) % 4
+    key_classes = torch.cat([oracle.classes, oracle.monitor.queue_classes])
+    similarity = torch.randn(4, 24, dtype=torch.float64)
+    label, plain = (labeler(similarity, torch.arange(4), 0.0) for labeler in (oracle.label, baselines.sce()))
+    for i in range(4):
+        same = (key_classes == oracle.classes[i]) & (torch.arange(24) != i)
+        other = key_classes != oracle.classes[i]
+        assert label[i, i] == pytest.approx(0.5)
+        assert label[i, same].sum() == pytest.approx(0.375)
+        assert label[i, other].sum() == pytest.approx(0.125)
+        for keys in (same, other):
+            torch.testing.assert_close(label[i, keys] / label[i, keys].sum(), plain[i, keys] / plain[i, keys].sum())
 
 
 def test_co2_is_infonce_and_a_symmetric_divergence():

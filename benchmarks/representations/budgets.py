@@ -28,6 +28,7 @@ class Budget:
     evaluations: int  # of kNN accuracy over a run; label quality is measured in each of these epochs
     threads: int | None  # of one run on the CPU; a fixed number, so that a run repeats to the last digit
     keeps_views: bool  # on the disk, for the other methods of the seed
+    strong_group: int  # images that share one draw of strong operations, which kornia makes once per call
 
 
 def small_resnet() -> nn.Module:
@@ -57,6 +58,7 @@ BUDGETS = {
         evaluations=4,
         threads=1,
         keeps_views=True,
+        strong_group=8,
     ),
     "gpu": Budget(
         encoder=cifar_resnet18,
@@ -70,6 +72,7 @@ BUDGETS = {
         evaluations=20,
         threads=None,
         keeps_views=False,
+        strong_group=256,
     ),
     # For the tests of the harness: seconds, and no result.
     "smoke": Budget(
@@ -84,6 +87,7 @@ BUDGETS = {
         evaluations=2,
         threads=1,
         keeps_views=True,
+        strong_group=8,
     ),
 }
 

@@ -18,7 +18,6 @@ from torchvision.transforms import v2
 from benchmarks.representations.budgets import Budget
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-GROUP = 8  # images that share one draw of strong operations, which kornia makes per call
 
 
 class Images(NamedTuple):
@@ -32,7 +31,7 @@ class Images(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Normalised views (s, 3, 32, 32), and the classes (s,), which no objective may use."""
+    """Normalised views (s, 3, 32, 32), and the classes (s,), which no method may use, but for the oracle."""
 
     query: Tensor
     key: Tensor
@@ -94,7 +93,7 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
         augment = _augmentation(budget.side, colours=name != "weak")
         views = torch.cat([augment(part / 255) for part in images.pixels.split(512)])
         if name == "strong":
-            views = torch.cat([_strengthen(group) for group in views.split(GROUP)])
+            views = torch.cat([_strengthen(group) for group in views.split(budget.strong_group)])
     views = (views.clamp(0, 1) * 255).round().to(torch.uint8)
     if budget.keeps_views:
         path.parent.mkdir(parents=True, exist_ok=True)

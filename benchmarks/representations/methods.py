@@ -17,6 +17,7 @@ from benchmarks.representations import baselines
 from benchmarks.representations.budgets import Budget, precision
 from benchmarks.representations.data import Batch
 from slr_plugin import CosineConfidence, MomentumMixup
+from slr_plugin.diagnostics import LabelMonitor
 from slr_plugin.presets import CIFAR10
 
 DIM = 128
@@ -110,6 +111,42 @@ class Momentum(Objective):
         update_momentum(online, self.target, m=EMA_MOMENTUM)
 
 
+class Oracle(Momentum):
+    """How pure must an estimator be? Half of each label, q's, is divided between own class and others by the classes.
+
+    Within the own class and within the others it stays where q puts it.
+
+    Args:
+        setup: as of every method.
+        purity: the share of q that lies on keys of the own class.
+    """
+
+    def __init__(self, setup: Setup, purity: float) -> None:
+        settings = {"confidence": CosineConfidence(0.0, 0.0, 1), "refined_weight": CIFAR10.refined_weight}
+        loss = baselines.SoftLabelLoss(setup.queue, self.label, CIFAR10.temperature, **settings)
+        super().__init__(loss, CIFAR10.mixup(setup.mixing))
+        self.purity = purity
+        self.estimate = baselines.sce()
+        self.monitor = LabelMonitor(loss)  # for the classes of the keys in the queue
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """As a momentum method, which is told the classes."""
+        self.classes = batch.classes
+        self.monitor.announce(batch.classes, measure=False)
+        return super().forward(online, batch)
+
+    def label(self, similarity: Tensor, own: Tensor, confidence: float) -> Tensor:
+        """A labeler, see :mod:`benchmarks.representations.baselines`."""
+        label = self.estimate(similarity, own, confidence)
+        key_classes = torch.cat([self.classes, self.monitor.queue_classes])
+        positive = torch.zeros_like(label, dtype=torch.bool).scatter(1, own[:, None], True)
+        same = self.classes[:, None] == key_classes
+        for share, keys in ((self.purity, same & ~positive), (1 - self.purity, ~same)):
+            mass = (label * keys).sum(1, keepdim=True).clamp(min=torch.finfo(label.dtype).tiny)
+            label = torch.where(keys, label * (0.5 * share / mass), label)
+        return label / label.sum(1, keepdim=True)
+
+
 class Siamese(Objective):
     """Both views through the online network."""
 
@@ -195,6 +232,11 @@ def _soft(
     return _method(summary, criterion, mixed, **options)
 
 
+def _oracle(purity: float) -> Method:
+    """Labels that are told the classes."""
+    return Method(f"half q, {purity:.0%} of it on the own class", lambda setup: Oracle(setup, purity), MIXED)
+
+
 def _scheduled(settings: dict[str, Any], total_steps: int) -> dict[str, Any]:
     """Settings with a pair (m1, m2) as the schedule of the confidence."""
     confidence = settings.get("confidence")
@@ -253,4 +295,5 @@ METHODS: dict[str, Method] = {
     "sane-weak-sharp": _slr("weak keys, tau' 0.25, mu 0.5 to 10", True, SHARP, views=WEAK),
     "half-q+mm": _soft("q at tau' 0.25 has half the label", True, baselines.sce(0.05)),
     "half-q+mm-weak": _soft("the same, weak keys", True, baselines.sce(0.05), views=WEAK),
+    **{f"oracle-{purity}": _oracle(purity) for purity in (0.1, 0.25, 0.5, 0.75, 1.0)},
 }

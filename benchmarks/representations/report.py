@@ -93,6 +93,11 @@ STUDIES = {
     "refinement-weak": Study(
         "The same with weak keys", "mm-weak", ("mm", "mm-weak", "sane-weak", "sane-weak-sharp", "half-q+mm-weak")
     ),
+    "purity": Study(
+        "How pure must an estimator be?",
+        "mm",
+        ("mm", "half-q+mm", "oracle-0.1", "oracle-0.25", "oracle-0.5", "oracle-0.75", "oracle-1.0"),
+    ),
 }
 
 

@@ -68,11 +68,11 @@ def train(
     curve, labels, seconds = [], [], 0.0
     for epoch in range(1, epochs + 1):
         losses = []
-        loader = minibatches(train_images, budget, seed, epoch, method.views, cache)
-        for step, batch in enumerate(loader):
+        epoch_batches = list(minibatches(train_images, budget, seed, epoch, method.views, cache))
+        start = time.perf_counter()
+        for step, batch in enumerate(epoch_batches):
             if monitor:
                 monitor.announce(batch.classes, epoch in evaluated and step % -(-batches // MEASURED_BATCHES) == 0)
-            start = time.perf_counter()
             loss = objective(online, batch)
             optimizer.zero_grad()
             loss.backward()
@@ -80,11 +80,11 @@ def train(
             schedule.step()
             objective.after_step(online)
             losses.append(loss.detach())
-            seconds += time.perf_counter() - start
+        mean_loss = torch.stack(losses).mean().item()  # waits for the device
+        seconds += time.perf_counter() - start
         if epoch in evaluated:
-            row = {"epoch": epoch, "loss": torch.stack(losses).mean().item()}
             features = extract(online, train_images), extract(online, test_images)
-            curve.append(row | {"knn": knn_accuracy(*features)})
+            curve.append({"epoch": epoch, "loss": mean_loss, "knn": knn_accuracy(*features)})
             if monitor:
                 quality = monitor.mean()
                 labels.append({"epoch": epoch, **{key: value.item() for key, value in quality._asdict().items()}})
