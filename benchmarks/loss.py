@@ -8,7 +8,6 @@ the allocator's on CUDA).
 from __future__ import annotations
 
 import json
-import platform
 import random
 import statistics
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.machine import machine
 from slr_plugin import MomentumMixup, SLRLoss, dense
 
 TEMPERATURE = 0.2
@@ -228,15 +228,6 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
                 cells += ["not run: one tensor over 1 GiB", "", "", "", ""]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def machine(device: str) -> str:
-    """Where this ran, in words."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def run(sizes: list[str], device: str, rounds: int, precision: str, output: Path) -> None:

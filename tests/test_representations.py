@@ -21,7 +21,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("installed without the repository", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.representations import baselines, data, harness, methods, report, training
+from benchmarks.representations import baselines, data, harness, objectives, report, training
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.methods import METHODS
 from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
@@ -93,8 +93,8 @@ def test_sce_gives_half_to_the_others():
 
 
 def test_the_oracle_sets_the_purity_and_nothing_else():
-    setup = methods.Setup((20, 5), 1, torch.Generator())
-    oracle = methods.Oracle(setup, 0.75)
+    setup = objectives.Setup((20, 5), 1, torch.Generator())
+    oracle = objectives.Oracle(setup, 0.75)
     oracle.classes = torch.tensor([0, 1, 2, 0])
     oracle.monitor.queue_classes = torch.arange(20) % 4
     key_classes = torch.cat([oracle.classes, oracle.monitor.queue_classes])

@@ -72,9 +72,9 @@ STUDIES = {
     "lambda": Study(
         "The weight of the refined term",
         "sane",
-        ("sane-lambda-0.0", "sane-lambda-0.25", "sane", "sane-lambda-0.75", "sane-lambda-1.0"),
+        ("one-hot", "sane-lambda-0.25", "sane", "sane-lambda-0.75", "sane-lambda-1.0"),
         {
-            "sane-lambda-0.0": "- / 94.3",
+            "one-hot": "- / 94.3",
             "sane-lambda-0.25": "- / 95.8",
             "sane": "- / 95.9",
             "sane-lambda-0.75": "- / 95.5",

@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.machine import machine
 from benchmarks.representations.budgets import Budget
 from benchmarks.representations.data import Images, minibatches, normalize
-from benchmarks.representations.methods import METHODS, Momentum, Network, Setup
+from benchmarks.representations.methods import METHODS
+from benchmarks.representations.objectives import Momentum, Network, Setup
 from slr_plugin.diagnostics import LabelMonitor
 from slr_plugin.presets import CIFAR10
 
