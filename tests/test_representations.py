@@ -210,7 +210,7 @@ def test_the_harness_runs_what_is_missing(folder, tmp_path, capsys):
     assert found["p"][1]["seed"] == 1
     text = report.write(tmp_path / "results")
     assert "| p: p alone | 2 |" in text
-    assert {"tables.md", "accuracy.png", "labels.png"} < {path.name for path in (tmp_path / "results").iterdir()}
+    assert {"accuracy.png", "labels.png"} < {path.name for path in (tmp_path / "results").iterdir()}
 
 
 def test_tables_pair_by_seed():
