@@ -53,6 +53,9 @@ class Setup(NamedTuple):
 class Objective(nn.Module):
     """A loss with what it needs around the online network; its parameters are trained too."""
 
+    def start(self, online: Network) -> None:
+        """See the online network before its first step."""
+
     def forward(self, online: Network, batch: Batch) -> Tensor:
         """The loss of one minibatch."""
         raise NotImplementedError
@@ -84,8 +87,8 @@ class Momentum(Objective):
         self.vanilla = vanilla
         self.mixed_only = mixed_only
 
-    def follow(self, online: Network) -> None:
-        """Start as a copy of the online network."""
+    def start(self, online: Network) -> None:
+        """The momentum network is a copy at first."""
         self.target = copy.deepcopy(online).requires_grad_(False)
 
     def forward(self, online: Network, batch: Batch) -> Tensor:

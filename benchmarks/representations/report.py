@@ -148,7 +148,7 @@ LABELS = ("own", "same", "other", "purity", "chance", "nearest", "distance", "on
 
 
 def label_table(methods: Sequence[str], records: Records) -> str:
-    """Label quality at the end of training, mean over the seeds."""
+    """Label quality at the end of training, mean over the seeds, of the methods whose labels are not one-hot."""
     lines = [
         "| method | seeds | own % | same class % | other % | purity % | chance % | nearest % | distance | one-hot's "
         "| blind's |",
@@ -157,6 +157,8 @@ def label_table(methods: Sequence[str], records: Records) -> str:
     for method in methods:
         if runs := [run["labels"][-1] for run in records.get(method, {}).values() if run["labels"]]:
             last = {name: float(np.mean([_label(run, name) for run in runs])) for name in LABELS}
+            if last["own"] == 1:
+                continue
             cells = [f"{100 * last[name]:.1f}" for name in LABELS[:6]] + [f"{last[name]:.4f}" for name in LABELS[6:]]
             lines.append("| " + " | ".join([method, str(len(runs)), *cells]) + " |")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from benchmarks.machine import machine
 from benchmarks.representations.budgets import Budget
 from benchmarks.representations.data import Images, minibatches, normalize
 from benchmarks.representations.methods import METHODS
-from benchmarks.representations.objectives import Momentum, Network, Setup
+from benchmarks.representations.objectives import DIM, Network, Setup
 from slr_plugin.diagnostics import LabelMonitor
 from slr_plugin.presets import CIFAR10
 
@@ -48,10 +48,8 @@ def train(
     torch.manual_seed(seed)
     online = Network(budget).to(device)
     mixing = torch.Generator().manual_seed(seed)
-    objective = method.build(Setup((budget.queue_size, online.head.layers[-1].out_features), epochs * batches, mixing))
-    objective.to(device)
-    if isinstance(objective, Momentum):
-        objective.follow(online)
+    objective = method.build(Setup((budget.queue_size, DIM), epochs * batches, mixing)).to(device)
+    objective.start(online)
     monitor = LabelMonitor(objective.criterion) if hasattr(objective.criterion, "labels") else None
 
     parameters = [*online.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
