@@ -94,7 +94,7 @@ def test_sce_gives_half_to_the_others():
 
 def test_the_oracle_sets_the_purity_and_nothing_else():
     setup = objectives.Setup((20, 5), 1, torch.Generator())
-    oracle = objectives.Oracle(setup, 0.75)
+    oracle = objectives.Oracle(setup, 0.75, 0.05)
     oracle.classes = torch.tensor([0, 1, 2, 0])
     oracle.monitor.queue_classes = torch.arange(20) % 4
     key_classes = torch.cat([oracle.classes, oracle.monitor.queue_classes])

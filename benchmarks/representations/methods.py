@@ -73,9 +73,14 @@ def _soft(
     return _method(summary, criterion, mixed, **options)
 
 
-def _oracle(purity: float) -> Method:
+def _oracle(purity: float, sharpening: float) -> Method:
     """Labels that are told the classes."""
-    return Method(f"half q, {purity:.0%} of it on the own class", lambda setup: Oracle(setup, purity), MIXED)
+    temperature = CIFAR10.temperature * sharpening
+    return Method(
+        f"half q at tau' {sharpening}, {purity:.0%} on the own class",
+        lambda setup: Oracle(setup, purity, temperature),
+        MIXED,
+    )
 
 
 def _scheduled(settings: dict[str, Any], total_steps: int) -> dict[str, Any]:
@@ -133,5 +138,6 @@ METHODS: dict[str, Method] = {
     "sane-weak-sharp": _slr("weak keys, tau' 0.25, mu 0.5 to 10", True, SHARP, views=WEAK),
     "half-q+mm": _soft("q at tau' 0.25 has half the label", True, baselines.sce(0.05)),
     "half-q+mm-weak": _soft("the same, weak keys", True, baselines.sce(0.05), views=WEAK),
-    **{f"oracle-{purity}": _oracle(purity) for purity in (0.1, 0.25, 0.5, 0.75, 1.0)},
+    **{f"oracle-{purity}": _oracle(purity, 0.25) for purity in (0.5, 1.0)},
+    **{f"oracle-flat-{purity}": _oracle(purity, CIFAR10.sharpening) for purity in (0.25, 0.5, 1.0)},
 }

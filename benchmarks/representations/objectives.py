@@ -118,14 +118,15 @@ class Oracle(Momentum):
     Args:
         setup: as of every method.
         purity: the share of q that lies on keys of the own class.
+        temperature: of q; a high one spreads it over many keys.
     """
 
-    def __init__(self, setup: Setup, purity: float) -> None:
+    def __init__(self, setup: Setup, purity: float, temperature: float) -> None:
         settings = {"confidence": CosineConfidence(0.0, 0.0, 1), "refined_weight": CIFAR10.refined_weight}
         loss = baselines.SoftLabelLoss(setup.queue, self.label, CIFAR10.temperature, **settings)
         super().__init__(loss, CIFAR10.mixup(setup.mixing))
         self.purity = purity
-        self.estimate = baselines.sce()
+        self.estimate = baselines.sce(temperature)
         self.monitor = LabelMonitor(loss)  # for the classes of the keys in the queue
 
     def forward(self, online: Network, batch: Batch) -> Tensor:

@@ -94,9 +94,17 @@ STUDIES = {
         "The same with weak keys", "mm-weak", ("mm", "mm-weak", "sane-weak", "sane-weak-sharp", "half-q+mm-weak")
     ),
     "purity": Study(
-        "How pure must an estimator be?",
+        "What if the estimator were told the classes?",
         "mm",
-        ("mm", "half-q+mm", "oracle-0.1", "oracle-0.25", "oracle-0.5", "oracle-0.75", "oracle-1.0"),
+        (
+            "mm",
+            "half-q+mm",
+            "oracle-0.5",
+            "oracle-1.0",
+            "oracle-flat-0.25",
+            "oracle-flat-0.5",
+            "oracle-flat-1.0",
+        ),
     ),
 }
 
