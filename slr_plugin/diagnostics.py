@@ -113,8 +113,9 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
 class LabelMonitor:
     """Watches a criterion's labels during training; knows the classes of the keys in its queue.
 
-    Announce the classes of every batch. Labels are measured on the calls announced with ``measure``, before the loss of
-    the same call, and cost one dense (s, K) matrix; the other calls cost next to nothing.
+    Announce the classes of every batch; those of a batch that was not announced count as unknown. Labels are measured on
+    the calls announced with ``measure``, before the loss of the same call, and cost one dense (s, K) matrix; the other
+    calls cost next to nothing.
 
     Args:
         criterion: a :class:`slr_plugin.SLRLoss`.
@@ -183,9 +184,9 @@ class LabelMonitor:
 
     def _look(self, criterion: SLRLoss, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the call: its keys are not in the queue yet."""
-        if self._classes is None:
-            return
         out0, out1 = (args[place] if len(args) > place else kwargs[name] for place, name in enumerate(("out0", "out1")))
+        if self._classes is None:  # nobody told
+            self._classes, self._measures = torch.full((len(out0),), -1), False
         if self._classes.shape != (len(out0),):
             raise ValueError(
                 f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {len(out0)} rows"
