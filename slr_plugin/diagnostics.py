@@ -113,9 +113,9 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
 class LabelMonitor:
     """Watches a criterion's labels during training; knows the classes of the keys in its queue.
 
-    Announce the classes of every batch; those of a batch that was not announced count as unknown. Labels are measured on
-    the calls announced with ``measure``, before the loss of the same call, and cost one dense (s, K) matrix; the other
-    calls cost next to nothing.
+    Announce the classes of every batch; a batch that was not announced enters the queue with unknown ones. Labels are
+    measured on the calls announced with ``measure``, before the loss of the same call, and cost one dense (s, K)
+    matrix; the other calls cost next to nothing.
 
     Args:
         criterion: a :class:`slr_plugin.SLRLoss`.
