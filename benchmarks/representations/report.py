@@ -51,6 +51,9 @@ STUDIES = {
         ),
         {"moco": "92.5 / 93.9", "sane": "95.2 / 96.1"},
     ),
+    "compute": Study(
+        "Equal compute", "moco-longer", ("moco-longer", "vanilla", "mm", "sane", "sane-lambda-1.0-longer")
+    ),
     "components": Study(
         "Components",
         "one-hot",
