@@ -73,12 +73,13 @@ def _soft(
     return _method(summary, criterion, mixed, **options)
 
 
-def _oracle(purity: float, sharpening: float) -> Method:
+def _oracle(purity: float, sharpening: float, own_weight: float = 0.5) -> Method:
     """Labels that are told the classes."""
     temperature = CIFAR10.temperature * sharpening
+    part = "half the label" if own_weight else "all of the label"
     return Method(
-        f"half q at tau' {sharpening}, {purity:.0%} on the own class",
-        lambda setup: Oracle(setup, purity, temperature),
+        f"{part} q's, tau' {sharpening}, {purity:.0%} of it on the own class",
+        lambda setup: Oracle(setup, purity, temperature, own_weight),
         MIXED,
     )
 
@@ -140,4 +141,5 @@ METHODS: dict[str, Method] = {
     "half-q+mm-weak": _soft("the same, weak keys", True, baselines.sce(0.05), views=WEAK),
     **{f"oracle-{purity}": _oracle(purity, 0.25) for purity in (0.5, 1.0)},
     **{f"oracle-flat-{purity}": _oracle(purity, CIFAR10.sharpening) for purity in (0.25, 0.5, 1.0)},
+    "oracle-flat-1.0-all": _oracle(1.0, CIFAR10.sharpening, own_weight=0.0),
 }

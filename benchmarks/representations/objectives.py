@@ -111,7 +111,7 @@ class Momentum(Objective):
 
 
 class Oracle(Momentum):
-    """How pure must an estimator be? Half of each label, q's, is divided between own class and others by the classes.
+    """What if the estimator knew? Q's part of each label is divided between own class and others by the classes.
 
     Within the own class and within the others it stays where q puts it.
 
@@ -119,14 +119,16 @@ class Oracle(Momentum):
         setup: as of every method.
         purity: the share of q that lies on keys of the own class.
         temperature: of q; a high one spreads it over many keys.
+        own_weight: what stays on the positive.
     """
 
-    def __init__(self, setup: Setup, purity: float, temperature: float) -> None:
+    def __init__(self, setup: Setup, purity: float, temperature: float, own_weight: float = 0.5) -> None:
         settings = {"confidence": CosineConfidence(0.0, 0.0, 1), "refined_weight": CIFAR10.refined_weight}
         loss = baselines.SoftLabelLoss(setup.queue, self.label, CIFAR10.temperature, **settings)
         super().__init__(loss, CIFAR10.mixup(setup.mixing))
         self.purity = purity
-        self.estimate = baselines.sce(temperature)
+        self.own_weight = own_weight
+        self.estimate = baselines.sce(temperature, own_weight)
         self.monitor = LabelMonitor(loss)  # for the classes of the keys in the queue
 
     def forward(self, online: Network, batch: Batch) -> Tensor:
@@ -143,8 +145,8 @@ class Oracle(Momentum):
         same = self.classes[:, None] == key_classes
         for share, keys in ((self.purity, same & ~positive), (1 - self.purity, ~same)):
             mass = (label * keys).sum(1, keepdim=True).clamp(min=torch.finfo(label.dtype).tiny)
-            label = torch.where(keys, label * (0.5 * share / mass), label)
-        return label / label.sum(1, keepdim=True)
+            label = torch.where(keys, label * ((1 - self.own_weight) * share / mass), label)
+        return label / label.sum(1, keepdim=True).clamp(min=1e-6)  # none yet, where the first keys are of other classes
 
 
 class Siamese(Objective):

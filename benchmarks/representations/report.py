@@ -107,6 +107,7 @@ STUDIES = {
             "oracle-flat-0.25",
             "oracle-flat-0.5",
             "oracle-flat-1.0",
+            "oracle-flat-1.0-all",
         ),
     ),
 }
