@@ -3,5 +3,6 @@
 ``python -m benchmarks representations`` trains one encoder per method and seed and keeps each finished run as a JSON
 file, so that a harness that was stopped goes on where it was. Encoder, initial weights, data order, views, optimiser
 and schedule are a seed's, the same for every method; only :mod:`benchmarks.representations.methods` differs. Classes
-serve evaluation and the measurement of labels, never training (but for the oracle, an experiment on labels).
+serve evaluation and the measurement of labels. They are trained on only where that is the experiment, in the methods
+``oracle-...`` and ``supervised``.
 """

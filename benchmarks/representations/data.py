@@ -31,7 +31,7 @@ class Images(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Normalised views (s, 3, 32, 32), and the classes (s,), which no method may use, but for the oracle."""
+    """Normalised views (s, 3, 32, 32), and the classes (s,), which no method may use, but for oracle and supervised."""
 
     query: Tensor
     key: Tensor

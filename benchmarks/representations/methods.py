@@ -10,7 +10,16 @@ import lightly.loss
 from torch import nn
 
 from benchmarks.representations import baselines
-from benchmarks.representations.objectives import DIM, Momentum, NearestNeighbour, Objective, Oracle, Setup, Siamese
+from benchmarks.representations.objectives import (
+    DIM,
+    Momentum,
+    NearestNeighbour,
+    Objective,
+    Oracle,
+    Setup,
+    Siamese,
+    Supervised,
+)
 from slr_plugin import CosineConfidence
 from slr_plugin.presets import CIFAR10
 
@@ -141,5 +150,6 @@ METHODS: dict[str, Method] = {
     "half-q+mm-weak": _soft("the same, weak keys", True, baselines.sce(0.05), views=WEAK),
     **{f"oracle-{purity}": _oracle(purity, 0.25) for purity in (0.5, 1.0)},
     **{f"oracle-flat-{purity}": _oracle(purity, CIFAR10.sharpening) for purity in (0.25, 0.5, 1.0)},
+    "supervised": Method("cross-entropy with the classes", lambda setup: Supervised(), TRAINED),
     "oracle-flat-1.0-all": _oracle(1.0, CIFAR10.sharpening, own_weight=0.0),
 }

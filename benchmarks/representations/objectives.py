@@ -19,6 +19,7 @@ from slr_plugin.diagnostics import LabelMonitor
 from slr_plugin.presets import CIFAR10
 
 DIM = 128
+CLASSES = 10  # of CIFAR-10; only Supervised needs to know
 HIDDEN = 512
 EMA_MOMENTUM = 0.99  # ImageNet's usual 0.999 averages over 1,000 steps, much of a short run
 
@@ -176,3 +177,16 @@ class NearestNeighbour(Objective):
         p0, p1 = self.prediction_head(z0), self.prediction_head(z1)
         near0, near1 = self.memory_bank(z0.detach(), update=False), self.memory_bank(z1.detach(), update=True)
         return (self.criterion(near0, p1) + self.criterion(near1, p0)) / 2
+
+
+class Supervised(Objective):
+    """A classifier behind the projection, told the classes: what perfect labels are worth in a budget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss()
+        self.classifier = nn.Linear(DIM, CLASSES)
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """Cross-entropy of the query view."""
+        return self.criterion(self.classifier(online(batch.query)), batch.classes)

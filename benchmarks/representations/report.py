@@ -108,6 +108,7 @@ STUDIES = {
             "oracle-flat-0.5",
             "oracle-flat-1.0",
             "oracle-flat-1.0-all",
+            "supervised",
         ),
     ),
 }
