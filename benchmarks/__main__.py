@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import loss
-from benchmarks.representations import harness, report
+from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
+from benchmarks.representations.data import load
 from benchmarks.representations.methods import METHODS
 from benchmarks.representations.report import STUDIES
 
@@ -41,17 +42,31 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
     add("--only-report", action="store_true", help="train nothing, draw what there is")
 
 
+def add_estimators(parser: argparse.ArgumentParser) -> None:
+    """Options of the comparison of estimators."""
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", required=True, help="as for representations")
+    add("--budget", choices=sorted(BUDGETS), default="cpu", help="default: %(default)s")
+    add("--method", choices=METHODS, default="mm", metavar="METHOD", help="trains the network (default: %(default)s)")
+    add("--cache", type=Path, default=Path("outputs/views"), help="default: %(default)s")
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True)
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
     add_representations(names.add_parser("representations", help="accuracy of encoders trained with each method"))
+    add_estimators(names.add_parser("estimators", help="how well ways to weigh the other keys see classes"))
     args = parser.parse_args()
     if args.name == "loss":
         if args.rounds < loss.SLOW_ROUNDS:
             parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
         loss.run(args.sizes, args.device, args.rounds, args.precision, args.output)
+        return
+    if args.name == "estimators":
+        budget = BUDGETS[args.budget]
+        print(estimators.compare(args.method, 0, budget, *load(args.data, budget, torch.device("cpu")), args.cache))
         return
     results = args.results / args.budget
     if not args.only_report:

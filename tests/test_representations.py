@@ -21,7 +21,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("installed without the repository", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.representations import baselines, data, harness, objectives, report, training
+from benchmarks.representations import baselines, data, estimators, harness, objectives, report, training
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.methods import METHODS
 from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
@@ -229,3 +229,29 @@ def test_tables_pair_by_seed():
 def test_equal_compute_is_equal():
     assert report.cost("moco-longer") == report.cost("sane") == 1.75
     assert report.cost("simclr") == 1.5
+
+
+def test_estimators_of_one_sharpness():
+    similarity = torch.randn(5, 40, dtype=torch.float64)
+    q = estimators.at_perplexity(7.0)(similarity)
+    torch.testing.assert_close((-torch.xlogy(q, q).sum(1)).exp(), torch.full((5,), 7.0, dtype=torch.float64))
+    shifted = estimators.at_perplexity(7.0)(3 * similarity + 2)  # standardising changes nothing
+    torch.testing.assert_close(shifted, q)
+    nearest = estimators.at_rank(3)(similarity)
+    assert ((nearest > 0) == (similarity >= similarity.topk(3).values[:, -1:])).all()
+    torch.testing.assert_close(nearest.sum(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_whitening_divides_the_covariance_out():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(5000, 3, generator=generator) * torch.tensor([5.0, 1.0, 1.0]) + 2
+    rows = torch.tensor([[7.0, 2.0, 2.0], [2.0, 3.0, 2.0]])  # one deviation from the mean each, along another axis
+    single = estimators.whitened(rows, torch.cat([keys, rows]))[:, -2:]
+    torch.testing.assert_close(single, torch.eye(2), atol=0.1, rtol=0)
+
+
+def test_the_table_of_estimators(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimators, "ROWS", 32)
+    table = estimators.compare("mm", 0, SMOKE, *images, tmp_path)
+    assert table.count("\n") == 1 + len(estimators.ESTIMATORS)
+    assert "nan" not in table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +36,15 @@ class Features(NamedTuple):
 
 
 def train(
-    name: str, seed: int, budget: Budget, train_images: Images, test_images: Images, cache: Path
+    name: str,
+    seed: int,
+    budget: Budget,
+    train_images: Images,
+    test_images: Images,
+    cache: Path,
+    observe: Callable[[Network], None] = lambda network: None,
 ) -> dict[str, Any]:
-    """Train and evaluate; returns the record that is kept as JSON, accuracies in per cent."""
+    """Train, show the network to ``observe``, evaluate; returns the record, accuracies in per cent."""
     method = METHODS[name]
     device = train_images.pixels.device
     if budget.threads and device.type == "cpu":
@@ -87,6 +94,7 @@ def train(
             if monitor:
                 quality = monitor.mean()
                 labels.append({"epoch": epoch, **{key: value.item() for key, value in quality._asdict().items()}})
+    observe(online)
     return record | {
         "knn": curve[-1]["knn"],
         "linear": linear_accuracy(*features),
