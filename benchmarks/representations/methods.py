@@ -101,10 +101,8 @@ def _scheduled(settings: dict[str, Any], total_steps: int) -> dict[str, Any]:
     return settings
 
 
-def _moco(summary: str, **options: Any) -> Method:
-    return _method(
-        summary, lambda setup: lightly.loss.NTXentLoss(CIFAR10.temperature, setup.queue), mixed=False, **options
-    )
+def _moco(summary: str, temperature: float = CIFAR10.temperature, **options: Any) -> Method:
+    return _method(summary, lambda setup: lightly.loss.NTXentLoss(temperature, setup.queue), mixed=False, **options)
 
 
 ONE_HOT: dict[str, Any] = {"confidence": 0.0}
@@ -141,6 +139,9 @@ METHODS: dict[str, Method] = {
     "sane-lambda-1.0-longer": _slr(
         "the same, as many passes as SANE", True, {"refined_weight": 1.0}, mixed_only=True, stretch=MIXED / PLAIN
     ),
+    # DCL's temperature is half the paper's.
+    "moco-cold": _moco("MoCo v2, temperature 0.1", temperature=0.1),
+    "sane-cold": _slr("SANE, temperature 0.1", True, {"temperature": 0.1}),
     # When does refinement add to momentum mixup?
     "sane-sharp": _slr("tau' 0.25, mu 0.5 to 10", True, SHARP),
     "mm-weak": _slr("momentum mixup, weak keys", True, ONE_HOT, views=WEAK),

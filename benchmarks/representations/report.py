@@ -48,6 +48,8 @@ STUDIES = {
             "sane",
             "sane-lambda-1.0",
             "sane-lambda-1.0-longer",
+            "moco-cold",
+            "sane-cold",
         ),
         {"moco": "92.5 / 93.9", "sane": "95.2 / 96.1"},
     ),
