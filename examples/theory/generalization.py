@@ -10,11 +10,11 @@ under y* minus the loss of the training crops under y. The share moves E ||y - y
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import command
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -113,16 +113,7 @@ def draw(found: dict[str, np.ndarray], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="networks per share (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/generalization.png"), help="default: %(default)s")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # small matrices
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    found = study(args.seeds)
-    print(report(found))
-    draw(found, args.output)
-    print(f"figure: {args.output}")
+    command.run(__doc__, 5, "outputs/generalization.png", study, report, draw, argv)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ Without refinement, alpha = 0, labels stay as they are and the network fits the 
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import command
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -148,16 +148,7 @@ def draw(found: dict[float, np.ndarray], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="simulations per point (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/label_recovery.png"), help="default: %(default)s")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # small matrices
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    found = study(args.seeds)
-    print(report(found))
-    draw(found, args.output)
-    print(f"figure: {args.output}")
+    command.run(__doc__, 3, "outputs/label_recovery.png", study, report, draw, argv)
 
 
 if __name__ == "__main__":
