@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from lightly.models import ResNetGenerator
@@ -45,51 +45,37 @@ def cifar_resnet18() -> nn.Module:
     return model
 
 
-BUDGETS = {
-    "cpu": Budget(
-        encoder=small_resnet,
-        feature_dim=128,
-        side=24,
-        train_images=5000,
-        test_images=5000,
-        epochs=40,
-        batch_size=128,
-        queue_size=2048,
-        evaluations=4,
-        threads=1,
-        keeps_views=True,
-        strong_group=8,
-    ),
-    "gpu": Budget(
-        encoder=cifar_resnet18,
-        feature_dim=512,
-        side=32,
-        train_images=None,
-        test_images=None,
-        epochs=200,
-        batch_size=256,
-        queue_size=4096,
-        evaluations=20,
-        threads=None,
-        keeps_views=False,
-        strong_group=256,
-    ),
-    # For the tests of the harness: seconds, and no result.
-    "smoke": Budget(
-        encoder=small_resnet,
-        feature_dim=128,
-        side=24,
-        train_images=96,
-        test_images=64,
-        epochs=2,
-        batch_size=32,
-        queue_size=64,
-        evaluations=2,
-        threads=1,
-        keeps_views=True,
-        strong_group=8,
-    ),
-}
+CPU = Budget(
+    encoder=small_resnet,
+    feature_dim=128,
+    side=24,
+    train_images=5000,
+    test_images=5000,
+    epochs=40,
+    batch_size=128,
+    queue_size=2048,
+    evaluations=4,
+    threads=1,
+    keeps_views=True,
+    strong_group=8,
+)
+GPU = Budget(
+    encoder=cifar_resnet18,
+    feature_dim=512,
+    side=32,
+    train_images=None,
+    test_images=None,
+    epochs=200,
+    batch_size=256,
+    queue_size=4096,
+    evaluations=20,
+    threads=None,
+    keeps_views=False,
+    strong_group=256,
+)
+# For the tests of the harness: seconds, and no result.
+SMOKE = replace(CPU, train_images=96, test_images=64, epochs=2, batch_size=32, queue_size=64, evaluations=2)
+BUDGETS = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
 
 
 def precision(device: torch.device) -> torch.autocast:
