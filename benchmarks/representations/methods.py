@@ -28,6 +28,7 @@ FORWARD, TRAINED = 1, 3
 PLAIN = TRAINED + FORWARD
 MIXED = 2 * TRAINED + FORWARD
 TWO_VIEWS = 2 * TRAINED
+COLD = 0.1  # lightly's temperature for DCL, half the paper's
 
 STRONG = ("query", "key", "strong")
 WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in ReSSL and SCE
@@ -101,6 +102,17 @@ def _scheduled(settings: dict[str, Any], total_steps: int) -> dict[str, Any]:
     return settings
 
 
+def _siamese(summary: str, mixed: bool, settings: dict[str, Any], **options: Any) -> Method:
+    """Without queue and momentum network, at DCL's temperature: the loss is symmetric, and both views are trained."""
+
+    def build(setup: Setup) -> Objective:
+        scheduled = _scheduled(settings, setup.total_steps)
+        criterion = CIFAR10.loss(DIM, setup.total_steps, memory_bank_size=0, temperature=COLD, **scheduled)
+        return Siamese(criterion, CIFAR10.mixup(setup.mixing) if mixed else None)
+
+    return Method(summary, build, TWO_VIEWS + TRAINED * mixed, **options)
+
+
 def _moco(summary: str, temperature: float = CIFAR10.temperature, **options: Any) -> Method:
     return _method(summary, lambda setup: lightly.loss.NTXentLoss(temperature, setup.queue), mixed=False, **options)
 
@@ -113,7 +125,7 @@ METHODS: dict[str, Method] = {
     "moco": _moco("MoCo v2, lightly's NTXentLoss"),
     "moco-longer": _moco("the same, as many passes as SANE", stretch=MIXED / PLAIN),
     "simclr": Method("SimCLR, lightly's NTXentLoss", lambda setup: Siamese(lightly.loss.NTXentLoss(0.5)), TWO_VIEWS),
-    "dcl": Method("lightly's DCLLoss", lambda setup: Siamese(lightly.loss.DCLLoss(0.1)), TWO_VIEWS),
+    "dcl": Method("lightly's DCLLoss", lambda setup: Siamese(lightly.loss.DCLLoss(COLD)), TWO_VIEWS),
     "nnclr": Method("NNCLR of lightly's parts", lambda setup: NearestNeighbour(setup.queue), TWO_VIEWS),
     "co2": _method(
         "InfoNCE and consistency", lambda setup: baselines.CO2Loss(setup.queue, CIFAR10.temperature), mixed=False
@@ -139,9 +151,17 @@ METHODS: dict[str, Method] = {
     "sane-lambda-1.0-longer": _slr(
         "the same, as many passes as SANE", True, {"refined_weight": 1.0}, mixed_only=True, stretch=MIXED / PLAIN
     ),
-    # DCL's temperature is half the paper's.
-    "moco-cold": _moco("MoCo v2, temperature 0.1", temperature=0.1),
-    "sane-cold": _slr("SANE, temperature 0.1", True, {"temperature": 0.1}),
+    # What DCL has that MoCo has not: a temperature, two trained views, no positive in the denominator.
+    "moco-cold": _moco("MoCo v2, temperature 0.1", temperature=COLD),
+    "mm-cold": _slr("momentum mixup, temperature 0.1", True, ONE_HOT | {"temperature": COLD}),
+    "sane-cold": _slr("SANE, temperature 0.1", True, {"temperature": COLD}),
+    "simclr-cold": Method("SimCLR, temperature 0.1", lambda setup: Siamese(lightly.loss.NTXentLoss(COLD)), TWO_VIEWS),
+    "simclr-cold-p+q": _siamese("the same, refined labels", False, {}),
+    "simclr-cold-mm": _siamese("the same, mixup, one-hot labels", True, ONE_HOT),
+    "simclr-cold-sane": _siamese("the same, mixup, refined labels", True, {}),
+    "dcl-longer": Method(
+        "DCLLoss, as many passes as with mixup", lambda setup: Siamese(lightly.loss.DCLLoss(COLD)), TWO_VIEWS, stretch=1.5
+    ),
     # When does refinement add to momentum mixup?
     "sane-sharp": _slr("tau' 0.25, mu 0.5 to 10", True, SHARP),
     "mm-weak": _slr("momentum mixup, weak keys", True, ONE_HOT, views=WEAK),

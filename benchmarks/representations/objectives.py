@@ -151,15 +151,25 @@ class Oracle(Momentum):
 
 
 class Siamese(Objective):
-    """Both views through the online network."""
+    """Both views through the online network.
 
-    def __init__(self, criterion: nn.Module) -> None:
+    Args:
+        criterion: called with both projections, and the mixed queries if there are.
+        mixup: makes mixed queries.
+    """
+
+    def __init__(self, criterion: nn.Module, mixup: MomentumMixup | None = None) -> None:
         super().__init__()
         self.criterion = criterion
+        self.mixup = mixup
 
     def forward(self, online: Network, batch: Batch) -> Tensor:
         """The loss of both views."""
-        return self.criterion(online(batch.query), online(batch.key))
+        projections = online(batch.query), online(batch.key)
+        if self.mixup is None:
+            return self.criterion(*projections)
+        images, mix = self.mixup(batch.query, batch.key)
+        return self.criterion(*projections, online(images), mix)
 
 
 class NearestNeighbour(Objective):
