@@ -19,11 +19,16 @@ reference is the running maximum, which overflow forbids to do without, except w
 Inside, logits are in bits, :math:`c \langle r_i, b_k \rangle / \ln 2`: as exact, and torch's ``exp2`` takes a third of
 the time of its ``exp`` on the CPU. The factor rides on the matrix product for nothing.
 
+After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *queue* through bfloat16 products where the
+CPU has instructions for them; torch itself reaches those units on few CPUs. The keys of the batch, with the positives and
+their large logits, stay in float32, and so do all sums.
+
 The pass is a ``torch.library`` custom operator: ``torch.compile`` takes it as one node, without a graph break.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -108,13 +113,14 @@ def _contrast(
     reference, excess, peak = (rows.new_empty(len(scales), count) for _ in range(3))
     mean = rows.new_zeros(len(scales), count, dim)
     tiles = _tiles(rows, len(scales), height, width)
+    queue_dtype = torch.bfloat16 if _meets_queue_in_bfloat16(rows) else rows.dtype
     for top in range(0, count, height):
         part = rows[top : top + height]
         here = slice(top, top + len(part))
         shift = part.new_full((len(part), 1), 0.0 if bounded else -torch.inf)
         total = part.new_zeros(len(scales), len(part), 1)
         largest = torch.zeros_like(total)
-        for left, block in _blocks(keys, queue, width, rows):
+        for left, block in _blocks(keys, queue, width, queue_dtype):
             logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             if not bounded:
                 previous, shift = shift, torch.maximum(shift, logits.amax(1, keepdim=True))
@@ -127,7 +133,10 @@ def _contrast(
                 weights.exp2_()
                 total[j] += weights.sum(1, keepdim=True)
                 torch.maximum(largest[j], weights.amax(1, keepdim=True), out=largest[j])
-                mean[j, here].addmm_(weights, block)
+                if block.dtype == weights.dtype:
+                    mean[j, here].addmm_(weights, block)
+                else:
+                    mean[j, here] += weights.to(block.dtype) @ block
         for j, ratio in enumerate(ratios):
             reference[j, here] = bound if bounded else ratio * LN2 * _finite(shift)[:, 0]
             excess[j, here] = (total[j] * math.exp(-bound) if bounded else total[j]).log()[:, 0]
@@ -166,7 +175,7 @@ def _keys_backward(
         if grad_excess is not None:
             for value, scale, grad in zip(values, scales, grad_excess[:, here], strict=True):
                 value.addcmul_(grad[:, None], part, value=scale)
-        for left, block in _blocks(keys, None, width, rows):
+        for left, block in _blocks(keys, None, width, None):
             logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             for j, weights in _scaled(logits, ratios, tiles):
                 weights.sub_(shift[j, here]).clamp_(max=0.0).exp2_()  # at most 1, where rounding says otherwise
@@ -225,15 +234,28 @@ def _finite(logits: Tensor) -> Tensor:
     return logits.masked_fill(logits == -torch.inf, 0.0)
 
 
-def _blocks(keys: Tensor, queue: Tensor | None, width: int, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _blocks(
+    keys: Tensor, queue: Tensor | None, width: int, queue_dtype: torch.dtype | None
+) -> Iterator[tuple[int, Tensor]]:
     """Chunks of the keys and then of the queue, each with the number of its first key."""
-    first = 0
-    for source in (keys, queue):
-        if source is None:
-            continue
-        for left in range(0, len(source), width):
-            yield first + left, source[left : left + width].to(like)
-        first += len(source)
+    for left in range(0, len(keys), width):
+        yield left, keys[left : left + width]
+    if queue is not None:
+        for left in range(0, len(queue), width):
+            yield len(keys) + left, queue[left : left + width].to(keys.device, queue_dtype)
+
+
+def _meets_queue_in_bfloat16(rows: Tensor) -> bool:
+    """Whether float32 products may be approximate, and the CPU is faster at bfloat16."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return False
+    return torch.get_float32_matmul_precision() == "medium" and _cpu_has_bfloat16()
+
+
+@functools.cache
+def _cpu_has_bfloat16() -> bool:
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and not in every torch
+    return supported is not None and bool(supported())
 
 
 def _logits(
@@ -241,7 +263,10 @@ def _logits(
 ) -> Tensor:
     """Logits, in bits, of rows ``top ..`` and keys ``left ..``, with the hidden pairs at minus infinity."""
     logits = _shaped(tile, len(part), len(block))
-    torch.addmm(logits, part, block.T, beta=0, alpha=scale / LN2, out=logits)
+    if block.dtype == part.dtype:
+        torch.addmm(logits, part, block.T, beta=0, alpha=scale / LN2, out=logits)
+    else:
+        logits.copy_((part * (scale / LN2)).to(block.dtype) @ block.T)
     for row, key, length in zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True):
         # The diagonal (row + t, key + t), t < length, inside this tile.
         start = max(top - row, left - key, 0)

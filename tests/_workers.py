@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from slr_plugin import CosineConfidence, Mix, SLRLoss
 from slr_plugin.diagnostics import LabelMonitor
 
-BATCH, STEPS, WORLD = 6, 20, 2
+BATCH, STEPS = 6, 20
 
 
 class Scenario(NamedTuple):
@@ -60,7 +60,7 @@ class Model(nn.Module):
         return self.criterion(self.encoder(x0), keys, crop, mix)
 
 
-def train(scenario: Scenario, rank: int | None) -> dict[str, object]:
+def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]:
     """20 SGD steps on the whole batch (rank None) or on one process's part of it, under DDP's defaults."""
     model = Model(scenario, gather=scenario.gather and rank is not None)
     step_model = model if rank is None else DistributedDataParallel(model)
@@ -70,14 +70,14 @@ def train(scenario: Scenario, rank: int | None) -> dict[str, object]:
     monitor = LabelMonitor(model.criterion)
     losses, gradients = [], []
     for _ in range(STEPS):
-        views = torch.randn(2, WORLD * BATCH, 5, dtype=torch.float64, generator=generator)
-        theta = torch.rand(WORLD * BATCH, dtype=torch.float64, generator=generator)
+        views = torch.randn(2, world * BATCH, 5, dtype=torch.float64, generator=generator)
+        theta = torch.rand(world * BATCH, dtype=torch.float64, generator=generator)
         # Partners stay within a process's part, as they do in a real run.
-        partner = torch.cat([torch.randperm(BATCH, generator=generator) + BATCH * r for r in range(WORLD)])
+        partner = torch.cat([torch.randperm(BATCH, generator=generator) + BATCH * r for r in range(world)])
         mixed = torch.lerp(views[1, partner], views[0], theta[:, None])
         x0, x1 = views[:, part]
         mix = Mix(theta[part], partner[part] - (0 if rank is None else rank * BATCH))
-        monitor.announce(torch.randint(3, (WORLD * BATCH,), generator=generator)[part])
+        monitor.announce(torch.randint(3, (world * BATCH,), generator=generator)[part])
         loss = step_model(x0, x1, mixed[part], mix) if scenario.mixed else step_model(x0, x1, None, None)
         optimizer.zero_grad()
         loss.backward()
@@ -106,10 +106,10 @@ def uneven(rank: int) -> str:
     return "no error"
 
 
-def run(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def run(rank: int, folder: Path, world: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    results = {name: train(scenario, rank) for name, scenario in SCENARIOS.items()}
+    results = {name: train(scenario, rank, world) for name, scenario in SCENARIOS.items()}
     torch.save(results | {"uneven": uneven(rank)}, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

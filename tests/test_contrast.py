@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from slr_plugin.contrast import Hidden, contrast
 
@@ -106,3 +107,31 @@ def test_no_rows_by_keys_matrix_is_allocated():
     with Largest() as largest:
         contrast(rows, keys, queue)
     assert 0 < largest.numel <= max(queue.numel(), 64 * 512)
+
+
+@pytest.mark.parametrize("bound", [math.inf, 5.0])
+def test_medium_precision_meets_the_queue_in_bfloat16_more_exactly_than_dense_products(bound, monkeypatch):
+    monkeypatch.setattr("slr_plugin.contrast._cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "medium")
+    rows, keys, queue = (tensor.detach() for tensor in tensors(rows=32, keys=32, queue=400, dim=16))
+    rows, queue = normalize(rows, dim=1), normalize(queue, dim=1)
+    keys = normalize(normalize(keys, dim=1) + 3 * rows, dim=1)  # positives resemble their queries
+    hidden = [Hidden(0, 1, 31)]
+    single = [tensor.float() for tensor in (rows, keys, queue)]
+    ours = parts(contrast(*single, hidden=hidden, scales=[5.0], bound=bound))
+    every = torch.cat([keys, queue])
+    logits = 5 * rows @ every.T
+    logits[:31, 1:32].fill_diagonal_(-torch.inf)
+    exact = logits.logsumexp(1), logits.softmax(1).amax(1), logits.softmax(1) @ every
+    rough = (5 * rows.bfloat16() @ every.bfloat16().T).float()
+    rough[:31, 1:32].fill_diagonal_(-torch.inf)
+    weights = rough.softmax(1)
+    dense_values = rough.logsumexp(1), weights.amax(1), weights.bfloat16() @ every.bfloat16()
+    for got, dense_value, want in zip(ours, dense_values, exact, strict=True):
+        error, dense_error = (got[0] - want).norm(), (dense_value - want).norm()
+        assert 1e-6 < error <= dense_error  # bfloat16 was in use
+
+    exactly = contrast(rows, keys, queue, scales=[5.0], bound=bound, hidden=hidden)  # float64 is left alone
+    torch.testing.assert_close(exactly.mean[0], exact[2], rtol=0, atol=1e-12)
+    batch_only = contrast(*single[:2], scales=[5.0], bound=bound)  # so are the keys of the batch
+    torch.testing.assert_close(batch_only.mean[0].double(), (5 * rows @ keys.T).softmax(1) @ keys, rtol=0, atol=1e-6)

@@ -48,14 +48,18 @@ STUDIES = {
             "sane",
             "sane-lambda-1.0",
             "sane-lambda-1.0-longer",
-            "moco-cold",
-            "sane-cold",
         ),
         {"moco": "92.5 / 93.9", "sane": "95.2 / 96.1"},
     ),
     "compute": Study(
         "Equal compute", "moco-longer", ("moco-longer", "vanilla", "mm", "sane", "sane-lambda-1.0-longer")
     ),
+    "two-views": Study(
+        "Two trained views, temperature 0.1",
+        "simclr-cold",
+        ("simclr", "simclr-cold", "dcl", "dcl-longer", "simclr-cold-p+q", "simclr-cold-mm", "simclr-cold-sane"),
+    ),
+    "cold": Study("A queue, temperature 0.1", "moco-cold", ("moco", "moco-cold", "mm-cold", "sane-cold")),
     "components": Study(
         "Components",
         "one-hot",
@@ -95,6 +99,7 @@ STUDIES = {
     "refinement": Study(
         "Does refinement add to momentum mixup?", "mm", ("mm", "sane", "p+mm", "q+mm", "sane-sharp", "half-q+mm")
     ),
+    "refinement-cold": Study("The same at temperature 0.1", "mm-cold", ("mm", "mm-cold", "sane-cold")),
     "refinement-weak": Study(
         "The same with weak keys", "mm-weak", ("mm", "mm-weak", "sane-weak", "sane-weak-sharp", "half-q+mm-weak")
     ),
