@@ -156,7 +156,7 @@ METHODS: dict[str, Method] = {
     "mm-cold": _slr("momentum mixup, temperature 0.1", True, ONE_HOT | {"temperature": COLD}),
     "sane-cold": _slr("SANE, temperature 0.1", True, {"temperature": COLD}),
     "simclr-cold": Method("SimCLR, temperature 0.1", lambda setup: Siamese(lightly.loss.NTXentLoss(COLD)), TWO_VIEWS),
-    "simclr-cold-p+q": _siamese("the same, refined labels", False, {}),
+    "simclr-cold-p+q": _siamese("SimCLR, temperature 0.1, refined labels", False, {}),
     "simclr-cold-mm": _siamese("the same, mixup, one-hot labels", True, ONE_HOT),
     "simclr-cold-sane": _siamese("the same, mixup, refined labels", True, {}),
     "dcl-longer": Method(
