@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss
+from benchmarks import loss, scaling
 from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
@@ -16,14 +16,25 @@ from benchmarks.representations.methods import METHODS
 from benchmarks.representations.report import STUDIES
 
 
-def add_loss(parser: argparse.ArgumentParser) -> None:
-    """Options of the loss's benchmark."""
+def add_timing(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """What the benchmarks of time and memory share."""
     add = parser.add_argument
     add("--device", default="cpu")
-    add("--rounds", type=int, default=15, help="paired repetitions (default: %(default)s)")
+    add("--rounds", type=int, default=rounds, help="paired repetitions (default: %(default)s)")
     add("--precision", default="highest", choices=["highest", "high", "medium"])
-    add("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
-    add("--output", type=Path, default=Path("outputs"), help="folder for loss.json and loss.md")
+    add("--output", type=Path, default=Path("outputs"), help="folder for the tables (default: %(default)s)")
+
+
+def add_loss(parser: argparse.ArgumentParser) -> None:
+    """Options of the loss's benchmark."""
+    add_timing(parser, rounds=15)
+    parser.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
+
+
+def add_scaling(parser: argparse.ArgumentParser) -> None:
+    """Options of the growth's benchmark."""
+    add_timing(parser, rounds=5)
+    parser.add_argument("--axes", nargs="+", choices=scaling.AXES, default=list(scaling.AXES))
 
 
 def add_representations(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True)
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
+    add_scaling(names.add_parser("scaling", help="how time and memory grow with keys, rows and dimension"))
     add_representations(names.add_parser("representations", help="accuracy of encoders trained with each method"))
     add_estimators(names.add_parser("estimators", help="how well ways to weigh the other keys see classes"))
     args = parser.parse_args()
@@ -63,6 +75,9 @@ def main() -> None:
         if args.rounds < loss.SLOW_ROUNDS:
             parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
         loss.run(args.sizes, args.device, args.rounds, args.precision, args.output)
+        return
+    if args.name == "scaling":
+        scaling.run(args.axes, args.device, args.rounds, args.precision, args.output)
         return
     if args.name == "estimators":
         budget = BUDGETS[args.budget]

@@ -74,6 +74,8 @@ def contenders(size: Size, device: str) -> dict[str, Callable[[], Any] | None]:
             queries, positives, bank, mixed, mix, temperature=TEMPERATURE
         )
     else:
+        decoupled = lightly.loss.DCLLoss(TEMPERATURE)
+        losses["lightly DCLLoss"] = lambda: decoupled(queries, positives)
         losses["dense.py, refinement"] = lambda: dense.symmetric_slr_loss(queries, positives, temperature=TEMPERATURE)
     losses["pytorch-metric-learning NTXentLoss"] = metric_learning(queries, positives, bank)
 

@@ -160,7 +160,10 @@ METHODS: dict[str, Method] = {
     "simclr-cold-mm": _siamese("the same, mixup, one-hot labels", True, ONE_HOT),
     "simclr-cold-sane": _siamese("the same, mixup, refined labels", True, {}),
     "dcl-longer": Method(
-        "DCLLoss, as many passes as with mixup", lambda setup: Siamese(lightly.loss.DCLLoss(COLD)), TWO_VIEWS, stretch=1.5
+        "DCLLoss, as many passes as with mixup",
+        lambda setup: Siamese(lightly.loss.DCLLoss(COLD)),
+        TWO_VIEWS,
+        stretch=1.5,
     ),
     # When does refinement add to momentum mixup?
     "sane-sharp": _slr("tau' 0.25, mu 0.5 to 10", True, SHARP),
