@@ -74,6 +74,8 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
                 for axes, measure in zip(column, ("milliseconds", "megabytes"), strict=True):
                     axes.loglog(x, [row[measure] for row in own], "o-", color=f"C{number}", label=name, base=10)
         column[1].set_xlabel(axis)
+        column[1].set_xticks(x, [f"{value:,}" for value in x])
+        column[1].minorticks_off()
     panels[0, 0].set_ylabel("ms")
     panels[1, 0].set_ylabel("peak MB")
     for column in (0, -1):  # between them all contenders
@@ -88,10 +90,8 @@ def run(axes: list[str], device: str, rounds: int, precision: str, output: Path)
     torch.set_float32_matmul_precision(precision)
     results = {axis: measure(axis, device, rounds) for axis in axes}
     caption = f"{machine(device)}; float32, matmul precision {precision}; torch {torch.__version__}, "
-    caption += (
-        f"lightly {lightly.__version__}; medians of {rounds} paired rounds; "
+    caption += f"lightly {lightly.__version__}; medians of {rounds} paired rounds; "
     caption += f"exponents of the largest {FITTED} sizes."
-    )
     text = f"{table(results)}\n\n{caption}\n"
     print(text)
     output.mkdir(parents=True, exist_ok=True)

@@ -20,8 +20,8 @@ Inside, logits are in bits, :math:`c \langle r_i, b_k \rangle / \ln 2`: as exact
 the time of its ``exp`` on the CPU. The factor rides on the matrix product for nothing.
 
 After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *queue* through bfloat16 products where the
-CPU has instructions for them; torch itself reaches those units on few CPUs. The keys of the batch, with the positives and
-their large logits, stay in float32, and so do all sums.
+CPU has instructions for them (torch itself reaches those units on few CPUs). The keys of the batch, with the positives
+and their large logits, stay in float32, and so do all sums.
 
 The pass is a ``torch.library`` custom operator: ``torch.compile`` takes it as one node, without a graph break.
 """
