@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss, scaling
+from benchmarks import loss, scaling, step
 from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
@@ -35,6 +35,12 @@ def add_scaling(parser: argparse.ArgumentParser) -> None:
     """Options of the growth's benchmark."""
     add_timing(parser, rounds=5)
     parser.add_argument("--axes", nargs="+", choices=scaling.AXES, default=list(scaling.AXES))
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Options of the whole step's benchmark."""
+    add_timing(parser, rounds=5)
+    parser.add_argument("--workloads", nargs="+", choices=step.WORKLOADS, default=list(step.WORKLOADS))
 
 
 def add_representations(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +74,7 @@ def main() -> None:
     names = parser.add_subparsers(dest="name", required=True)
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
     add_scaling(names.add_parser("scaling", help="how time and memory grow with keys, rows and dimension"))
+    add_step(names.add_parser("step", help="where the time of a whole training step goes"))
     add_representations(names.add_parser("representations", help="accuracy of encoders trained with each method"))
     add_estimators(names.add_parser("estimators", help="how well ways to weigh the other keys see classes"))
     args = parser.parse_args()
@@ -78,6 +85,9 @@ def main() -> None:
         return
     if args.name == "scaling":
         scaling.run(args.axes, args.device, args.rounds, args.precision, args.output)
+        return
+    if args.name == "step":
+        step.run(args.workloads, args.device, args.rounds, args.precision, args.output)
         return
     if args.name == "estimators":
         budget = BUDGETS[args.budget]
