@@ -7,7 +7,6 @@ the allocator's on CUDA).
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish, wait
 from slr_plugin import MomentumMixup, SLRLoss, dense
 
 TEMPERATURE = 0.2
@@ -148,12 +147,10 @@ def peak_memory(step: Callable[[], Any], device: str) -> int:
 
 def seconds(step: Callable[[], Any], device: str) -> float:
     """Wall time of one call."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait(device)
     start = time.perf_counter()
     step()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait(device)
     return time.perf_counter() - start
 
 
@@ -239,8 +236,4 @@ def run(sizes: list[str], device: str, rounds: int, precision: str, output: Path
     versions = f"torch {torch.__version__}, lightly {lightly.__version__}"
     versions += f", pytorch-metric-learning {pytorch_metric_learning.__version__}"
     caption = f"{machine(device)}; float32, matmul precision {precision}; {versions}; {rounds} paired rounds."
-    text = f"{table(results)}\n\n{caption}\n"
-    print(text)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "loss.md").write_text(text)
-    (output / "loss.json").write_text(json.dumps({"caption": caption, "results": results}, indent=2) + "\n")
+    publish(output, "loss", table(results), caption, results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.loss import BASELINE, LIMIT, Size, contenders, paired
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish
 
 # One quantity at a time grows, the others stay.
 AXES = {
@@ -23,6 +22,7 @@ AXES = {
     "rows, no queue": [Size(rows, 0, 128) for rows in (256, 512, 1024, 2048, 4096, 8192)],
 }
 COMPARED = (BASELINE, "lightly DCLLoss", "SLRLoss, refinement", "SLRLoss, refinement and mixup", LIMIT)
+QUANTITIES = ("milliseconds", "megabytes")
 FITTED = 3  # the largest sizes, where what grows outweighs what does not
 
 
@@ -55,9 +55,9 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         x = [grows(axis, size) for size in AXES[axis]]
         for name in dict.fromkeys(row["contender"] for row in rows):
             cells = [f"{axis}: {x[0]:,} to {x[-1]:,}", name]
-            for measure, digits in (("milliseconds", 1), ("megabytes", 1)):
-                y = [row[measure] for row in rows if row["contender"] == name]
-                cells += [f"{y[0]:,.{digits}f} to {y[-1]:,.{digits}f}", f"{exponent(x, y):.2f}"]
+            for quantity in QUANTITIES:
+                y = [row[quantity] for row in rows if row["contender"] == name]
+                cells += [f"{y[0]:,.1f} to {y[-1]:,.1f}", f"{exponent(x, y):.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -71,8 +71,8 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Figure:
         for number, name in enumerate(COMPARED):
             own = [row for row in rows if row["contender"] == name]
             if own:
-                for axes, measure in zip(column, ("milliseconds", "megabytes"), strict=True):
-                    axes.loglog(x, [row[measure] for row in own], "o-", color=f"C{number}", label=name, base=10)
+                for axes, quantity in zip(column, QUANTITIES, strict=True):
+                    axes.loglog(x, [row[quantity] for row in own], "o-", color=f"C{number}", label=name, base=10)
         column[1].set_xlabel(axis)
         column[1].set_xticks(x, [f"{value:,}" for value in x])
         column[1].minorticks_off()
@@ -92,9 +92,5 @@ def run(axes: list[str], device: str, rounds: int, precision: str, output: Path)
     caption = f"{machine(device)}; float32, matmul precision {precision}; torch {torch.__version__}, "
     caption += f"lightly {lightly.__version__}; medians of {rounds} paired rounds; "
     caption += f"exponents of the largest {FITTED} sizes."
-    text = f"{table(results)}\n\n{caption}\n"
-    print(text)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "scaling.md").write_text(text)
-    (output / "scaling.json").write_text(json.dumps({"caption": caption, "results": results}, indent=1) + "\n")
+    publish(output, "scaling", table(results), caption, results)
     draw(results).savefig(output / "scaling.png", dpi=100)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import update_momentum
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import resnet18, resnet50
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish, wait
 from slr_plugin.adapters.lightly import cifar_stem
 from slr_plugin.presets import CIFAR10, IMAGENET, Preset
 
@@ -74,7 +73,7 @@ def measure(workload: Workload, device: str, rounds: int) -> dict[str, float]:
             criterion.memory_bank.enqueue(nn.functional.normalize(keys, dim=1))
         with clock(seconds, "encoder", device):
             optimizer.zero_grad()
-            torch.autograd.backward(outputs, gradients(queries, mixed))
+            torch.autograd.backward(outputs, [queries.grad, mixed.grad])
         with clock(seconds, "optimiser and average", device):
             optimizer.step()
             update_momentum(online, target, m=0.99)
@@ -83,20 +82,13 @@ def measure(workload: Workload, device: str, rounds: int) -> dict[str, float]:
     return {part: statistics.median(times[1:]) for part, times in spent.items()}  # the first round warms up
 
 
-def gradients(*leaves: Tensor) -> list[Tensor]:
-    """What the loss left in the outputs."""
-    return [leaf.grad for leaf in leaves if leaf.grad is not None]
-
-
 @contextmanager
 def clock(seconds: dict[str, float], part: str, device: str) -> Iterator[None]:
     """Add the wall time of the block to its part."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait(device)
     start = time.perf_counter()
     yield
-    if device != "cpu":
-        torch.cuda.synchronize()
+    wait(device)
     seconds[part] += time.perf_counter() - start
 
 
@@ -113,11 +105,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def run(names: list[str], device: str, rounds: int, precision: str, output: Path) -> None:
     """Measure, print the table, write step.json and step.md."""
     torch.set_float32_matmul_precision(precision)
-    results: dict[str, Any] = {name: measure(WORKLOADS[name], device, rounds) for name in names}
+    results = {name: measure(WORKLOADS[name], device, rounds) for name in names}
     caption = f"{machine(device)}; float32, matmul precision {precision}; torch {torch.__version__}; "
     caption += f"medians of {rounds} steps of SANE."
-    text = f"{table(results)}\n\n{caption}\n"
-    print(text)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "step.md").write_text(text)
-    (output / "step.json").write_text(json.dumps({"caption": caption, "results": results}, indent=1) + "\n")
+    publish(output, "step", table(results), caption, results)

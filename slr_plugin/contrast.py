@@ -120,7 +120,7 @@ def _contrast(
         shift = part.new_full((len(part), 1), 0.0 if bounded else -torch.inf)
         total = part.new_zeros(len(scales), len(part), 1)
         largest = torch.zeros_like(total)
-        for left, block in _blocks(keys, queue, width, queue_dtype):
+        for left, block in _blocks(keys, queue, width, rows, queue_dtype):
             logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             if not bounded:
                 previous, shift = shift, torch.maximum(shift, logits.amax(1, keepdim=True))
@@ -175,7 +175,7 @@ def _keys_backward(
         if grad_excess is not None:
             for value, scale, grad in zip(values, scales, grad_excess[:, here], strict=True):
                 value.addcmul_(grad[:, None], part, value=scale)
-        for left, block in _blocks(keys, None, width, None):
+        for left, block in _blocks(keys, None, width, rows):
             logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             for j, weights in _scaled(logits, ratios, tiles):
                 weights.sub_(shift[j, here]).clamp_(max=0.0).exp2_()  # at most 1, where rounding says otherwise
@@ -235,14 +235,16 @@ def _finite(logits: Tensor) -> Tensor:
 
 
 def _blocks(
-    keys: Tensor, queue: Tensor | None, width: int, queue_dtype: torch.dtype | None
+    keys: Tensor, queue: Tensor | None, width: int, like: Tensor, queue_dtype: torch.dtype | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Chunks of the keys and then of the queue, each with the number of its first key."""
-    for left in range(0, len(keys), width):
-        yield left, keys[left : left + width]
-    if queue is not None:
-        for left in range(0, len(queue), width):
-            yield len(keys) + left, queue[left : left + width].to(keys.device, queue_dtype)
+    first = 0
+    for source, dtype in ((keys, like.dtype), (queue, queue_dtype)):
+        if source is None:
+            continue
+        for left in range(0, len(source), width):
+            yield first + left, source[left : left + width].to(like.device, dtype)
+        first += len(source)
 
 
 def _meets_queue_in_bfloat16(rows: Tensor) -> bool:

@@ -56,14 +56,19 @@ def _method(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool, 
     )
 
 
-def _slr(summary: str, mixed: bool, settings: dict[str, Any], **options: Any) -> Method:
+def _slr_loss(settings: dict[str, Any]) -> Callable[[Setup], nn.Module]:
     """The paper's CIFAR-10 settings, overridden."""
 
     def criterion(setup: Setup) -> nn.Module:
-        scheduled = _scheduled(settings, setup.total_steps)
-        return CIFAR10.loss(DIM, setup.total_steps, memory_bank_size=setup.queue, **scheduled)
+        overrides = {"memory_bank_size": setup.queue} | _scheduled(settings, setup.total_steps)
+        return CIFAR10.loss(DIM, setup.total_steps, **overrides)
 
-    return _method(summary, criterion, mixed, **options)
+    return criterion
+
+
+def _slr(summary: str, mixed: bool, settings: dict[str, Any], **options: Any) -> Method:
+    """The method, or parts of it, as in the paper."""
+    return _method(summary, _slr_loss(settings), mixed, **options)
 
 
 def _soft(
@@ -102,15 +107,14 @@ def _scheduled(settings: dict[str, Any], total_steps: int) -> dict[str, Any]:
     return settings
 
 
-def _siamese(summary: str, mixed: bool, settings: dict[str, Any], **options: Any) -> Method:
-    """Without queue and momentum network, at DCL's temperature: the loss is symmetric, and both views are trained."""
-
-    def build(setup: Setup) -> Objective:
-        scheduled = _scheduled(settings, setup.total_steps)
-        criterion = CIFAR10.loss(DIM, setup.total_steps, memory_bank_size=0, temperature=COLD, **scheduled)
-        return Siamese(criterion, CIFAR10.mixup(setup.mixing) if mixed else None)
-
-    return Method(summary, build, TWO_VIEWS + TRAINED * mixed, **options)
+def _both(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool = False, **options: Any) -> Method:
+    """Both views are trained, without a queue and a momentum network."""
+    return Method(
+        summary,
+        lambda setup: Siamese(criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None),
+        TWO_VIEWS + TRAINED * mixed,
+        **options,
+    )
 
 
 def _moco(summary: str, temperature: float = CIFAR10.temperature, **options: Any) -> Method:
@@ -118,14 +122,15 @@ def _moco(summary: str, temperature: float = CIFAR10.temperature, **options: Any
 
 
 ONE_HOT: dict[str, Any] = {"confidence": 0.0}
+COLD_BATCH: dict[str, Any] = {"memory_bank_size": 0, "temperature": COLD}
 SHARP: dict[str, Any] = {"sharpening": 0.25, "confidence": (0.5, 10.0)}
 P, Q = (baselines.one_estimator(which, CIFAR10.temperature * CIFAR10.sharpening) for which in "pq")
 
 METHODS: dict[str, Method] = {
     "moco": _moco("MoCo v2, lightly's NTXentLoss"),
     "moco-longer": _moco("the same, as many passes as SANE", stretch=MIXED / PLAIN),
-    "simclr": Method("SimCLR, lightly's NTXentLoss", lambda setup: Siamese(lightly.loss.NTXentLoss(0.5)), TWO_VIEWS),
-    "dcl": Method("lightly's DCLLoss", lambda setup: Siamese(lightly.loss.DCLLoss(COLD)), TWO_VIEWS),
+    "simclr": _both("SimCLR, lightly's NTXentLoss", lambda setup: lightly.loss.NTXentLoss(0.5)),
+    "dcl": _both("lightly's DCLLoss", lambda setup: lightly.loss.DCLLoss(COLD)),
     "nnclr": Method("NNCLR of lightly's parts", lambda setup: NearestNeighbour(setup.queue), TWO_VIEWS),
     "co2": _method(
         "InfoNCE and consistency", lambda setup: baselines.CO2Loss(setup.queue, CIFAR10.temperature), mixed=False
@@ -155,15 +160,12 @@ METHODS: dict[str, Method] = {
     "moco-cold": _moco("MoCo v2, temperature 0.1", temperature=COLD),
     "mm-cold": _slr("momentum mixup, temperature 0.1", True, ONE_HOT | {"temperature": COLD}),
     "sane-cold": _slr("SANE, temperature 0.1", True, {"temperature": COLD}),
-    "simclr-cold": Method("SimCLR, temperature 0.1", lambda setup: Siamese(lightly.loss.NTXentLoss(COLD)), TWO_VIEWS),
-    "simclr-cold-p+q": _siamese("SimCLR, temperature 0.1, refined labels", False, {}),
-    "simclr-cold-mm": _siamese("the same, mixup, one-hot labels", True, ONE_HOT),
-    "simclr-cold-sane": _siamese("the same, mixup, refined labels", True, {}),
-    "dcl-longer": Method(
-        "DCLLoss, as many passes as with mixup",
-        lambda setup: Siamese(lightly.loss.DCLLoss(COLD)),
-        TWO_VIEWS,
-        stretch=1.5,
+    "simclr-cold": _both("SimCLR, temperature 0.1", lambda setup: lightly.loss.NTXentLoss(COLD)),
+    "simclr-cold-p+q": _both("SimCLR, 0.1, refined labels", _slr_loss(COLD_BATCH)),
+    "simclr-cold-mm": _both("SimCLR, 0.1, mixup, one-hot labels", _slr_loss(ONE_HOT | COLD_BATCH), mixed=True),
+    "simclr-cold-sane": _both("SimCLR, 0.1, mixup, refined labels", _slr_loss(COLD_BATCH), mixed=True),
+    "dcl-longer": _both(
+        "DCLLoss, as many passes as with mixup", lambda setup: lightly.loss.DCLLoss(COLD), stretch=3 / 2
     ),
     # When does refinement add to momentum mixup?
     "sane-sharp": _slr("tau' 0.25, mu 0.5 to 10", True, SHARP),

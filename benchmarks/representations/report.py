@@ -52,12 +52,15 @@ STUDIES = {
         {"moco": "92.5 / 93.9", "sane": "95.2 / 96.1"},
     ),
     "compute": Study(
-        "Equal compute", "moco-longer", ("moco-longer", "vanilla", "mm", "sane", "sane-lambda-1.0-longer")
+        "Equal compute", "moco-longer", ("moco-longer", "vanilla", "mm", "sane", "sane-lambda-1.0-longer", "sane-cold")
     ),
     "two-views": Study(
         "Two trained views, temperature 0.1",
         "simclr-cold",
         ("simclr", "simclr-cold", "dcl", "dcl-longer", "simclr-cold-p+q", "simclr-cold-mm", "simclr-cold-sane"),
+    ),
+    "two-views-compute": Study(
+        "The same at equal compute", "dcl-longer", ("dcl-longer", "simclr-cold-mm", "simclr-cold-sane")
     ),
     "cold": Study("A queue, temperature 0.1", "moco-cold", ("moco", "moco-cold", "mm-cold", "sane-cold")),
     "components": Study(
@@ -100,6 +103,9 @@ STUDIES = {
         "Does refinement add to momentum mixup?", "mm", ("mm", "sane", "p+mm", "q+mm", "sane-sharp", "half-q+mm")
     ),
     "refinement-cold": Study("The same at temperature 0.1", "mm-cold", ("mm", "mm-cold", "sane-cold")),
+    "refinement-two-views": Study(
+        "The same with two trained views", "simclr-cold-mm", ("simclr-cold-mm", "simclr-cold-sane")
+    ),
     "refinement-weak": Study(
         "The same with weak keys", "mm-weak", ("mm", "mm-weak", "sane-weak", "sane-weak-sharp", "half-q+mm-weak")
     ),
