@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -77,7 +78,11 @@ def build(**arguments):
 def loaders(views=None, workers=0):
     """Batches of views, and of images to vote and to be judged."""
     views = views or SANETransform(input_size=16)
-    options = {"batch_size": BATCH, "num_workers": workers, "persistent_workers": workers > 0}
+    options = {"batch_size": BATCH, "num_workers": workers}
+    if workers:
+        # A fork of this process itself could inherit a lock that one of gloo's threads holds, and wait for ever.
+        multiprocessing.set_forkserver_preload(["slr_plugin.adapters.lightly", "sklearn.datasets"])
+        options |= {"persistent_workers": True, "multiprocessing_context": "forkserver"}
     return (
         DataLoader(Digits(views), shuffle=True, drop_last=True, **options),
         [DataLoader(Digits(), **options), DataLoader(Digits(count=16), **options)],

@@ -279,7 +279,7 @@ def test_two_processes(tmp_path):
     """Queues are equal, mixing is not, and a run resumed by two processes repeats the uninterrupted one."""
     command = [sys.executable, "-W", "ignore", _lightly.__file__, str(tmp_path)]
     result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
