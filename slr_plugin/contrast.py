@@ -23,6 +23,8 @@ After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *qu
 CPU has instructions for them (torch itself reaches those units on few CPUs). The keys of the batch, with the positives
 and their large logits, stay in float32, and so do all sums.
 
+On a GPU :mod:`slr_plugin.fused` can take the pass, if ``SLR_PLUGIN_FUSED=1`` asks for it.
+
 The pass is a ``torch.library`` custom operator: ``torch.compile`` takes it as one node, without a graph break.
 """
 
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +44,7 @@ from torch import Tensor
 # tile waits for all threads. An accelerator wants fewer, larger launches (not measured yet).
 _CPU_TILE = (1024, 1024)
 _ACCELERATOR_TILE = (4096, 8192)
+_WIDEST_FUSED = 256  # dimensions that the registers of a GPU hold
 LN2 = math.log(2)
 # Logits that cannot exceed 2^32 before the sum need no running maximum: float32 reaches 2^127.
 _SAFE_BITS = 32
@@ -107,6 +111,10 @@ def _contrast(
     hidden: Sequence[int],
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _runs_fused(rows, chunk):
+        from slr_plugin import fused
+
+        return fused.forward(rows, keys, queue, scales, hidden)
     (count, dim), (height, width) = rows.shape, _tile_shape(rows, chunk)
     ratios = [scale / scales[0] for scale in scales]
     bounded = bound / LN2 <= _SAFE_BITS
@@ -163,18 +171,22 @@ def _keys_backward(
     chunk: int,
 ) -> Tensor:
     r"""The gradient :math:`\partial / \partial b_k = \sum_i s_{ik} (c\, \dot\ell_i r_i + \dot a_i)`, s recomputed."""
+    logsumexp = _finite(logsumexp)
+    if _runs_fused(rows, chunk):
+        from slr_plugin import fused
+
+        values = _key_values(rows, grad_excess, grad_mean, scales)
+        return fused.keys_backward(rows, keys, logsumexp, values, scales, hidden)
     height, width = _tile_shape(rows, chunk)
     ratios = [scale / scales[0] for scale in scales]
-    shift = _finite(logsumexp)[..., None] / LN2
+    shift = logsumexp[..., None] / LN2
     gradient = torch.zeros_like(keys)
     tiles = _tiles(rows, len(scales), height, width)
     for top in range(0, len(rows), height):
         part = rows[top : top + height]
         here = slice(top, top + len(part))
-        values = torch.zeros_like(part).repeat(len(scales), 1, 1) if grad_mean is None else grad_mean[:, here].clone()
-        if grad_excess is not None:
-            for value, scale, grad in zip(values, scales, grad_excess[:, here], strict=True):
-                value.addcmul_(grad[:, None], part, value=scale)
+        excess_here, mean_here = (grad if grad is None else grad[:, here] for grad in (grad_excess, grad_mean))
+        values = _key_values(part, excess_here, mean_here, scales)
         for left, block in _blocks(keys, None, width, rows):
             logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             for j, weights in _scaled(logits, ratios, tiles):
@@ -214,6 +226,22 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
 
 
 _contrast.register_autograd(_backward, setup_context=_save)
+
+
+def _key_values(rows: Tensor, grad_excess: Tensor | None, grad_mean: Tensor | None, scales: Sequence[float]) -> Tensor:
+    r"""What a key's gradient is a weighted sum of: :math:`c\, \dot\ell_i r_i + \dot a_i`, (m, r, d)."""
+    values = rows.new_zeros(len(scales), *rows.shape) if grad_mean is None else grad_mean.clone()
+    if grad_excess is not None:
+        for value, scale, grad in zip(values, scales, grad_excess, strict=True):
+            value.addcmul_(grad[:, None], rows, value=scale)
+    return values
+
+
+def _runs_fused(rows: Tensor, chunk: int) -> bool:
+    """Whether the Triton kernels take the pass."""
+    if os.environ.get("SLR_PLUGIN_FUSED") != "1" or rows.device.type != "cuda" or rows.dtype != torch.float32:
+        return False
+    return not chunk and rows.shape[1] <= _WIDEST_FUSED and torch.get_float32_matmul_precision() != "highest"
 
 
 def _tile_shape(rows: Tensor, chunk: int) -> tuple[int, int]:

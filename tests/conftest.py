@@ -1,7 +1,12 @@
 """What several test modules share."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: the CPU then runs its kernels
 
 collect_ignore = ["_solo_learn.py"]  # for doctests, of which it has none; it needs a clone of solo-learn
 

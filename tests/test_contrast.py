@@ -16,11 +16,11 @@ def tensors(rows=9, keys=8, queue=11, dim=3):
     return [torch.randn(n, dim, dtype=torch.float64, generator=generator).requires_grad_() for n in (rows, keys, queue)]
 
 
-def dense(rows, keys, queue, scales):
+def dense(rows, keys, queue, scales, hidden=HIDDEN):
     """The definitions at the top of slr_plugin/contrast.py, with the weights of the mean as constants."""
     every = torch.cat([keys, queue.detach()])
     logits = torch.stack([scale * (rows @ every.T) for scale in scales])
-    for row, key, length in HIDDEN:
+    for row, key, length in hidden:
         for t in range(length):
             logits[:, row + t, key + t] = -torch.inf
     weights = logits.softmax(2).detach()

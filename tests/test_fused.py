@@ -1,0 +1,208 @@
+"""The Triton kernels against the dense formulas: on a GPU where there is one, else in Triton's interpreter."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from test_contrast import HIDDEN, dense, parts
+from test_oracle import MODES, SETTINGS, assert_equals_oracle, batch_of, settings_of
+
+from slr_plugin import contrast as contrast_module
+from slr_plugin.contrast import Hidden, contrast
+
+pytest.importorskip("triton")
+from slr_plugin import fused
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# The interpreter multiplies in float32, a GPU in TF32 with 10 bits.
+TOLERANCE = 1e-2 if GPU else 2e-5
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Send float32 passes through the kernels, and count them."""
+    passes = []
+
+    def runs_fused(rows, chunk):
+        passes.append(rows.shape)
+        return rows.dtype == torch.float32
+
+    monkeypatch.setattr(contrast_module, "_runs_fused", runs_fused)
+    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "high")
+    return passes
+
+
+def tensors(rows, keys, queue, dim):
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randn(n, dim, generator=generator).to(DEVICE) / dim**0.5 for n in (rows, keys, queue))
+    return [tensor.requires_grad_() for tensor in made]
+
+
+# The last has three blocks of rows, three of keys, and three splits of the queue.
+@pytest.mark.parametrize(
+    ("rows", "keys", "queue", "dim"), [(9, 14, 11, 3), (9, 14, 0, 64), (33, 40, 1, 200), (260, 90, 300, 20)]
+)
+@pytest.mark.parametrize("scales", [(3.0,), (3.0, 7.5), (-2.0,)])
+def test_equals_the_dense_formulas_with_gradients(rows, keys, queue, dim, scales, kernels):
+    inputs = tensors(rows, keys, queue, dim)
+    single = parts(contrast(*inputs[:2], inputs[2].detach(), hidden=HIDDEN, scales=scales))
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = dense(*doubles, scales)
+    for got, want in zip(single, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
+    weights = [torch.randn_like(exact[0]), torch.randn_like(exact[2])]
+    ours, theirs = (
+        torch.autograd.grad(
+            (outputs[0] * weights[0].to(outputs[0])).sum() + (outputs[2] * weights[1].to(outputs[2])).sum(), leaves[:2]
+        )
+        for outputs, leaves in ((single, inputs), (exact, doubles))
+    )
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
+    assert len(kernels) == 2  # forward and backward
+
+
+@pytest.mark.skipif(GPU, reason="the oracle's tolerance is that of float32 products")
+@pytest.mark.parametrize("mode", MODES)
+def test_value_and_gradients_of_the_loss_equal_the_equations(mode, kernels):
+    batch = batch_of(mode, 5, 3, dtype=torch.float32)
+    for settings in random.Random(mode).sample(SETTINGS, 6):
+        assert_equals_oracle(batch, settings_of(mode, **settings), 1e-5)
+    assert kernels
+
+
+def test_a_row_without_keys_is_empty_not_nan():
+    rows, keys, _ = tensors(2, 1, 0, 3)
+    met = contrast(rows, keys, hidden=[Hidden(0, 0, 1)])
+    assert met.excess[0, 0] == -torch.inf
+    assert met.peak[0, 0] == 0
+    assert torch.equal(met.mean[0, 0], torch.zeros_like(rows[0]))
+    torch.logaddexp(met.reference[0] + met.excess[0], torch.zeros_like(met.excess[0])).sum().backward()
+    assert torch.equal(rows.grad[0], torch.zeros_like(rows[0]))
+    assert keys.grad.isfinite().all()
+
+
+def test_without_any_key():
+    rows, keys, _ = tensors(2, 0, 0, 3)
+    met = contrast(rows, keys)
+    assert (met.excess == -torch.inf).all()
+    assert (met.peak == 0).all()
+    assert (met.mean == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_extreme_logits_stay_finite_and_exact(scale):
+    rows, keys, queue = (tensor.detach() * scale for tensor in tensors(9, 14, 40, 4))
+    met = contrast(rows, keys, queue, hidden=HIDDEN)
+    expected = dense(rows.double(), keys.double(), queue.double(), (1.0,))
+    torch.testing.assert_close(parts(met)[0].double(), expected[0], rtol=TOLERANCE, atol=TOLERANCE)
+    assert met.mean.isfinite().all()
+
+
+def test_not_a_number_is_seen():
+    rows, keys, queue = (tensor.detach() for tensor in tensors(3, 4, 5, 4))
+    queue[2, 1] = torch.nan
+    met = contrast(rows, keys, queue)
+    assert met.excess.isnan().all()
+
+
+def test_medium_precision_meets_the_queue_in_half_precision_more_exactly_than_dense_products(monkeypatch):
+    monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "medium")
+    if not GPU:  # the interpreter multiplies the bit patterns of bfloat16 numbers, Triton's issue 11584
+        monkeypatch.setattr(fused, "HALF", fused.tl.float16)
+    rows, keys, queue = (torch.nn.functional.normalize(tensor.detach(), dim=1) for tensor in tensors(32, 32, 400, 16))
+    ours = parts(contrast(rows, keys, queue, scales=[5.0]))
+    every = torch.cat([keys, queue])
+    logits = 5 * rows.double() @ every.double().T
+    exact = logits.logsumexp(1), logits.softmax(1).amax(1), logits.softmax(1) @ every.double()
+    rough = (5 * rows.bfloat16() @ every.bfloat16().T).float()
+    weights = rough.softmax(1)
+    dense_values = rough.logsumexp(1), weights.amax(1), weights.bfloat16() @ every.bfloat16()
+    for got, dense_value, want in zip(ours, dense_values, exact, strict=True):
+        error, dense_error = (got[0] - want).norm(), (dense_value - want).norm()
+        assert 1e-6 < error <= dense_error  # half precision was in use
+    batch_only = parts(contrast(rows, keys, scales=[5.0]))
+    expected = dense(rows.double(), keys.double(), queue[:0].double(), (5.0,), hidden=[])
+    for got, want in zip(batch_only, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
+
+
+def test_kernels_compile_for_gpus_without_spilling_registers():
+    """For tensor cores, and within the 99 KB of shared memory that consumer cards grant."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("_kernels.py"))]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels = json.loads(result.stdout)
+    assert len(kernels) == 12
+    for kernel in kernels:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["shared"] <= 99 * 1024, kernel
+        assert kernel["products"], kernel
+
+
+# --- no value of the device is read: a CUDA graph can record a pass
+
+
+@pytest.mark.skipif(GPU, reason="pretends that there is a GPU")
+@pytest.mark.parametrize("queue", [300, 0])
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_pass_does_not_wait_for_the_gpu(runs, queue, monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Launch:
+        def __init__(self):
+            self.grids = []
+
+        def __getitem__(self, grid):
+            self.grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    launches = Launch(), Launch()
+    monkeypatch.setattr(fused, "_forward_kernel", launches[0])
+    monkeypatch.setattr(fused, "_keys_backward_kernel", launches[1])
+    monkeypatch.setattr(fused, "_processors", lambda device: 132)
+    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(contrast_module, "_runs_fused", lambda rows, chunk: runs)
+    forward, backward = (op._init_fn for op in (contrast_module._contrast, contrast_module._keys_backward))
+    with FakeTensorMode(), torch.no_grad():
+        rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
+        reference, excess, _, mean = forward(rows, keys, table if queue else None, [5.0], 5.0, [512, 0, 256], 0)
+        gradient = backward(rows, keys, reference + excess, excess, mean, [5.0], [512, 0, 256], 0)
+    assert gradient.shape == keys.shape
+    assert gradient.device.type == "cuda"
+    grids = [[(6, 8), *([(6, 10)] if queue else [])], [(4,)]] if runs else [[], []]
+    assert [launch.grids for launch in launches] == grids
+
+
+# --- when the kernels are used
+
+
+def test_the_chunked_pass_stays_the_rule(monkeypatch):
+    monkeypatch.undo()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def asked(dtype=torch.float32, dim=128, chunk=0, device="cuda", precision="high", switch="1"):
+        monkeypatch.setenv("SLR_PLUGIN_FUSED", switch)
+        monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: precision)
+        with FakeTensorMode():
+            return contrast_module._runs_fused(torch.empty(2, dim, dtype=dtype, device=device), chunk)
+
+    assert asked()
+    assert asked(precision="medium")
+    assert not asked(switch="0")
+    assert not asked(dtype=torch.float64)
+    assert not asked(dim=257)
+    assert not asked(chunk=1024)
+    assert not asked(device="cpu")
+    assert not asked(precision="highest")
+    monkeypatch.delenv("SLR_PLUGIN_FUSED")
+    with FakeTensorMode():
+        assert not contrast_module._runs_fused(torch.empty(2, 2, device="cuda"), 0)
