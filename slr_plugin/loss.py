@@ -177,17 +177,14 @@ class SLRLoss(nn.Module):
 
         with torch.autocast(queries.device.type, enabled=False):
             queued = len(self.memory_bank) > 0
-            keys = positives[:0] if queued and not self.in_batch_keys else self._gather(positives)
             if queued:
+                keys = self._gather(positives) if self.in_batch_keys else positives[:0]
                 one_hot, refined, labels = self._with_queue(queries, positives, keys, crops, settings)
-            elif crops:
-                one_hot, *_ = self._symmetric(queries, positives, keys, settings._replace(refines=False))
-                met, labels, targets = _meet(
-                    [crop.features for crop in crops], positives, keys, None, self._offset(positives), settings
-                )
-                refined = _mixed_term(crops, met, targets, self.temperature)
             else:
-                one_hot, refined, labels = self._symmetric(queries, positives, keys, settings)
+                # One exchange for both views; (2S, d), all first ones before all second ones.
+                views = torch.cat(self._gather(torch.cat([queries, positives], 1)).chunk(2, 1))
+                one_hot, refined, labels = self._without_queue(queries, positives, views, crops, settings)
+                keys = views[len(views) // 2 :]
             loss = (1 - self.refined_weight) * one_hot + self.refined_weight * refined
 
         self.stats = _stats(labels, confidence)
@@ -270,6 +267,17 @@ class SLRLoss(nn.Module):
             refined = _soft_term(queries, positives, one_hot_loss, targets, self.temperature)
         return one_hot_loss.mean(), refined, labels
 
+    def _without_queue(
+        self, queries: Tensor, positives: Tensor, keys: Tensor, crops: list[Crop], settings: Settings
+    ) -> tuple[Tensor, Tensor, Labels]:
+        """Both views against both; mixed queries against the second views, which estimate their labels."""
+        if not crops:
+            return self._symmetric(queries, positives, keys, settings)
+        one_hot, *_ = self._symmetric(queries, positives, keys, settings._replace(refines=False))
+        mixed, second = [crop.features for crop in crops], keys[len(keys) // 2 :]
+        met, labels, targets = _meet(mixed, positives, second, None, self._offset(positives), settings)
+        return one_hot, _mixed_term(crops, met, targets, self.temperature), labels
+
     def _symmetric(
         self, queries: Tensor, positives: Tensor, keys: Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor, Labels]:
@@ -281,7 +289,6 @@ class SLRLoss(nn.Module):
         """
         size, offset = len(queries), self._offset(queries)
         views = torch.cat([queries, positives])
-        keys = torch.cat([self._gather(queries), keys])
         total = len(keys) // 2
         hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
         scales = [1 / self.temperature]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from slr_plugin import CosineConfidence, Mix, SLRLoss
+from slr_plugin import CosineConfidence, Mix, SLRLoss, distributed
 from slr_plugin.diagnostics import LabelMonitor
 
 BATCH, STEPS = 6, 20
@@ -23,6 +23,7 @@ class Scenario(NamedTuple):
     mixed: bool
     trains_both: bool
     gather: bool = True
+    scatters: bool = False  # exchanges gradients as GPUs do
 
 
 SCENARIOS = {
@@ -32,6 +33,7 @@ SCENARIOS = {
     "queue, both views trained": Scenario(7, True, True, True),
     "symmetric": Scenario(0, True, False, True),
     "symmetric and mixed": Scenario(0, True, True, True),
+    "symmetric, scattering": Scenario(0, True, True, True, scatters=True),
     "queue, not gathered": Scenario(20, False, False, False, gather=False),
 }
 
@@ -62,6 +64,8 @@ class Model(nn.Module):
 
 def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]:
     """20 SGD steps on the whole batch (rank None) or on one process's part of it, under DDP's defaults."""
+    if rank is not None:
+        distributed.SCATTERING = {"cpu"} if scenario.scatters else set()
     model = Model(scenario, gather=scenario.gather and rank is not None)
     step_model = model if rank is None else DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
