@@ -16,6 +16,9 @@ The log-sum-exp is returned in two parts, a reference :math:`\rho_i` and :math:`
 subtracts a logit x from it: :math:`(\rho_i - x) + (\ell_i - \rho_i)` keeps digits that :math:`\ell_i - x` loses. The
 reference is the running maximum, which overflow forbids to do without, except where the logits are known to be small.
 
+Where the rows are the keys (SimCLR's two views against themselves), a tile of logits serves its mirror image too: its
+rows are then the other's keys, and half the tiles are enough.
+
 Inside, logits are in bits, :math:`c \langle r_i, b_k \rangle / \ln 2`: as exact, and torch's ``exp2`` takes a third of
 the time of its ``exp`` on the CPU. The factor rides on the matrix product for nothing.
 
@@ -115,50 +118,48 @@ def _contrast(
         from slr_plugin import fused
 
         return fused.forward(rows, keys, queue, scales, hidden)
-    (count, dim), (height, width) = rows.shape, _tile_shape(rows, chunk)
     ratios = [scale / scales[0] for scale in scales]
-    bounded = bound / LN2 <= _SAFE_BITS
-    reference, excess, peak = (rows.new_empty(len(scales), count) for _ in range(3))
-    mean = rows.new_zeros(len(scales), count, dim)
+    bounded, mirrored = _is_bounded(bound), _is_mirrored(rows, keys, queue, bound, hidden)
+    height, width = _tile_shape(rows, chunk, mirrored)
+    shift = rows.new_full((len(rows), 1), 0.0 if bounded else -torch.inf)
+    total = rows.new_zeros(len(scales), len(rows), 1)
+    largest, mean = torch.zeros_like(total), rows.new_zeros(len(scales), *rows.shape)
     tiles = _tiles(rows, len(scales), height, width)
     queue_dtype = torch.bfloat16 if _meets_queue_in_bfloat16(rows) else rows.dtype
-    for top in range(0, count, height):
-        part = rows[top : top + height]
-        here = slice(top, top + len(part))
-        shift = part.new_full((len(part), 1), 0.0 if bounded else -torch.inf)
-        total = part.new_zeros(len(scales), len(part), 1)
-        largest = torch.zeros_like(total)
+    for top in range(0, len(rows), height):
+        here = slice(top, top + height)
+        part = rows[here]
         for left, block in _blocks(keys, queue, width, rows, queue_dtype):
+            if mirrored and left < top:
+                continue
             logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
             if not bounded:
-                previous, shift = shift, torch.maximum(shift, logits.amax(1, keepdim=True))
-                logits.sub_(_finite(shift))  # a row that saw no key so far: 2^(-inf - 0) = 0
+                previous = shift[here].clone()
+                torch.maximum(previous, logits.amax(1, keepdim=True), out=shift[here])
+                logits.sub_(_finite(shift[here]))  # a row that saw no key so far: 2^(-inf - 0) = 0
                 for j, ratio in enumerate(ratios):
-                    decay = (ratio * (previous - _finite(shift))).exp2_()
-                    for sums in (total[j], largest[j], mean[j, here]):
-                        sums.mul_(decay)
+                    decay = (ratio * (previous - _finite(shift[here]))).exp2_()
+                    for sums in (total, largest, mean):
+                        sums[j, here].mul_(decay)
             for j, weights in _scaled(logits, ratios, tiles):
                 weights.exp2_()
-                total[j] += weights.sum(1, keepdim=True)
-                torch.maximum(largest[j], weights.amax(1, keepdim=True), out=largest[j])
-                if block.dtype == weights.dtype:
-                    mean[j, here].addmm_(weights, block)
-                else:
-                    mean[j, here] += weights.to(block.dtype) @ block
-        for j, ratio in enumerate(ratios):
-            reference[j, here] = bound if bounded else ratio * LN2 * _finite(shift)[:, 0]
-            excess[j, here] = (total[j] * math.exp(-bound) if bounded else total[j]).log()[:, 0]
-            total[j].masked_fill_(total[j] == 0, 1.0)
-            peak[j, here] = (largest[j] / total[j])[:, 0]
-            mean[j, here] /= total[j]
-    return reference, excess, peak, mean
+                _add(weights, block, total[j, here], largest[j, here], mean[j, here])
+                if mirrored and left > top:
+                    there = slice(left, left + width)
+                    _add(weights.T, part, total[j, there], largest[j, there], mean[j, there])
+    if bounded:
+        reference, excess = torch.full_like(total, bound), (total * math.exp(-bound)).log_()
+    else:
+        reference, excess = LN2 * total.new_tensor(ratios)[:, None, None] * _finite(shift), total.log()
+    total.masked_fill_(total == 0, 1.0)
+    return reference[..., 0], excess[..., 0], (largest / total)[..., 0], mean.div_(total)
 
 
 @torch.library.custom_op(
     "slr_plugin::contrast_keys_backward",
     mutates_args=(),
     schema="(Tensor rows, Tensor keys, Tensor logsumexp, Tensor? grad_excess, Tensor? grad_mean, "
-    "float[] scales, SymInt[] hidden, SymInt chunk) -> Tensor",
+    "float[] scales, float bound, SymInt[] hidden, SymInt chunk) -> Tensor",
 )
 def _keys_backward(
     rows: Tensor,
@@ -167,31 +168,42 @@ def _keys_backward(
     grad_excess: Tensor | None,
     grad_mean: Tensor | None,
     scales: Sequence[float],
+    bound: float,
     hidden: Sequence[int],
     chunk: int,
 ) -> Tensor:
     r"""The gradient :math:`\partial / \partial b_k = \sum_i s_{ik} (c\, \dot\ell_i r_i + \dot a_i)`, s recomputed."""
     logsumexp = _finite(logsumexp)
+    values = rows.new_zeros(len(scales), *rows.shape) if grad_mean is None else grad_mean.clone()
+    if grad_excess is not None:
+        for value, scale, grad in zip(values, scales, grad_excess, strict=True):
+            value.addcmul_(grad[:, None], rows, value=scale)
     if _runs_fused(rows, chunk):
         from slr_plugin import fused
 
-        values = _key_values(rows, grad_excess, grad_mean, scales)
         return fused.keys_backward(rows, keys, logsumexp, values, scales, hidden)
-    height, width = _tile_shape(rows, chunk)
     ratios = [scale / scales[0] for scale in scales]
+    bounded, mirrored = _is_bounded(bound), _is_mirrored(rows, keys, None, bound, hidden)
+    height, width = _tile_shape(rows, chunk, mirrored)
     shift = logsumexp[..., None] / LN2
+    if bounded:
+        values *= (-shift).exp2()  # once here, not in every tile
     gradient = torch.zeros_like(keys)
     tiles = _tiles(rows, len(scales), height, width)
     for top in range(0, len(rows), height):
-        part = rows[top : top + height]
-        here = slice(top, top + len(part))
-        excess_here, mean_here = (grad if grad is None else grad[:, here] for grad in (grad_excess, grad_mean))
-        values = _key_values(part, excess_here, mean_here, scales)
+        here = slice(top, top + height)
         for left, block in _blocks(keys, None, width, rows):
-            logits = _logits(part, block, scales[0], tiles[0], top, left, hidden)
+            if mirrored and left < top:
+                continue
+            there = slice(left, left + width)
+            logits = _logits(rows[here], block, scales[0], tiles[0], top, left, hidden)
             for j, weights in _scaled(logits, ratios, tiles):
-                weights.sub_(shift[j, here]).clamp_(max=0.0).exp2_()  # at most 1, where rounding says otherwise
-                gradient[left : left + len(block)].addmm_(weights.T, values[j])
+                if not bounded:
+                    weights.sub_(shift[j, here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
+                weights.exp2_()
+                gradient[there].addmm_(weights.T, values[j, here])
+                if mirrored and left > top:
+                    gradient[here].addmm_(weights, values[j, there])
     return gradient
 
 
@@ -207,7 +219,7 @@ def _(rows: Tensor, keys: Tensor, *args: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, keys, _, ctx.scales, _, ctx.hidden, ctx.chunk = inputs
+    rows, keys, _, ctx.scales, ctx.bound, ctx.hidden, ctx.chunk = inputs
     reference, excess, _, mean = output
     ctx.save_for_backward(rows, keys, reference + excess, mean)
     ctx.set_materialize_grads(False)
@@ -221,20 +233,11 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
         grad_rows = sum(c * g[:, None] * a for c, g, a in zip(ctx.scales, grad_excess, mean, strict=True))
     if ctx.needs_input_grad[1]:
         given = (grad_excess, grad_mean)
-        grad_keys = _keys_backward(rows, keys, logsumexp, *given, ctx.scales, ctx.hidden, ctx.chunk)
+        grad_keys = _keys_backward(rows, keys, logsumexp, *given, ctx.scales, ctx.bound, ctx.hidden, ctx.chunk)
     return grad_rows, grad_keys, None, None, None, None, None
 
 
 _contrast.register_autograd(_backward, setup_context=_save)
-
-
-def _key_values(rows: Tensor, grad_excess: Tensor | None, grad_mean: Tensor | None, scales: Sequence[float]) -> Tensor:
-    r"""What a key's gradient is a weighted sum of: :math:`c\, \dot\ell_i r_i + \dot a_i`, (m, r, d)."""
-    values = rows.new_zeros(len(scales), *rows.shape) if grad_mean is None else grad_mean.clone()
-    if grad_excess is not None:
-        for value, scale, grad in zip(values, scales, grad_excess, strict=True):
-            value.addcmul_(grad[:, None], rows, value=scale)
-    return values
 
 
 def _runs_fused(rows: Tensor, chunk: int) -> bool:
@@ -244,14 +247,41 @@ def _runs_fused(rows: Tensor, chunk: int) -> bool:
     return not chunk and rows.shape[1] <= _WIDEST_FUSED and torch.get_float32_matmul_precision() != "highest"
 
 
-def _tile_shape(rows: Tensor, chunk: int) -> tuple[int, int]:
+def _is_bounded(bound: float) -> bool:
+    return bound / LN2 <= _SAFE_BITS
+
+
+def _is_mirrored(rows: Tensor, keys: Tensor, queue: Tensor | None, bound: float, hidden: Sequence[int]) -> bool:
+    """Whether the logits are a symmetric matrix that needs no running maximum: half its tiles are then enough."""
+    diagonals = set(zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True))
+    if queue is not None or diagonals != {(key, row, length) for row, key, length in diagonals}:
+        return False
+    if not _is_bounded(bound) or rows.shape != keys.shape or rows.stride() != keys.stride():
+        return False
+    return rows.data_ptr() == keys.data_ptr()
+
+
+def _tile_shape(rows: Tensor, chunk: int, mirrored: bool) -> tuple[int, int]:
     height, width = _CPU_TILE if rows.device.type == "cpu" else _ACCELERATOR_TILE
-    return min(height, max(len(rows), 1)), chunk or width
+    width = chunk or width
+    if mirrored:
+        height = width = min(height, width)
+    return min(height, max(len(rows), 1)), width
 
 
 def _tiles(rows: Tensor, scales: int, height: int, width: int) -> list[Tensor]:
     """Memory of one tile of logits and, where several scales need it, of a second."""
     return [rows.new_empty(height * width) for _ in range(min(scales, 2))]
+
+
+def _add(weights: Tensor, block: Tensor, total: Tensor, largest: Tensor, mean: Tensor) -> None:
+    """What rows learn from a block of keys, by weights (rows, keys), onto what they knew."""
+    total += weights.sum(1, keepdim=True)
+    torch.maximum(largest, weights.amax(1, keepdim=True), out=largest)
+    if block.dtype == weights.dtype:
+        mean.addmm_(weights, block)
+    else:
+        mean += weights.to(block.dtype) @ block
 
 
 def _shaped(tile: Tensor, height: int, width: int) -> Tensor:

@@ -181,8 +181,7 @@ class SLRLoss(nn.Module):
                 keys = self._gather(positives) if self.in_batch_keys else positives[:0]
                 one_hot, refined, labels = self._with_queue(queries, positives, keys, crops, settings)
             else:
-                # One exchange for both views; (2S, d), all first ones before all second ones.
-                views = torch.cat(self._gather(torch.cat([queries, positives], 1)).chunk(2, 1))
+                views = self._gather_views(queries, positives)
                 one_hot, refined, labels = self._without_queue(queries, positives, views, crops, settings)
                 keys = views[len(views) // 2 :]
             loss = (1 - self.refined_weight) * one_hot + self.refined_weight * refined
@@ -288,7 +287,10 @@ class SLRLoss(nn.Module):
         estimated by its partner, over the same peers.
         """
         size, offset = len(queries), self._offset(queries)
-        views = torch.cat([queries, positives])
+        alone = len(keys) == 2 * size
+        views = (
+            keys if alone else torch.cat([queries, positives])
+        )  # of one tensor with itself, half the product will do
         total = len(keys) // 2
         hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
         scales = [1 / self.temperature]
@@ -307,6 +309,10 @@ class SLRLoss(nn.Module):
 
     def _gather(self, local: Tensor) -> Tensor:
         return gather(local) if self.gather_distributed else local
+
+    def _gather_views(self, queries: Tensor, positives: Tensor) -> Tensor:
+        """Of all processes, (2S, d), the first views before the second ones; one exchange for both."""
+        return torch.cat(self._gather(torch.cat([queries, positives], 1)).chunk(2, 1))
 
     def _offset(self, local: Tensor) -> int:
         """The number of this process's first key among the gathered ones."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from slr_plugin import contrast as contrast_module
 from slr_plugin.contrast import Hidden, contrast
 
 HIDDEN = [Hidden(0, 2, 4), Hidden(3, 0, 3), Hidden(4, 9, 5)]
@@ -50,6 +51,38 @@ def test_equals_the_dense_formulas_with_gradients(bound, chunk_size, scales, mon
             ours = gradients
     for got, want in zip(ours, gradients, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.5)])
+@pytest.mark.parametrize(
+    ("hidden", "needed"),
+    [
+        ([Hidden(0, 0, 6), Hidden(0, 6, 6), Hidden(6, 0, 6), Hidden(6, 6, 6)], 6),
+        ([], 6),
+        ([Hidden(0, 6, 6)], 9),  # row 0 does not see key 6, but row 6 sees key 0
+    ],
+)
+def test_a_table_met_by_itself_takes_half_the_tiles_and_says_the_same(hidden, needed, scales, monkeypatch):
+    monkeypatch.setattr("slr_plugin.contrast._CPU_TILE", (4, 4))
+    tiles = []
+    count = contrast_module._logits
+    monkeypatch.setattr(contrast_module, "_logits", lambda *args: tiles.append(args[4:6]) or count(*args))
+    rows = tensors(rows=12)[0]
+
+    def results(keys):
+        tiles.clear()
+        fields = parts(contrast(rows, keys, scales=scales, bound=20.0, hidden=hidden))
+        generator = torch.Generator().manual_seed(1)
+        total = sum(
+            (field * torch.randn(field.shape, dtype=torch.float64, generator=generator)).sum() for field in fields
+        )
+        return [*fields, *torch.autograd.grad(total, rows)], len(tiles)
+
+    ours, half = results(rows)
+    expected, whole = results(rows.clone())
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    assert (half, whole) == (2 * needed, 2 * 9)  # forward and backward
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.5)])

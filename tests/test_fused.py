@@ -175,7 +175,7 @@ def test_a_pass_does_not_wait_for_the_gpu(runs, queue, monkeypatch):
     with FakeTensorMode(), torch.no_grad():
         rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
         reference, excess, _, mean = forward(rows, keys, table if queue else None, [5.0], 5.0, [512, 0, 256], 0)
-        gradient = backward(rows, keys, reference + excess, excess, mean, [5.0], [512, 0, 256], 0)
+        gradient = backward(rows, keys, reference + excess, excess, mean, [5.0], 5.0, [512, 0, 256], 0)
     assert gradient.shape == keys.shape
     assert gradient.device.type == "cuda"
     grids = [[(6, 8), *([(6, 10)] if queue else [])], [(4,)]] if runs else [[], []]
