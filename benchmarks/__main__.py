@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss, scaling, step
+from benchmarks import loss, processes, scaling, step
 from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
@@ -20,31 +20,54 @@ def add_timing(parser: argparse.ArgumentParser, rounds: int) -> None:
     """What the benchmarks of time and memory share."""
     add = parser.add_argument
     add("--device", default="cpu")
-    add("--rounds", type=int, default=rounds, help="paired repetitions (default: %(default)s)")
     add("--precision", default="highest", choices=["highest", "high", "medium"])
+    add_rounds(parser, rounds)
+
+
+def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """How often, and where to."""
+    add = parser.add_argument
+    add("--rounds", type=int, default=rounds, help="repetitions (default: %(default)s)")
     add("--output", type=Path, default=Path("outputs"), help="folder for the tables (default: %(default)s)")
 
 
 def add_loss(parser: argparse.ArgumentParser) -> None:
-    """Options of the loss's benchmark."""
+    """Time and memory of the loss."""
     add_timing(parser, rounds=15)
     parser.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
 
+    def run(args: argparse.Namespace) -> None:
+        if args.rounds < loss.SLOW_ROUNDS:
+            parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
+        loss.run(args.sizes, args.device, args.rounds, args.precision, args.output)
+
+    parser.set_defaults(run=run)
+
 
 def add_scaling(parser: argparse.ArgumentParser) -> None:
-    """Options of the growth's benchmark."""
+    """Growth of both."""
     add_timing(parser, rounds=5)
     parser.add_argument("--axes", nargs="+", choices=scaling.AXES, default=list(scaling.AXES))
+    parser.set_defaults(run=lambda args: scaling.run(args.axes, args.device, args.rounds, args.precision, args.output))
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:
-    """Options of the whole step's benchmark."""
+    """The whole step."""
     add_timing(parser, rounds=5)
     parser.add_argument("--workloads", nargs="+", choices=step.WORKLOADS, default=list(step.WORKLOADS))
+    parser.set_defaults(
+        run=lambda args: step.run(args.workloads, args.device, args.rounds, args.precision, args.output)
+    )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Several processes."""
+    add_rounds(parser, rounds=7)
+    parser.set_defaults(run=lambda args: processes.run(args.rounds, args.output))
 
 
 def add_representations(parser: argparse.ArgumentParser) -> None:
-    """Options of the comparison of methods."""
+    """The comparison of methods."""
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="images as DIR/train/<class>/* and DIR/test/<class>/*")
     add("--budget", choices=sorted(BUDGETS), default="cpu", help="default: %(default)s")
@@ -58,55 +81,52 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
     add("--document", type=Path, help="Markdown file whose marked tables are replaced, see report.fill")
     add("--only-report", action="store_true", help="train nothing, draw what there is")
 
+    def run(args: argparse.Namespace) -> None:
+        results = args.results / args.budget
+        if not args.only_report:
+            if args.data is None or not (args.data / "train").is_dir():
+                parser.error(f"--data must hold train/<class>/* and test/<class>/*, got {args.data}")
+            methods = args.methods or dict.fromkeys(name for study in args.studies for name in STUDIES[study].methods)
+            jobs = args.jobs or (1 if args.device != "cpu" else os.cpu_count() or 1)
+            harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
+        print(report.write(results))
+        if args.document:
+            tables = report.sections(harness.records(results))
+            filled = report.fill(
+                args.document.read_text(), {f"{args.budget}/{name}": text for name, text in tables.items()}
+            )
+            args.document.write_text(filled)
+
+    parser.set_defaults(run=run)
+
 
 def add_estimators(parser: argparse.ArgumentParser) -> None:
-    """Options of the comparison of estimators."""
+    """The comparison of estimators."""
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", required=True, help="as for representations")
     add("--budget", choices=sorted(BUDGETS), default="cpu", help="default: %(default)s")
     add("--method", choices=METHODS, default="mm", metavar="METHOD", help="trains the network (default: %(default)s)")
     add("--cache", type=Path, default=Path("outputs/views"), help="default: %(default)s")
 
+    def run(args: argparse.Namespace) -> None:
+        budget = BUDGETS[args.budget]
+        print(estimators.compare(args.method, 0, budget, *load(args.data, budget, torch.device("cpu")), args.cache))
+
+    parser.set_defaults(run=run)
+
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    names = parser.add_subparsers(dest="name", required=True)
+    names = parser.add_subparsers(required=True)
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
     add_scaling(names.add_parser("scaling", help="how time and memory grow with keys, rows and dimension"))
     add_step(names.add_parser("step", help="where the time of a whole training step goes"))
+    add_processes(names.add_parser("processes", help="what gathering over processes costs"))
     add_representations(names.add_parser("representations", help="accuracy of encoders trained with each method"))
     add_estimators(names.add_parser("estimators", help="how well ways to weigh the other keys see classes"))
     args = parser.parse_args()
-    if args.name == "loss":
-        if args.rounds < loss.SLOW_ROUNDS:
-            parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
-        loss.run(args.sizes, args.device, args.rounds, args.precision, args.output)
-        return
-    if args.name == "scaling":
-        scaling.run(args.axes, args.device, args.rounds, args.precision, args.output)
-        return
-    if args.name == "step":
-        step.run(args.workloads, args.device, args.rounds, args.precision, args.output)
-        return
-    if args.name == "estimators":
-        budget = BUDGETS[args.budget]
-        print(estimators.compare(args.method, 0, budget, *load(args.data, budget, torch.device("cpu")), args.cache))
-        return
-    results = args.results / args.budget
-    if not args.only_report:
-        if args.data is None or not (args.data / "train").is_dir():
-            parser.error(f"--data must hold train/<class>/* and test/<class>/*, got {args.data}")
-        methods = args.methods or dict.fromkeys(method for study in args.studies for method in STUDIES[study].methods)
-        jobs = args.jobs or (1 if args.device != "cpu" else os.cpu_count() or 1)
-        harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
-    print(report.write(results))
-    if args.document:
-        tables = report.sections(harness.records(results))
-        filled = report.fill(
-            args.document.read_text(), {f"{args.budget}/{name}": text for name, text in tables.items()}
-        )
-        args.document.write_text(filled)
+    args.run(args)
 
 
 if __name__ == "__main__":

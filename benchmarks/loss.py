@@ -11,31 +11,15 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightly
-import lightly.loss
-import pytorch_metric_learning
-import pytorch_metric_learning.losses
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.contenders import BASELINE, LIMIT, Size, contenders, finds_solo_learn
 from benchmarks.machine import machine, publish, wait
-from slr_plugin import MomentumMixup, SLRLoss, dense
-
-TEMPERATURE = 0.2
-BASELINE, LIMIT = "lightly NTXentLoss", "bare products"
-
-
-class Size(NamedTuple):
-    """Rows per view, keys in the queue, dimension."""
-
-    rows: int
-    queue: int
-    dim: int
-
 
 SIZES = {
     "queue-65536": Size(256, 65536, 128),
@@ -44,86 +28,8 @@ SIZES = {
     "symmetric-8192": Size(8192, 0, 128),
 }
 
-# A contender that would hold one tensor beyond this many bytes is named but not run.
-LARGEST_TENSOR = 2**30
 # Contenders that take seconds where the others take milliseconds.
 SLOW, SLOW_ROUNDS = {"pytorch-metric-learning NTXentLoss"}, 3
-
-
-def contenders(size: Size, device: str) -> dict[str, Callable[[], Any] | None]:
-    """One callable per contender that computes the loss and its gradients; None where it does not fit."""
-    generator = torch.Generator().manual_seed(0)
-    queries, positives, mixed = (torch.randn(size.rows, size.dim, generator=generator).to(device) for _ in range(3))
-    queries.requires_grad_()
-    mixed.requires_grad_()
-    positives.requires_grad_(not size.queue)
-    memory_bank_size = (size.queue, size.dim) if size.queue else 0
-    _, mix = MomentumMixup(2.0)(queries.detach(), positives.detach())
-    slr = SLRLoss(TEMPERATURE, memory_bank_size).to(device)
-    ntxent = lightly.loss.NTXentLoss(TEMPERATURE, memory_bank_size).to(device)
-    bank = slr.memory_bank.bank
-
-    losses: dict[str, Callable[[], Tensor]] = {
-        BASELINE: lambda: ntxent(queries, positives),
-        "SLRLoss, refinement": lambda: slr(queries, positives),
-    }
-    if size.queue:
-        losses["SLRLoss, refinement and mixup"] = lambda: slr(queries, positives, mixed, mix)
-        losses["dense.py, refinement and mixup"] = lambda: dense.slr_loss(
-            queries, positives, bank, mixed, mix, temperature=TEMPERATURE
-        )
-    else:
-        decoupled = lightly.loss.DCLLoss(TEMPERATURE)
-        losses["lightly DCLLoss"] = lambda: decoupled(queries, positives)
-        losses["dense.py, refinement"] = lambda: dense.symmetric_slr_loss(queries, positives, temperature=TEMPERATURE)
-    losses["pytorch-metric-learning NTXentLoss"] = metric_learning(queries, positives, bank)
-
-    def step(loss: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            queries.grad = positives.grad = mixed.grad = None
-            loss().backward()
-
-        return run
-
-    count, keys = (size.rows, size.rows + size.queue) if size.queue else (2 * size.rows, 2 * size.rows)
-    largest = {
-        "dense.py, refinement": 4 * count * keys,
-        # It compares every positive pair with every negative pair, one byte each.
-        "pytorch-metric-learning NTXentLoss": count * count * keys,
-    }
-    steps = {name: step(loss) if largest.get(name, 0) < LARGEST_TENSOR else None for name, loss in losses.items()}
-    return steps | {LIMIT: bare_products(size, device)}
-
-
-def metric_learning(queries: Tensor, positives: Tensor, bank: Tensor) -> Callable[[], Tensor]:
-    """pytorch-metric-learning's NT-Xent: with itself as SelfSupervisedLoss, or against the queue as reference."""
-    loss = pytorch_metric_learning.losses.NTXentLoss(TEMPERATURE)
-    if not len(bank):
-        symmetric = pytorch_metric_learning.losses.SelfSupervisedLoss(loss)
-        return lambda: symmetric(queries, positives)
-    labels = torch.arange(len(queries), device=queries.device)
-    reference_labels = torch.arange(len(queries) + len(bank), device=queries.device)
-    return lambda: loss(queries, labels, ref_emb=torch.cat([positives, bank]), ref_labels=reference_labels)
-
-
-def bare_products(size: Size, device: str) -> Callable[[], Any]:
-    """The matrix products that the whole loss cannot do without, and nothing else: its limit.
-
-    With a queue, the rows of queries, mixed queries and positives times all keys, twice. Without one, all rows times
-    all keys, twice forward and twice for the gradient of the keys. Tiled as the loss tiles; at once is slower.
-    """
-    count, keys = (3 * size.rows, size.rows + size.queue) if size.queue else (2 * size.rows, 2 * size.rows)
-    passes = 1 if size.queue else 2
-    rows, table = torch.randn(count, size.dim, device=device), torch.randn(keys, size.dim, device=device)
-    result = torch.empty_like(rows)
-
-    def run() -> None:
-        for _ in range(passes):
-            for part, out in zip(rows.split(1024), result.split(1024), strict=True):
-                for block in table.split(1024):
-                    out.addmm_(part @ block.T, block, beta=0)
-
-    return run
 
 
 def peak_memory(step: Callable[[], Any], device: str) -> int:
@@ -233,7 +139,8 @@ def run(sizes: list[str], device: str, rounds: int, precision: str, output: Path
     """Measure, print the table, write loss.json and loss.md."""
     torch.set_float32_matmul_precision(precision)
     results = {name: measure(SIZES[name], device, rounds) for name in sizes}
-    versions = f"torch {torch.__version__}, lightly {lightly.__version__}"
-    versions += f", pytorch-metric-learning {pytorch_metric_learning.__version__}"
+    peers = ("torch", "lightly", "info-nce-pytorch", "pytorch-metric-learning")
+    versions = ", ".join(f"{name} {version(name)}" for name in peers)
+    versions += ", solo-learn from a clone" if finds_solo_learn() else ""
     caption = f"{machine(device)}; float32, matmul precision {precision}; {versions}; {rounds} paired rounds."
     publish(output, "loss", table(results), caption, results)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.loss import BASELINE, LIMIT, Size, contenders, paired
+from benchmarks.contenders import BASELINE, LIMIT, Size, contenders
+from benchmarks.loss import paired
 from benchmarks.machine import machine, publish
 
 # One quantity at a time grows, the others stay.

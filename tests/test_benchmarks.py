@@ -11,10 +11,30 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("needs the repository", allow_module_level=True)
 pytest.importorskip("lightly")
 pytest.importorskip("pytorch_metric_learning")
+pytest.importorskip("info_nce")
 
-from benchmarks import loss, scaling, step
-from benchmarks.loss import Size
+from benchmarks import loss, processes, scaling, step
+from benchmarks.contenders import BASELINE, Size
 from slr_plugin import presets
+
+
+@pytest.mark.parametrize("size", [Size(4, 6, 3), Size(4, 0, 3)])
+def test_every_contender_finds_a_loss(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "SIZES", {"tiny": size})
+    loss.run(["tiny"], "cpu", loss.SLOW_ROUNDS, "highest", tmp_path)
+    rows = json.loads((tmp_path / "loss.json").read_text())["results"]["tiny"]
+    assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)
+    assert len(rows) == (8 if size.queue else 6)
+
+
+def test_processes_exchange_what_arithmetic_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "REAL", [processes.Share(8, 1), processes.Share(8, 2)])
+    monkeypatch.setattr(processes, "ALONE", [processes.Share(8, 4)])
+    processes.run(1, tmp_path)
+    one, two, _ = json.loads((tmp_path / "processes.json").read_text())["results"]["shares"]
+    assert one["exchanged megabytes"] == 0
+    # Both views of 8 images in float32, once to gather and once to sum; and the two numbers of rows, compared before.
+    assert two["exchanged megabytes"] == pytest.approx((2 * 8 * 2 * processes.DIM * 4 + 2 * 8) / 1e6)
 
 
 def test_the_exponent_is_that_of_the_largest_sizes():
@@ -31,7 +51,7 @@ def test_growth_is_measured_written_and_drawn(tmp_path, monkeypatch):
         assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)
     assert (tmp_path / "scaling.png").stat().st_size
     # NTXentLoss stores rows x keys; more keys need more of its memory.
-    baseline = [row["megabytes"] for row in results["rows, no queue"] if row["contender"] == loss.BASELINE]
+    baseline = [row["megabytes"] for row in results["rows, no queue"] if row["contender"] == BASELINE]
     assert baseline == sorted(set(baseline))
 
 
