@@ -150,7 +150,7 @@ def _contrast(
     if bounded:
         reference, excess = torch.full_like(total, bound), (total * math.exp(-bound)).log_()
     else:
-        reference, excess = LN2 * total.new_tensor(ratios)[:, None, None] * _finite(shift), total.log()
+        reference, excess = torch.stack([ratio * LN2 * _finite(shift) for ratio in ratios]), total.log()
     total.masked_fill_(total == 0, 1.0)
     return reference[..., 0], excess[..., 0], (largest / total)[..., 0], mean.div_(total)
 

@@ -345,8 +345,11 @@ class SLRLoss(nn.Module):
     def _advance(self, keys: Tensor) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
         accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else keys.isfinite().all()
-        # Not add_: a compiled backward that recomputes the schedule from this buffer must find the old count.
-        self.step = self.step + accepted.to(self.step)
+        step = self.step + accepted.to(self.step)
+        if torch.compiler.is_compiling():
+            self.step = step  # a compiled backward that recomputes the schedule from the old buffer must find it intact
+        else:
+            self.step.copy_(step)  # a CUDA graph writes to the buffer that it has recorded
 
 
 def _meet(
@@ -419,7 +422,7 @@ def _stats(labels: Labels, confidence: float | Tensor) -> dict[str, Tensor]:
         "positive_weight": own.mean(),
         "alpha": labels.alpha.mean(),
         "beta": labels.beta.mean(),
-        "mu": confidence.to(own) if isinstance(confidence, Tensor) else own.new_tensor(confidence),
+        "mu": confidence.to(own) if isinstance(confidence, Tensor) else own.new_full((), confidence),
         "label_entropy": labels.entropy.mean(),
     }
 
