@@ -26,7 +26,7 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## Measure time and memory of the loss beside its peers, print the table of the README
+bench: $(VENV)/.dev ## Measure time and memory of the loss beside its peers, print a table
 	$(BIN)/python -m benchmarks loss
 
 wheel: $(VENV)/.dev ## Build and check sdist and wheel into dist/
