@@ -62,7 +62,7 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Several processes."""
-    add_rounds(parser, rounds=7)
+    add_rounds(parser, rounds=3)
     parser.set_defaults(run=lambda args: processes.run(args.rounds, args.output))
 
 

@@ -36,7 +36,7 @@ class Share(NamedTuple):
     processes: int
 
 
-REAL = [Share(2048, 1), Share(2048, 2), Share(2048, 4)]
+REAL = [Share(2048, 1), Share(2048, 2), Share(2048, 4), Share(32768, 1)]
 ALONE = [Share(2048, 64), Share(8192, 64), Share(32768, 64)]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 # Devices whose processes exchange gradients by reduce-scatter, which NCCL does with half the traffic of an all-reduce.
-# On the CPU gloo takes 1.5 times as long with it, and has it only in new versions of torch.
+# gloo takes 1.5 times as long with it as with an all-reduce (17 MB between two processes).
 SCATTERING = {"cuda"}
 
 

@@ -287,10 +287,8 @@ class SLRLoss(nn.Module):
         estimated by its partner, over the same peers.
         """
         size, offset = len(queries), self._offset(queries)
-        alone = len(keys) == 2 * size
-        views = (
-            keys if alone else torch.cat([queries, positives])
-        )  # of one tensor with itself, half the product will do
+        # Alone, the rows are the keys, and half the logits will do.
+        views = keys if len(keys) == 2 * size else torch.cat([queries, positives])
         total = len(keys) // 2
         hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
         scales = [1 / self.temperature]
@@ -312,6 +310,8 @@ class SLRLoss(nn.Module):
 
     def _gather_views(self, queries: Tensor, positives: Tensor) -> Tensor:
         """Of all processes, (2S, d), the first views before the second ones; one exchange for both."""
+        if not self.gather_distributed:
+            return torch.cat([queries, positives])
         return torch.cat(self._gather(torch.cat([queries, positives], 1)).chunk(2, 1))
 
     def _offset(self, local: Tensor) -> int:
@@ -347,7 +347,7 @@ class SLRLoss(nn.Module):
         accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else keys.isfinite().all()
         step = self.step + accepted.to(self.step)
         if torch.compiler.is_compiling():
-            self.step = step  # a compiled backward that recomputes the schedule from the old buffer must find it intact
+            self.step = step  # a compiled backward may recompute the schedule from the old buffer
         else:
             self.step.copy_(step)  # a CUDA graph writes to the buffer that it has recorded
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slr_plugin import CosineConfidence, Mix, SLRLoss
@@ -28,8 +27,8 @@ class OnTheDevice(TorchDispatchMode):
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("confidence", [SETTINGS["confidence"], 1.0])
-def test_a_step_stays_on_the_device(confidence, size, mixed):
-    with FakeTensorMode():
+def test_a_step_stays_on_the_device(confidence, size, mixed, pretended_gpu):
+    with pretended_gpu:
         criterion = SLRLoss(0.2, SIZES[size], sharpening=0.7, confidence=confidence).to("cuda")
         queries, keys, crop = (torch.empty(8, 16, device="cuda", requires_grad=True) for _ in range(3))
         mix = Mix(torch.empty(8, device="cuda"), torch.empty(8, device="cuda", dtype=torch.long))
@@ -40,9 +39,9 @@ def test_a_step_stays_on_the_device(confidence, size, mixed):
 
 @pytest.mark.parametrize("bound", [5.0, 100.0])
 @pytest.mark.parametrize("size", [300, 0])
-def test_so_does_the_pass_inside_the_operator(size, bound):
+def test_so_does_the_pass_inside_the_operator(size, bound, pretended_gpu):
     forward, backward = (op._init_fn for op in (contrast_module._contrast, contrast_module._keys_backward))
-    with FakeTensorMode(), torch.no_grad():
+    with pretended_gpu, torch.no_grad():
         rows, keys, queue = (torch.empty(n, 16, device="cuda") for n in (24, 8, size))
         with OnTheDevice():
             reference, excess, _, mean = forward(rows, keys, queue if size else None, [5.0], bound, [16, 0, 8], 0)
