@@ -1,8 +1,8 @@
 """What gathering costs: several processes with one batch between them, and the share of one among many.
 
-Without a queue every process meets its own rows with the keys of all. The first rows of the table are real processes
-over gloo with one thread each; the time is that of the slowest. The last are one process that does the work of one of
-many, its gather handing out random keys, so they hold no exchange.
+Without a queue every process meets its own rows with the keys of all. Up to 4 processes are real ones over gloo with one
+thread each; the time is that of the slowest. Of 64 only one is real: it does its share of the work, and its gather hands
+out random keys in place of an exchange.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for row in results:
         exchange = ["exchange", "exchanged megabytes"]
-        cells = [f"{row['images']:,}", row["processes"], f"{row['milliseconds']:.0f}"]
+        cells = [f"{row['images']:,}", row["processes"], f"{row['milliseconds']:,.0f}"]
         cells += [f"{row[name]:.1f}" if name in row else "not run" for name in exchange]
         lines.append("| " + " | ".join(map(str, [*cells, f"{row['peak megabytes']:.1f}"])) + " |")
     return "\n".join(lines)
