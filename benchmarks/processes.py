@@ -1,8 +1,8 @@
 """What gathering costs: several processes with one batch between them, and the share of one among many.
 
-Without a queue every process meets its own rows with the keys of all. Up to 4 processes are real ones over gloo with one
-thread each; the time is that of the slowest. Of 64 only one is real: it does its share of the work, and its gather hands
-out random keys in place of an exchange.
+Without a queue every process meets its own rows with the keys of all. Up to 4 processes are real ones over gloo with
+one thread each; the time is that of the slowest. Of 64 only one is real: it does its share of the work, and its gather
+hands out random keys in place of an exchange.
 """
 
 from __future__ import annotations
