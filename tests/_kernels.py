@@ -19,7 +19,7 @@ NUMBERS = {"count": "i32", "width": "i32", "first": "i32", "span": "i32", "scale
 
 def compiled(kernel, tiles, capability, dim, slots, **constants):
     """Registers spilled, bytes of shared memory and instructions of tensor cores."""
-    _, constants = fused._blocks(tiles, dim)[0], {**fused._blocks(tiles, dim)[1], "SLOTS": slots, **constants}
+    constants = fused._blocks(tiles, dim)[1] | {"SLOTS": slots} | constants
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     signature = {
         name: "constexpr" if name in constants else NUMBERS.get(name) or POINTERS.get(name, "*fp32")
