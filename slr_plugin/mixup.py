@@ -95,7 +95,7 @@ class MomentumMixup:
             )
         size = len(queries)
         mix = Mix(
-            theta=(self._draw_theta(queries) if theta is None else _as_theta(theta, size)).to(queries),
+            theta=(self._draw_theta(queries) if theta is None else _as_theta(theta, queries)).to(queries),
             partner=self._draw_partner(queries) if partner is None else partner,
         )
         check_mix(mix, size)
@@ -131,9 +131,9 @@ def check_mix(mix: Mix, size: int, name: str = "") -> None:
     check_values(f"{name}partner", partner, 0, size - 1)
 
 
-def _as_theta(theta: Tensor | float, size: int) -> Tensor:
+def _as_theta(theta: Tensor | float, queries: Tensor) -> Tensor:
     if not isinstance(theta, Tensor):
         check_number("theta", theta, low=0.0, high=1.0)
-        theta = torch.tensor(float(theta))
+        theta = queries.new_full((), theta)
     check_float_tensor("theta", theta)
-    return theta.expand(size) if theta.ndim == 0 else theta
+    return theta.expand(len(queries)) if theta.ndim == 0 else theta

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slr_plugin import CosineConfidence, Mix, SLRLoss
+from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
 from slr_plugin import contrast as contrast_module
 
 aten = torch.ops.aten
@@ -47,6 +47,15 @@ def test_so_does_the_pass_inside_the_operator(size, bound, pretended_gpu):
             reference, excess, _, mean = forward(rows, keys, queue if size else None, [5.0], bound, [16, 0, 8], 0)
             gradient = backward(rows, keys, reference + excess, excess, mean, [5.0], bound, [16, 0, 8], 0)
     assert gradient.device.type == "cuda"
+
+
+def test_so_does_mixing(pretended_gpu):
+    with pretended_gpu:
+        images, others = torch.empty(2, 8, 3, 16, 16, device="cuda")
+        with OnTheDevice():
+            partner = torch.arange(8, device="cuda")  # drawing asks for a real GPU's generator
+            mixed, mix = MomentumMixup(2.0)(images, others, theta=0.3, partner=partner)
+    assert {mixed.device.type, mix.theta.device.type, mix.partner.device.type} == {"cuda"}
 
 
 @pytest.mark.parametrize("size", SIZES)
