@@ -178,7 +178,8 @@ class LabelMonitor:
         stored = state["queue_classes"]
         if stored.shape != self.queue_classes.shape:
             raise ValueError(
-                f"the checkpoint's queue_classes has {len(stored)} entries, the queue {len(self.queue_classes)} keys"
+                f"the checkpoint's queue_classes has {len(stored)} entries, the queue {len(self.queue_classes)} keys; "
+                "build the loss with the memory_bank_size of the checkpoint's run, or start a new monitor"
             )
         self.queue_classes = stored.to(self.queue_classes)
 
@@ -189,7 +190,8 @@ class LabelMonitor:
             self._classes, self._measures = torch.full((len(out0),), -1), False
         if self._classes.shape != (len(out0),):
             raise ValueError(
-                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {len(out0)} rows"
+                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {len(out0)} rows; "
+                "announce one class per query, -1 where it is unknown"
             )
         classes = self._classes.to(out0.device, torch.int64)
         everyone = gather(classes) if criterion.gather_distributed else classes
