@@ -190,8 +190,8 @@ class LabelMonitor:
             self._classes, self._measures = torch.full((len(out0),), -1), False
         if self._classes.shape != (len(out0),):
             raise ValueError(
-                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {len(out0)} rows; "
-                "announce one class per query, -1 where it is unknown"
+                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {len(out0)} "
+                "rows; announce one class per query, -1 where it is unknown"
             )
         classes = self._classes.to(out0.device, torch.int64)
         everyone = gather(classes) if criterion.gather_distributed else classes
