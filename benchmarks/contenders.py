@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import info_nce
 import lightly.loss
@@ -139,7 +138,13 @@ def finds_solo_learn() -> bool:
 
 def fused(step: Callable[[], Any]) -> Callable[[], Any]:
     """The step with the Triton kernels."""
-    return mock.patch.dict(os.environ, {"SLR_PLUGIN_FUSED": "1"})(step)
+
+    def run() -> None:
+        os.environ["SLR_PLUGIN_FUSED"] = "1"
+        step()
+        os.environ["SLR_PLUGIN_FUSED"] = "0"
+
+    return run
 
 
 def attention(size: Size, device: str) -> Callable[[], Any]:
@@ -155,24 +160,26 @@ def bare_products(size: Size, device: str) -> Callable[[], Any]:
     """The matrix products that the whole loss cannot do without, and nothing else: its limit.
 
     With a queue, the rows of queries, mixed queries and positives times all keys, twice. Without one, half the logits
-    (their matrix is symmetric) times all rows, forward and again for the gradient of the keys. In the tiles and
-    the number format of the loss; at once is slower.
+    (their matrix is symmetric) times all rows, forward and again for the gradient of the keys. In the number format of
+    the loss, and on the CPU in its tiles, as at once is slower there.
     """
     count, keys = (3 * size.rows, size.rows + size.queue) if size.queue else (2 * size.rows, 2 * size.rows)
     rows = torch.randn(count, size.dim, device=device)
     table = torch.randn(keys, size.dim, device=device) if size.queue else rows
-    if size.queue and contrast._meets_queue_in_bfloat16(rows):
+    medium = torch.get_float32_matmul_precision() == "medium"
+    if size.queue and (contrast._meets_queue_in_bfloat16(rows) or (medium and device != "cpu")):
         rows, table = rows.bfloat16(), table.bfloat16()
     result = torch.empty_like(rows)
-    blocks = list(table.split(1024))
+    side = 1024 if device == "cpu" else 8192
+    blocks = list(table.split(side))
 
     def run() -> None:
         for _ in range(1 if size.queue else 2):
-            for i, (part, out) in enumerate(zip(rows.split(1024), result.split(1024), strict=True)):
+            for i, (part, out) in enumerate(zip(rows.split(side), result.split(side), strict=True)):
                 for j, block in enumerate(blocks[0 if size.queue else i :]):
                     logits = part @ block.T
                     out.addmm_(logits, block, beta=0)
                     if j and not size.queue:
-                        result[1024 * (i + j) :][: len(block)].addmm_(logits.T, part, beta=0)
+                        result[side * (i + j) :][: len(block)].addmm_(logits.T, part, beta=0)
 
     return run

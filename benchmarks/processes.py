@@ -125,7 +125,7 @@ def alone(share: Share, rounds: int) -> dict[str, float]:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
-        "| images | processes | ms | of which exchange | MB exchanged by each | peak MB of each |",
+        "| images | processes | ms | of which exchange | MB gathered and summed by each | peak MB of each |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results:

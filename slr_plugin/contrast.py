@@ -36,6 +36,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -119,8 +120,8 @@ def _contrast(
 
         return fused.forward(rows, keys, queue, scales, hidden)
     ratios = [scale / scales[0] for scale in scales]
-    bounded, mirrored = _is_bounded(bound), _is_mirrored(rows, keys, queue, bound, hidden)
-    height, width = _tile_shape(rows, chunk, mirrored)
+    bounded, mirrored = _is_bounded(bound), _is_mirrored(rows, keys, queue, bound, hidden, chunk)
+    height, width = _tile_shape(rows, keys, queue, chunk, mirrored)
     shift = rows.new_full((len(rows), 1), 0.0 if bounded else -torch.inf)
     total = rows.new_zeros(len(scales), len(rows), 1)
     largest, mean = torch.zeros_like(total), rows.new_zeros(len(scales), *rows.shape)
@@ -183,8 +184,8 @@ def _keys_backward(
 
         return fused.keys_backward(rows, keys, logsumexp, values, scales, hidden)
     ratios = [scale / scales[0] for scale in scales]
-    bounded, mirrored = _is_bounded(bound), _is_mirrored(rows, keys, None, bound, hidden)
-    height, width = _tile_shape(rows, chunk, mirrored)
+    bounded, mirrored = _is_bounded(bound), _is_mirrored(rows, keys, None, bound, hidden, chunk)
+    height, width = _tile_shape(rows, keys, None, chunk, mirrored)
     shift = logsumexp[..., None] / LN2
     if bounded:
         values *= (-shift).exp2()  # once here, not in every tile
@@ -244,29 +245,42 @@ def _runs_fused(rows: Tensor, chunk: int) -> bool:
     """Whether the Triton kernels take the pass."""
     if os.environ.get("SLR_PLUGIN_FUSED") != "1" or rows.device.type != "cuda" or rows.dtype != torch.float32:
         return False
-    return not chunk and rows.shape[1] <= _WIDEST_FUSED and torch.get_float32_matmul_precision() != "highest"
+    if torch.get_float32_matmul_precision() == "highest":
+        warnings.warn(
+            'SLR_PLUGIN_FUSED=1 has no effect at torch\'s default precision of products, "highest": call '
+            'torch.set_float32_matmul_precision("high")',
+            stacklevel=2,
+        )
+        return False
+    return not chunk and rows.shape[1] <= _WIDEST_FUSED
 
 
 def _is_bounded(bound: float) -> bool:
     return bound / LN2 <= _SAFE_BITS
 
 
-def _is_mirrored(rows: Tensor, keys: Tensor, queue: Tensor | None, bound: float, hidden: Sequence[int]) -> bool:
-    """Whether the logits are a symmetric matrix that needs no running maximum: half its tiles are then enough."""
+def _is_mirrored(
+    rows: Tensor, keys: Tensor, queue: Tensor | None, bound: float, hidden: Sequence[int], chunk: int
+) -> bool:
+    """Whether the logits are a symmetric matrix that needs no running maximum: half its tiles are then enough.
+
+    Not with a chunk size, which could make them so small that their number outweighs that.
+    """
     diagonals = set(zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True))
-    if queue is not None or diagonals != {(key, row, length) for row, key, length in diagonals}:
+    if chunk or queue is not None or diagonals != {(key, row, length) for row, key, length in diagonals}:
         return False
     if not _is_bounded(bound) or rows.shape != keys.shape or rows.stride() != keys.stride():
         return False
     return rows.data_ptr() == keys.data_ptr()
 
 
-def _tile_shape(rows: Tensor, chunk: int, mirrored: bool) -> tuple[int, int]:
+def _tile_shape(rows: Tensor, keys: Tensor, queue: Tensor | None, chunk: int, mirrored: bool) -> tuple[int, int]:
     height, width = _CPU_TILE if rows.device.type == "cpu" else _ACCELERATOR_TILE
     width = chunk or width
     if mirrored:
         height = width = min(height, width)
-    return min(height, max(len(rows), 1)), width
+    longest = max(len(keys), 0 if queue is None else len(queue))
+    return min(height, max(len(rows), 1)), min(width, max(longest, 1))
 
 
 def _tiles(rows: Tensor, scales: int, height: int, width: int) -> list[Tensor]:

@@ -1,8 +1,8 @@
 r"""The pass of :mod:`slr_plugin.contrast` as Triton kernels: one launch where the chunked pass needs seven for a tile.
 
 The same sums, in bits as there. A program holds a block of rows and walks along a part of the keys, whose logits never
-leave the chip. There are few rows and many keys (768 and 65,536), so the keys are split over as many programs as the
-GPU has processors, and what the splits found is put together afterwards. With the largest logit :math:`m_s` of split s,
+leave the chip. There are few rows and many keys (768 and 65,536), so the keys are split until all processors of the GPU
+have work, and what the splits found is put together afterwards. With the largest logit :math:`m_s` of split s,
 its sum of weights :math:`t_s` and its sum of weighted keys :math:`u_s`,
 
 .. math::
@@ -10,8 +10,9 @@ its sum of weights :math:`t_s` and its sum of weighted keys :math:`u_s`,
     t = \sum_s 2^{m_s - m} t_s, \qquad
     a = \frac1t \sum_s 2^{m_s - m} u_s .
 
-Products are tensor cores' (TF32, or bfloat16 with the queue); sums are float32. Nothing here waits for the device or
-reads a value from it, so a CUDA graph can record a pass.
+Products are tensor cores' (TF32, or bfloat16 with the queue); sums are float32. Factors are rounded here, because the
+units themselves drop the low bits of a float32, which pulls all logits the same way. Nothing here waits for the device
+or reads a value from it, so a CUDA graph can record a pass.
 
 Imported only where it is used: Triton is no dependency of this package, torch brings it along on Linux.
 """
@@ -19,7 +20,7 @@ Imported only where it is used: Triton is no dependency of this package, torch b
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +29,8 @@ from torch import Tensor
 
 LN2 = math.log(2)
 NO_KEY = -1
-HALF = tl.bfloat16  # of the products with the queue at medium precision
+# The numbers of a product's factors: "tf32", "bf16", or "float32", which is exact in the interpreter and only there.
+BATCH, QUEUE_AT_MEDIUM = "tf32", "bf16"
 
 
 class Tile(NamedTuple):
@@ -51,7 +53,7 @@ class Source(NamedTuple):
 
     table: Tensor  # (n, d)
     first: int  # the number of its first key among all keys
-    dtype: Any  # Triton's, of both factors of a product; float32 factors are rounded to TF32
+    numbers: str  # of a product's factors
     splits: int
     span: int  # keys per split
 
@@ -72,6 +74,16 @@ def _store(table, number, column, count, values, DIM: tl.constexpr):
 
 
 @triton.jit
+def _rounded(x, NUMBERS: tl.constexpr):
+    if NUMBERS == "bf16":
+        x = x.to(tl.bfloat16)
+    elif NUMBERS == "tf32":
+        large = x * 8193.0  # 2^13 + 1: what is left of x has 13 bits less, to nearest; not a number stays one
+        x = large - (large - x)
+    return x
+
+
+@triton.jit
 def _forward_kernel(
     rows,
     keys,
@@ -89,20 +101,20 @@ def _forward_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    NUMBERS: tl.constexpr,
 ):
     """What a block of rows learns from one split of the keys."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_DIM)
     split = tl.program_id(1)
-    part = (_load(rows, row, column, count, DIM, BLOCK_DIM) * scale).to(DTYPE)
+    part = _rounded(_load(rows, row, column, count, DIM, BLOCK_DIM) * scale, NUMBERS)
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
     sums = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     stop = tl.minimum(split * span + span, width)
     for left in range(split * span, stop, BLOCK_KEYS):
         key = left + tl.arange(0, BLOCK_KEYS)
-        block = _load(keys, key, column, width, DIM, BLOCK_DIM).to(DTYPE)
+        block = _rounded(_load(keys, key, column, width, DIM, BLOCK_DIM).to(tl.float32), NUMBERS)
         seen = (key < width)[None, :]
         for slot in tl.static_range(SLOTS):
             hidden = tl.load(unseen + slot * count + row, mask=row < count, other=-1)
@@ -115,7 +127,7 @@ def _forward_kernel(
         decay = tl.exp2(previous - shift)
         weights = tl.exp2(logits - shift[:, None])
         weight = weight * decay + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(DTYPE), block, sums * decay[:, None], input_precision="tf32")
+        sums = tl.dot(_rounded(weights, NUMBERS), block, sums * decay[:, None], input_precision="tf32")
     tl.store(largest + split * count + row, top, mask=row < count)
     tl.store(total + split * count + row, weight, mask=row < count)
     _store(mean + split.to(tl.int64) * count * DIM, row, column, count, sums, DIM)
@@ -137,25 +149,28 @@ def _keys_backward_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    NUMBERS: tl.constexpr,
 ):
     """Add ``sum_i s_ik value_i`` to the gradient of a block of keys."""
     key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     column = tl.arange(0, BLOCK_DIM)
-    block = _load(keys, key, column, width, DIM, BLOCK_DIM) * scale
+    block = _rounded(_load(keys, key, column, width, DIM, BLOCK_DIM) * scale, NUMBERS)
     sums = _load(gradient, key, column, width, DIM, BLOCK_DIM)
-    for first in range(0, count, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS)
+    for start in range(0, count, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
         inside = row < count
-        part = _load(rows, row, column, count, DIM, BLOCK_DIM)
+        part = _rounded(_load(rows, row, column, count, DIM, BLOCK_DIM), NUMBERS)
         shift = tl.load(logsumexp + row, mask=inside, other=0.0)
         logits = tl.dot(block, tl.trans(part), input_precision="tf32")
         seen = inside[None, :]
         for slot in tl.static_range(SLOTS):
             hidden = tl.load(unseen + slot * count + row, mask=inside, other=-1)
             seen = seen & (hidden[None, :] != key[:, None])
-        weights = tl.exp2(tl.minimum(logits - shift[None, :], 0.0))  # at most 1, where rounding says otherwise
-        value = _load(values, row, column, count, DIM, BLOCK_DIM)
-        sums = tl.dot(tl.where(seen, weights, 0.0), value, sums, input_precision="tf32")
+        # At most 1, where rounding says otherwise.
+        bits = tl.minimum(logits - shift[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+        weights = tl.where(seen, tl.exp2(bits), 0.0)
+        value = _rounded(_load(values, row, column, count, DIM, BLOCK_DIM), NUMBERS)
+        sums = tl.dot(_rounded(weights, NUMBERS), value, sums, input_precision="tf32")
     _store(gradient, key, column, width, sums, DIM)
 
 
@@ -172,7 +187,7 @@ def forward(
         hidden: diagonals, three numbers each (:class:`slr_plugin.contrast.Hidden`).
     """
     rows, (count, dim) = rows.contiguous(), rows.shape
-    unseen, (tile, blocks) = _unseen(rows, hidden), _blocks(FORWARD, dim)
+    unseen, (tile, sizes) = _unseen(rows, hidden), _sizes(FORWARD, dim)
     sources = list(_sources(rows, keys, queue, tile))
     found = sum(source.splits for source in sources)
     largest = rows.new_full((len(scales), max(found, 1), count), -torch.inf)
@@ -195,8 +210,8 @@ def forward(
                     source.span,
                     scale / LN2,
                     SLOTS=len(unseen),
-                    DTYPE=source.dtype,
-                    **blocks,
+                    NUMBERS=source.numbers,
+                    **sizes,
                 )
             at += source.splits
     return _together(largest, total, sums)
@@ -216,7 +231,7 @@ def keys_backward(
         hidden: as in :func:`forward`.
     """
     rows, keys, (count, dim) = rows.contiguous(), keys.contiguous(), rows.shape
-    unseen, (tile, blocks) = _unseen(rows, hidden), _blocks(BACKWARD, dim)
+    unseen, (tile, sizes) = _unseen(rows, hidden), _sizes(BACKWARD, dim)
     gradient = torch.zeros_like(keys)
     for j, scale in enumerate(scales if len(keys) else ()):
         with torch.cuda.device_of(rows):
@@ -231,7 +246,8 @@ def keys_backward(
                 len(keys),
                 scale / LN2,
                 SLOTS=len(unseen),
-                **blocks,
+                NUMBERS=BATCH,
+                **sizes,
             )
     return gradient
 
@@ -248,7 +264,7 @@ def _together(largest: Tensor, total: Tensor, sums: Tensor) -> tuple[Tensor, Ten
     return LN2 * shift, excess, (top - shift).exp2_() / weight, mean
 
 
-def _blocks(tiles: dict[int, Tile], dim: int) -> tuple[Tile, dict[str, int]]:
+def _sizes(tiles: dict[int, Tile], dim: int) -> tuple[Tile, dict[str, int]]:
     """The tile for a dimension, and the sizes that a kernel is compiled for."""
     tile = next(tile for widest, tile in tiles.items() if dim <= widest)
     return tile, {
@@ -263,16 +279,22 @@ def _blocks(tiles: dict[int, Tile], dim: int) -> tuple[Tile, dict[str, int]]:
 
 def _sources(rows: Tensor, keys: Tensor, queue: Tensor | None, tile: Tile) -> Iterator[Source]:
     """The tables that hold keys, each split so that all processors of the GPU have work."""
-    queue_dtype = HALF if torch.get_float32_matmul_precision() == "medium" else tl.float32
+    medium = torch.get_float32_matmul_precision() == "medium"
     first = 0
-    for table, dtype in ((keys, tl.float32), (queue, queue_dtype)):
+    for table, numbers in ((keys, BATCH), (queue, QUEUE_AT_MEDIUM if medium else BATCH)):
         if table is None or not len(table):
             continue
         tiles = triton.cdiv(len(table), tile.keys)
-        splits = max(_processors(rows.device) // triton.cdiv(len(rows), tile.rows), 1)
+        splits = _splits(triton.cdiv(len(rows), tile.rows), _processors(rows.device))
         span = tile.keys * triton.cdiv(tiles, splits)
-        yield Source(table.to(rows.device).contiguous(), first, dtype, triton.cdiv(len(table), span), span)
+        yield Source(table.to(rows.device).contiguous(), first, numbers, triton.cdiv(len(table), span), span)
         first += len(table)
+
+
+def _splits(blocks: int, processors: int) -> int:
+    """Into how many parts each of so many equal tasks goes, for the processors to finish them soonest."""
+    most = max(processors // blocks, 4 if blocks < 4 * processors else 1)  # more tasks are even enough, and parts cost
+    return min(range(1, most + 1), key=lambda parts: triton.cdiv(blocks * parts, processors) / parts)
 
 
 @functools.cache

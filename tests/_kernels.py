@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -19,7 +18,7 @@ NUMBERS = {"count": "i32", "width": "i32", "first": "i32", "span": "i32", "scale
 
 def compiled(kernel, tiles, capability, dim, slots, **constants):
     """Registers spilled, bytes of shared memory and instructions of tensor cores."""
-    constants = fused._blocks(tiles, dim)[1] | {"SLOTS": slots} | constants
+    constants = fused._sizes(tiles, dim)[1] | {"SLOTS": slots} | constants
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     signature = {
         name: "constexpr" if name in constants else NUMBERS.get(name) or POINTERS.get(name, "*fp32")
@@ -43,7 +42,7 @@ def compiled(kernel, tiles, capability, dim, slots, **constants):
         "capability": capability,
         "kernel": kernel.__name__,
         "dim": dim,
-        "dtype": str(constants.get("DTYPE", "fp32")),
+        "numbers": constants["NUMBERS"],
         "registers": int(re.search(r"REG:(\d+)", usage.stdout)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage.stdout)[1]),
         "shared": binary.metadata.shared,
@@ -56,9 +55,11 @@ def main():
     found = []
     for capability in (80, 90):
         for dim in (128, 256):
-            for dtype in (tl.float32, tl.bfloat16):
-                found.append(compiled(fused._forward_kernel, fused.FORWARD, capability, dim, 1, DTYPE=dtype))
-            found.append(compiled(fused._keys_backward_kernel, fused.BACKWARD, capability, dim, 2))
+            for slots, numbers in ((1, "tf32"), (1, "bf16"), (2, "tf32")):
+                kernel = fused._forward_kernel
+                found.append(compiled(kernel, fused.FORWARD, capability, dim, slots, NUMBERS=numbers))
+            kernel = fused._keys_backward_kernel
+            found.append(compiled(kernel, fused.BACKWARD, capability, dim, 2, NUMBERS="tf32"))
     print(json.dumps(found, indent=1))
 
 

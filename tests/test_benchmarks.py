@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -13,18 +14,37 @@ pytest.importorskip("lightly")
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("info_nce")
 
-from benchmarks import loss, processes, scaling, step
+from benchmarks import contenders, loss, processes, scaling, step
 from benchmarks.contenders import BASELINE, Size
-from slr_plugin import presets
+from slr_plugin import SLRLoss, presets
 
 
 @pytest.mark.parametrize("size", [Size(4, 6, 3), Size(4, 0, 3)])
-def test_every_contender_finds_a_loss(size, tmp_path, monkeypatch):
+def test_every_contender_runs(size, tmp_path, monkeypatch):
+    monkeypatch.delenv("SOLO_LEARN_DIR", raising=False)
     monkeypatch.setattr(loss, "SIZES", {"tiny": size})
     loss.run(["tiny"], "cpu", loss.SLOW_ROUNDS, "highest", tmp_path)
     rows = json.loads((tmp_path / "loss.json").read_text())["results"]["tiny"]
     assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)
     assert len(rows) == (8 if size.queue else 6)
+
+
+def test_the_peers_compute_what_they_are_said_to(monkeypatch):
+    monkeypatch.delenv("SOLO_LEARN_DIR", raising=False)
+    queries, positives, mixed = torch.randn(3, 4, 5)
+    slr = SLRLoss(contenders.TEMPERATURE, (6, 5), confidence=0.0)
+    inputs = contenders.Inputs(queries, positives, mixed, slr.memory_bank.bank)
+    losses = contenders.with_queue(inputs, slr)
+    batch_and_queue = losses["SLRLoss, refinement"]()
+    torch.testing.assert_close(losses["pytorch-metric-learning NTXentLoss"](), batch_and_queue)
+    own_and_queue = SLRLoss(contenders.TEMPERATURE, (6, 5), confidence=0.0, in_batch_keys=False)
+    own_and_queue.load_state_dict(slr.state_dict())
+    torch.testing.assert_close(losses["info-nce-pytorch InfoNCE"](), own_and_queue(queries, positives))
+
+    losses = contenders.without_queue(inputs, SLRLoss(contenders.TEMPERATURE, confidence=0.0))
+    ntxent = losses[BASELINE]()
+    torch.testing.assert_close(losses["SLRLoss, refinement"](), ntxent)
+    torch.testing.assert_close(losses["pytorch-metric-learning NTXentLoss"](), ntxent)
 
 
 def test_processes_exchange_what_arithmetic_says(tmp_path, monkeypatch):

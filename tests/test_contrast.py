@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from slr_plugin import SLRLoss
 from slr_plugin import contrast as contrast_module
 from slr_plugin.contrast import Hidden, contrast
 
@@ -168,3 +169,17 @@ def test_medium_precision_meets_the_queue_in_bfloat16_more_exactly_than_dense_pr
     torch.testing.assert_close(exactly.mean[0], exact[2], rtol=0, atol=1e-12)
     batch_only = contrast(*single[:2], scales=[5.0], bound=bound)  # so are the keys of the batch
     torch.testing.assert_close(batch_only.mean[0].double(), (5 * rows @ keys.T).softmax(1) @ keys, rtol=0, atol=1e-6)
+
+
+def test_the_loss_of_two_views_computes_half_its_logits(monkeypatch):
+    met = []
+    ask = contrast_module._is_mirrored
+    monkeypatch.setattr(contrast_module, "_is_mirrored", lambda *args: met.append(ask(*args)) or met[-1])
+    views = torch.randn(2, 5, 3, requires_grad=True)
+    SLRLoss(0.2)(*views).backward()
+    assert met == [True, True]  # forward and backward
+    met.clear()
+    chunked = SLRLoss(0.2)
+    chunked.chunk_size = 2
+    chunked(*views).backward()
+    assert met == [False, False]
