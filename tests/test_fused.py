@@ -128,37 +128,59 @@ def rounded(x, bits):
     return np.ldexp(np.round(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent).astype(x.dtype)
 
 
-@pytest.mark.skipif(GPU, reason="rounds as a GPU would")
-@pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
-def test_rounding_costs_no_more_than_in_dense_products(precision, bits, monkeypatch):
+def rough(tensor, bits):
+    return torch.from_numpy(rounded(tensor.numpy(), bits))
+
+
+def multiply_as_a_gpu(monkeypatch, precision):
+    """In the interpreter, drop what TF32 has no bits for: the kernels have to round by themselves.
+
+    bfloat16 numbers the interpreter cannot multiply (Triton's issue 11584); float32 ones are rounded in their place.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     exactly = InterpreterBuilder.create_dot
 
-    def roughly(self, a, b, *rest):
-        # As a GPU: what TF32 has no bits for is dropped; the kernel has to round by itself. bfloat16 numbers the
-        # interpreter cannot multiply (Triton's issue 11584); here they are rounded in their place.
-        factors = [(x.data.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32) for x in (a, b)]
+    def factor(x):
         if precision == "medium":
-            factors = [rounded(x.data, bits) for x in (a, b)]
-        return exactly(self, *(type(x)(data, x.dtype) for x, data in zip((a, b), factors, strict=True)), *rest)
+            return type(x)(rounded(x.data, 7), x.dtype)
+        return type(x)((x.data.view(np.uint32) & ~np.uint32(0x1FFF)).view(np.float32), x.dtype)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", roughly)
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: exactly(self, factor(a), factor(b), *rest)
+    )
     monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: precision)
     monkeypatch.setattr(fused, "BATCH", "tf32")
+
+
+@pytest.mark.skipif(GPU, reason="rounds as a GPU would")
+@pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
+def test_rounding_costs_no_more_than_in_dense_products(precision, bits, monkeypatch):
+    multiply_as_a_gpu(monkeypatch, precision)
     rows, keys, queue = (torch.nn.functional.normalize(tensor.detach(), dim=1) for tensor in tensors(64, 0, 2000, 128))
     ours = parts(contrast(rows, keys, queue, scales=[5.0]))
     exact = dense(rows.double(), keys.double(), queue.double(), (5.0,), hidden=[])
-
-    def rough(tensor):
-        return torch.from_numpy(rounded(tensor.numpy(), bits))
-
-    logits = rough(5 * rows) @ rough(queue).T
+    logits = rough(5 * rows, bits) @ rough(queue, bits).T
     weights = logits.softmax(1)
-    products = logits.logsumexp(1), weights.amax(1), rough(weights) @ rough(queue)
+    products = logits.logsumexp(1), weights.amax(1), rough(weights, bits) @ rough(queue, bits)
     for got, dense_value, want in zip(ours, products, exact, strict=True):
         error, dense_error = (got[0] - want[0]).norm(), (dense_value - want[0]).norm()
         assert 1e-6 < error <= 1.25 * dense_error  # the rounding was seen; the rest is chance
+
+
+@pytest.mark.skipif(GPU, reason="rounds as a GPU would")
+def test_nor_in_the_gradient_of_the_keys(monkeypatch):
+    multiply_as_a_gpu(monkeypatch, "high")
+    rows, keys, _ = (
+        torch.nn.functional.normalize(tensor.detach().abs(), dim=1) for tensor in tensors(2000, 64, 0, 128)
+    )
+    contrast(rows, keys.requires_grad_(), scales=[5.0]).excess.sum().backward()
+    weights = (5 * rows.double() @ keys.detach().double().T).softmax(1)
+    exact = weights.T @ (5 * rows.double())
+    logits = rough(5 * rows, 10) @ rough(keys.detach(), 10).T
+    product = rough(logits.softmax(1), 10).T @ rough(5 * rows, 10)
+    error, dense_error = (keys.grad - exact).norm(), (product - exact).norm()
+    assert 1e-6 < error <= 1.25 * dense_error
 
 
 def test_only_the_queue_is_met_in_half_precision(monkeypatch):
