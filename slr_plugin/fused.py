@@ -41,8 +41,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-# By dimension: the largest tiles whose accumulators fit the registers of sm_80 and sm_90, and which fit the 99 KB of
-# shared memory of consumer cards. Tests compile them; no GPU has timed them.
+# By dimension: the largest tried whose accumulators fit the registers of sm_80 and sm_90, and which fit their shared
+# memory, on sm_80 the 99 KB of consumer cards. Tests compile them; no GPU has timed them.
 FORWARD = {128: Tile(128, 32, 8), 256: Tile(32, 32, 4)}
 BACKWARD = {128: Tile(32, 64, 4), 256: Tile(16, 32, 4)}
 STAGES = 2
@@ -84,6 +84,16 @@ def _rounded(x, NUMBERS: tl.constexpr):
 
 
 @triton.jit
+def _sees(unseen, row, key, first, count, width, SLOTS: tl.constexpr):
+    """Whether rows see keys, in the shape that ``row`` and ``key`` broadcast to; ``first`` is the number of key 0."""
+    seen = (row < count) & (key < width)
+    for slot in tl.static_range(SLOTS):
+        hidden = tl.load(unseen + slot * count + row, mask=row < count, other=-1)
+        seen = seen & (hidden != first + key)
+    return seen
+
+
+@triton.jit
 def _forward_kernel(
     rows,
     keys,
@@ -115,10 +125,7 @@ def _forward_kernel(
     for left in range(split * span, stop, BLOCK_KEYS):
         key = left + tl.arange(0, BLOCK_KEYS)
         block = _rounded(_load(keys, key, column, width, DIM, BLOCK_DIM).to(tl.float32), NUMBERS)
-        seen = (key < width)[None, :]
-        for slot in tl.static_range(SLOTS):
-            hidden = tl.load(unseen + slot * count + row, mask=row < count, other=-1)
-            seen = seen & (hidden[:, None] != first + key[None, :])
+        seen = _sees(unseen, row[:, None], key[None, :], first, count, width, SLOTS)
         logits = tl.dot(part, tl.trans(block), input_precision="tf32")
         logits = tl.where(seen, logits, float("-inf"))
         previous = top
@@ -158,14 +165,10 @@ def _keys_backward_kernel(
     sums = _load(gradient, key, column, width, DIM, BLOCK_DIM)
     for start in range(0, count, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        inside = row < count
         part = _rounded(_load(rows, row, column, count, DIM, BLOCK_DIM), NUMBERS)
-        shift = tl.load(logsumexp + row, mask=inside, other=0.0)
+        shift = tl.load(logsumexp + row, mask=row < count, other=0.0)
         logits = tl.dot(block, tl.trans(part), input_precision="tf32")
-        seen = inside[None, :]
-        for slot in tl.static_range(SLOTS):
-            hidden = tl.load(unseen + slot * count + row, mask=inside, other=-1)
-            seen = seen & (hidden[None, :] != key[:, None])
+        seen = _sees(unseen, row[None, :], key[:, None], 0, count, width, SLOTS)
         # At most 1, where rounding says otherwise.
         bits = tl.minimum(logits - shift[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
         weights = tl.where(seen, tl.exp2(bits), 0.0)

@@ -312,7 +312,7 @@ class SLRLoss(nn.Module):
         """Of all processes, (2S, d), the first views before the second ones; one exchange for both."""
         if not self.gather_distributed:
             return torch.cat([queries, positives])
-        return torch.cat(self._gather(torch.cat([queries, positives], 1)).chunk(2, 1))
+        return torch.cat(gather(torch.cat([queries, positives], 1)).chunk(2, 1))
 
     def _offset(self, local: Tensor) -> int:
         """The number of this process's first key among the gathered ones."""
