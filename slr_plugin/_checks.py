@@ -55,8 +55,9 @@ def check_values(name: str, value: Tensor, low: float, high: float) -> None:
     """
     if torch.compiler.is_compiling() or value.device.type != "cpu":
         return
-    if not bool(((value >= low) & (value <= high)).all()):
-        raise ValueError(f"{name} must be {_interval(low, high)}, got {value.min().item()} to {value.max().item()}")
+    smallest, largest = (extreme.item() for extreme in value.aminmax())
+    if not low <= smallest <= largest <= high:
+        raise ValueError(f"{name} must be {_interval(low, high)}, got {smallest} to {largest}")
 
 
 def _interval(low: float, high: float) -> str:

@@ -97,7 +97,9 @@ def contrast(
         weights count as constants, because they serve as labels.
     """
     flat = [number for diagonal in hidden for number in diagonal]
-    return Contrast(*_contrast(rows, keys, queue, list(scales), bound, flat, chunk_size or 0))
+    reference, excess, peak, mean = _contrast(rows, keys, queue, list(scales), bound, flat, chunk_size or 0)
+    # Autograd follows all outputs of an operator; cut off here, the others cost nothing in the backward.
+    return Contrast(reference.detach(), excess, peak.detach(), mean if keys.requires_grad else mean.detach())
 
 
 @torch.library.custom_op(
@@ -231,7 +233,8 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
     rows, keys, logsumexp, mean = ctx.saved_tensors
     grad_rows = grad_keys = None
     if ctx.needs_input_grad[0] and grad_excess is not None:
-        grad_rows = sum(c * g[:, None] * a for c, g, a in zip(ctx.scales, grad_excess, mean, strict=True))
+        first, *others = (c * g[:, None] * a for c, g, a in zip(ctx.scales, grad_excess, mean, strict=True))
+        grad_rows = sum(others, first)
     if ctx.needs_input_grad[1]:
         given = (grad_excess, grad_mean)
         grad_keys = _keys_backward(rows, keys, logsumexp, *given, ctx.scales, ctx.bound, ctx.hidden, ctx.chunk)

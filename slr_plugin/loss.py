@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from slr_plugin import dense
 from slr_plugin._checks import check_flag, check_number
-from slr_plugin._inputs import Crop, mixed_crops, unit_features
+from slr_plugin._inputs import check_views, checked_crops, unit_features
 from slr_plugin.contrast import Hidden, contrast
 from slr_plugin.distributed import gather, rank
 from slr_plugin.mixup import Mix
@@ -28,6 +28,7 @@ class Settings(NamedTuple):
 
     temperature: float
     sharpening: float
+    refined_weight: float
     confidence: float | Tensor
     refines: bool  # False only where the confidence is known to be 0; the estimator's pass is then skipped
     bound: float  # the largest magnitude of a logit, features being of unit length
@@ -154,10 +155,10 @@ class SLRLoss(nn.Module):
             ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
             TypeError: an argument is not a tensor, or not of a float dtype.
         """
-        queries, positives = unit_features(out0, out1)
-        self._check_dim(queries)
-        crops = mixed_crops(queries, mixed, mix)
-        if crops and not self.in_batch_keys:
+        check_views(out0, out1)
+        self._check_dim(out0)
+        crops, mixes = checked_crops(out0, mixed, mix)
+        if mixes and not self.in_batch_keys:
             raise ValueError(
                 "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
                 "without mixed and mix"
@@ -165,26 +166,26 @@ class SLRLoss(nn.Module):
         if update is not None:
             check_flag("update", update)
         confidence = self._confidence_now()
-        self._ensure_queue(queries)
+        self._ensure_queue(out0)
         settings = Settings(
             self.temperature,
             self.sharpening,
+            self.refined_weight,
             confidence,
             refines=callable(self.confidence) or self.confidence > 0,
             bound=1 / (abs(self.temperature) * self.sharpening),
             chunk_size=self.chunk_size,
         )
 
-        with torch.autocast(queries.device.type, enabled=False):
-            queued = len(self.memory_bank) > 0
-            if queued:
+        with torch.autocast(out0.device.type, enabled=False):
+            trained, positives = unit_features(out0, out1, crops)
+            if len(self.memory_bank):
                 keys = self._gather(positives) if self.in_batch_keys else positives[:0]
-                one_hot, refined, labels = self._with_queue(queries, positives, keys, crops, settings)
+                loss, labels = self._with_queue(trained, positives, keys, mixes, settings)
             else:
-                views = self._gather_views(queries, positives)
-                one_hot, refined, labels = self._without_queue(queries, positives, views, crops, settings)
+                views = self._gather_views(trained[: len(positives)], positives)
+                loss, labels = self._without_queue(trained, positives, views, mixes, settings)
                 keys = views[len(views) // 2 :]
-            loss = (1 - self.refined_weight) * one_hot + self.refined_weight * refined
 
         self.stats = _stats(labels, confidence)
         if out0.requires_grad if update is None else update:
@@ -204,10 +205,11 @@ class SLRLoss(nn.Module):
             own positive, then the queue). Without, (2s, 2s): rows and keys are ``out0`` then ``out1``, and a row's own
             view has label 0. With ``gather_distributed`` the columns are those of all processes.
         """
-        queries, positives = unit_features(out0, out1)
-        self._check_dim(queries)
+        check_views(out0, out1)
+        self._check_dim(out0)
         confidence = self._confidence_now()
-        self._ensure_queue(queries)
+        self._ensure_queue(out0)
+        queries, positives = unit_features(out0, out1)
         size, offset = len(queries), self._offset(queries)
         rows = torch.arange(size, device=queries.device)
         if not len(self.memory_bank):
@@ -252,34 +254,35 @@ class SLRLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _with_queue(
-        self, queries: Tensor, positives: Tensor, keys: Tensor, crops: list[Crop], settings: Settings
-    ) -> tuple[Tensor, Tensor, Labels]:
+        self, trained: Tensor, positives: Tensor, keys: Tensor, mixes: list[Mix], settings: Settings
+    ) -> tuple[Tensor, Labels]:
         """Queries, mixed queries and positives against {batch} u queue, or {own positive} u queue."""
-        trained = [queries, *(crop.features for crop in crops)]
-        queue = self.memory_bank.bank
-        met, labels, targets = _meet(trained, positives, keys, queue, self._offset(positives), settings)
-        rest = met[0].above(_dot(queries, positives) / self.temperature)
-        one_hot_loss = rest if self.in_batch_keys else _with_own(rest)
-        if crops:
-            refined = _mixed_term(crops, met[1:], targets, self.temperature)
-        else:
-            refined = _soft_term(queries, positives, one_hot_loss, targets, self.temperature)
-        return one_hot_loss.mean(), refined, labels
+        met, labels, targets = _meet(trained, positives, keys, self.memory_bank.bank, self._offset(positives), settings)
+        if mixes:
+            size, targets = len(positives), torch.cat([positives, _mixed_targets(targets, mixes)])
+            one_hot, refined = torch.split(_cross_entropy(trained, met, targets, settings), [size, len(trained) - size])
+            return torch.lerp(one_hot.mean(), refined.mean(), settings.refined_weight), labels
+        one_hot = _cross_entropy(trained, met, positives, settings)
+        if not self.in_batch_keys:
+            one_hot = _with_own(one_hot)
+        if not settings.refines:
+            return one_hot.mean(), labels
+        return _softened(one_hot, trained, positives, targets, settings), labels
 
     def _without_queue(
-        self, queries: Tensor, positives: Tensor, keys: Tensor, crops: list[Crop], settings: Settings
-    ) -> tuple[Tensor, Tensor, Labels]:
+        self, trained: Tensor, positives: Tensor, keys: Tensor, mixes: list[Mix], settings: Settings
+    ) -> tuple[Tensor, Labels]:
         """Both views against both; mixed queries against the second views, which estimate their labels."""
-        if not crops:
-            return self._symmetric(queries, positives, keys, settings)
-        one_hot, *_ = self._symmetric(queries, positives, keys, settings._replace(refines=False))
-        mixed, second = [crop.features for crop in crops], keys[len(keys) // 2 :]
+        if not mixes:
+            return self._symmetric(trained, positives, keys, settings)
+        size = len(positives)
+        one_hot, _ = self._symmetric(trained[:size], positives, keys, settings._replace(refines=False))
+        mixed, second = trained[size:], keys[len(keys) // 2 :]
         met, labels, targets = _meet(mixed, positives, second, None, self._offset(positives), settings)
-        return one_hot, _mixed_term(crops, met, targets, self.temperature), labels
+        refined = _cross_entropy(mixed, met, _mixed_targets(targets, mixes), settings).mean()
+        return torch.lerp(one_hot, refined, settings.refined_weight), labels
 
-    def _symmetric(
-        self, queries: Tensor, positives: Tensor, keys: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor, Labels]:
+    def _symmetric(self, queries: Tensor, positives: Tensor, keys: Tensor, settings: Settings) -> tuple[Tensor, Labels]:
         """Both views as rows and as keys (SimCLR's key set); one Gram product serves logits and estimator.
 
         Each row is stacked as ``[view 0; view 1]`` and its partner, the other view of its image, is s rows on. A row
@@ -297,13 +300,13 @@ class SLRLoss(nn.Module):
         bound, chunk_size = settings.bound, settings.chunk_size
         met = contrast(views, keys, scales=scales, bound=bound, hidden=hidden, chunk_size=chunk_size)
         peers, sharp_peers = (Block(*(field[j] for field in met)) for j in (0, -1))
-        one_hot_loss = _with_own(peers.above(_dot(queries, positives).repeat(2) / self.temperature))
-        if not settings.refines:
-            return one_hot_loss.mean(), one_hot_loss.mean(), one_hot(views)
-        labels = _estimate(views, sharp_peers, settings)
         partners = views.roll(size, 0)
+        one_hot_loss = _with_own(_cross_entropy(views, peers, partners, settings))
+        if not settings.refines:
+            return one_hot_loss.mean(), one_hot(views)
+        labels = _estimate(views, sharp_peers, settings)
         targets = labels.target(views, sharp_peers.mean).roll(size, 0)
-        return one_hot_loss.mean(), _soft_term(views, partners, one_hot_loss, targets, self.temperature), labels
+        return _softened(one_hot_loss, views, partners, targets, settings), labels
 
     def _gather(self, local: Tensor) -> Tensor:
         return gather(local) if self.gather_distributed else local
@@ -345,34 +348,32 @@ class SLRLoss(nn.Module):
     def _advance(self, keys: Tensor) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
         accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else keys.isfinite().all()
-        step = self.step + accepted.to(self.step)
         if torch.compiler.is_compiling():
-            self.step = step  # a compiled backward may recompute the schedule from the old buffer
+            self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:
-            self.step.copy_(step)  # a CUDA graph writes to the buffer that it has recorded
+            self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
 
 
 def _meet(
-    trained: Sequence[Tensor],
+    trained: Tensor,
     positives: Tensor,
     keys: Tensor,
     queue: Tensor | None,
     offset: int,
     settings: Settings,
-) -> tuple[list[Block], Labels, Tensor]:
+) -> tuple[Block, Labels, Tensor]:
     """All rows meet all keys, once: the trained rows for their log-sum-exp, the positives as estimators of the labels.
 
     Returns:
-        What each block of ``trained`` met, the labels and their target centroids (s, d).
+        What the trained rows met, the labels and their target centroids (s, d).
     """
     size = len(positives)
-    blocks, hidden = list(trained), []
+    rows, hidden = trained, []
     if settings.refines:
-        blocks.append(positives.detach() / settings.sharpening)
-        if len(keys):
-            hidden.append(Hidden(size * len(trained), offset, size))
+        rows = torch.cat([trained, positives.detach() / settings.sharpening])
+        hidden = [Hidden(len(trained), offset, size)] if len(keys) else []
     met = contrast(
-        torch.cat(blocks),
+        rows,
         keys,
         queue,
         scales=[1 / settings.temperature],
@@ -380,12 +381,13 @@ def _meet(
         hidden=hidden,
         chunk_size=settings.chunk_size,
     )
-    by_block = [Block(*fields) for fields in zip(*(torch.split(field[0], size) for field in met), strict=True)]
+    everyone = Block(*(field.squeeze(0) for field in met))
     if not settings.refines:
-        return by_block, one_hot(positives), positives
-    *by_block, peers = by_block
+        return everyone, one_hot(positives), positives
+    split = [torch.split(field, [len(trained), size]) for field in everyone]
+    ours, peers = (Block(*fields) for fields in zip(*split, strict=True))
     labels = _estimate(positives, peers, settings)
-    return by_block, labels, labels.target(positives, peers.mean)
+    return ours, labels, labels.target(positives, peers.mean)
 
 
 @torch.no_grad()
@@ -402,28 +404,31 @@ def _with_own(rest: Tensor) -> Tensor:
     return torch.logaddexp(rest, torch.zeros_like(rest))
 
 
-def _soft_term(queries: Tensor, positives: Tensor, one_hot_loss: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Equation (4) by target centroids, the label entering only through t = sum_k y_k b_k, from the loss at t = g."""
-    return (one_hot_loss + _dot(queries, positives - targets) / temperature).mean()
+def _cross_entropy(rows: Tensor, met: Block, targets: Tensor, settings: Settings) -> Tensor:
+    """Equation (4) of each row, (r,), the label entering only through its target centroid t = sum_k y_k b_k."""
+    return met.above(_dot(rows, targets) / settings.temperature)
 
 
-def _mixed_term(crops: Sequence[Crop], met: Sequence[Block], targets: Tensor, temperature: float) -> Tensor:
-    """L_c(x', y') of equation (9), mean over crops; mixing labels is mixing their centroids."""
-    terms = []
-    for (features, (theta, partner)), keys in zip(crops, met, strict=True):
-        mixed_targets = torch.lerp(targets[partner], targets, theta[:, None])
-        terms.append(keys.above(_dot(features, mixed_targets) / temperature).mean())
-    return torch.stack(terms).mean()
+def _softened(one_hot_loss: Tensor, rows: Tensor, positives: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+    """Equation (9) where rows are not mixed, from their one-hot loss: only the target moves, by lambda (t - g)."""
+    moved = _dot(rows, positives - targets) * (settings.refined_weight / settings.temperature)
+    return (one_hot_loss + moved).mean()
+
+
+def _mixed_targets(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
+    """Equation (8) for labels, crop after crop: mixing labels is mixing their centroids."""
+    weights = (theta.to(targets)[:, None] for theta, _ in mixes)
+    return torch.cat([targets[mix.partner].lerp(targets, weight) for mix, weight in zip(mixes, weights, strict=True)])
 
 
 def _stats(labels: Labels, confidence: float | Tensor) -> dict[str, Tensor]:
-    own = labels.own
+    positive_weight, alpha, beta, entropy = torch.stack([labels.own, labels.alpha, labels.beta, labels.entropy]).mean(1)
     return {
-        "positive_weight": own.mean(),
-        "alpha": labels.alpha.mean(),
-        "beta": labels.beta.mean(),
-        "mu": confidence.to(own) if isinstance(confidence, Tensor) else own.new_full((), confidence),
-        "label_entropy": labels.entropy.mean(),
+        "positive_weight": positive_weight,
+        "alpha": alpha,
+        "beta": beta,
+        "mu": confidence.to(alpha) if isinstance(confidence, Tensor) else alpha.new_full((), confidence),
+        "label_entropy": entropy,
     }
 
 

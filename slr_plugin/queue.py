@@ -60,13 +60,13 @@ class KeyQueue(nn.Module):
         Returns:
             Whether the batch was written, as a bool tensor of shape ().
         """
-        finite = keys.isfinite().all()
+        finite = keys.sum().abs() < torch.inf
         newest = keys[-self.size :]
         start = self.bank_ptr + (len(keys) - len(newest))
         places = (start + torch.arange(len(newest), device=self.bank.device)) % self.size
         accepted = finite.to(self.bank.device)
         self.bank.index_copy_(0, places, torch.where(accepted, newest.to(self.bank), self.bank[places]))
-        self.bank_ptr.copy_((self.bank_ptr + len(keys) * accepted) % self.size)
+        self.bank_ptr.add_(len(keys) * accepted).remainder_(self.size)
         return finite
 
     def extra_repr(self) -> str:

@@ -38,7 +38,7 @@ class Labels(NamedTuple):
 
     def target(self, positives: Tensor, peers: Tensor) -> Tensor:
         """The target centroid t, (s, d), from the positives g and the q-weighted means a of the other keys."""
-        return self.own[:, None] * positives + self.rest[:, None] * peers
+        return torch.lerp(positives, peers, self.rest[:, None])
 
 
 @torch.no_grad()
@@ -53,11 +53,12 @@ def refine(margin: Tensor, peak: Tensor, q_entropy: Tensor, confidence: float | 
     """
     p_own, p_others = torch.sigmoid(margin), torch.sigmoid(-margin)  # never 1 - p, which cancels
     p_max = torch.maximum(p_own, p_others * peak)
-    z = 1 + confidence * p_max + confidence * peak
-    alpha, beta = confidence * p_max / z, confidence * peak / z
+    shares = confidence * torch.stack([p_max, peak])
+    z = 1 + shares.sum(0)
+    alpha, beta = shares / z
     own, rest = 1 / z + alpha * p_own, alpha * p_others + beta
-    q_entropy = q_entropy.clamp(min=0.0).masked_fill(peak == 0, 0.0)  # rounding of large logits could take it below 0
-    entropy = rest * q_entropy - torch.xlogy(own, own) - torch.xlogy(rest, rest)
+    q_entropy = q_entropy.clamp(min=0.0)  # -inf without other keys; below 0 by rounding of large logits
+    entropy = rest * q_entropy + torch.special.entr(own) + torch.special.entr(rest)
     return Labels(own, rest, alpha, beta, entropy)
 
 
