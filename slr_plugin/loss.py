@@ -348,6 +348,7 @@ class SLRLoss(nn.Module):
     def _advance(self, keys: Tensor) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
         accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else keys.isfinite().all()
+        accepted = accepted.to(self.step.device)
         if torch.compiler.is_compiling():
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:

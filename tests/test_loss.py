@@ -40,6 +40,15 @@ def test_queue_and_step_advance_together(memory_bank_size, grad, update, advance
         assert torch.equal(criterion.memory_bank.bank, bank) != advances
 
 
+@pytest.mark.parametrize("memory_bank_size", [0, (8, 4)])
+def test_a_criterion_left_on_the_cpu_takes_features_on_a_gpu(memory_bank_size, pretended_gpu):
+    with pretended_gpu:
+        criterion = SLRLoss(0.2, memory_bank_size, confidence=CosineConfidence(0.5, 2.0, 4))
+        queries, keys = torch.empty(2, 6, 4, device="cuda", requires_grad=True).unbind()
+        assert criterion(queries, keys).device.type == "cuda"
+    assert {buffer.device.type for buffer in criterion.buffers()} == {"cpu"}
+
+
 @pytest.mark.parametrize("kind", ["CosineConfidence", "callable"])
 def test_schedule_sees_the_step_before_the_call_and_holds_in_evaluation(kind):
     cosine = CosineConfidence(0.5, 2.0, 4)

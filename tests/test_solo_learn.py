@@ -143,6 +143,7 @@ def test_what_is_set_stays():
         ({"confidence": [0, 1, 2]}, 0, ValueError, r"confidence must be \[m1, m2\] or a number"),
         ({"confidence": [0, -1]}, 0, ValueError, r"method_kwargs.confidence must be >= 0"),
         ({"confidence": "high"}, 0, TypeError, r"method_kwargs.confidence must be a number, got 'high'"),
+        ({"label_quality_every": 0}, 0, ValueError, r"method_kwargs.label_quality_every must be >= 1, got 0"),
         ({"strong_crops": 1}, 2, TypeError, r"method_kwargs.strong_crops must be True or False"),
         ({"strong_crops": True}, 0, ValueError, r"needs augmentation pipelines after the first.*crop_size: \[224\]"),
         ({}, 1, ValueError, r"set its pipeline's num_crops to 2"),

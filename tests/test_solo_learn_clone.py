@@ -33,6 +33,7 @@ from solo.methods import METHODS
 from slr_plugin import CosineConfidence
 from slr_plugin.adapters.solo_learn import SANE, register
 from slr_plugin.adapters.solo_learn.symmetric import mix_views
+from slr_plugin.diagnostics import LabelQuality
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Using scheduler_interval")
 
@@ -200,6 +201,20 @@ def test_classes_train_the_online_classifier(folder):
     assert not torch.equal(model.classifier.weight, before)
 
 
+def test_label_quality_is_logged_at_a_setting(folder, tmp_path):
+    model = build(method_kwargs={"label_quality_every": 2})
+    trainer = train(model, loader(model.cfg, folder / "train"))
+    logged = {name for name in trainer.callback_metrics if name.startswith("labels/")}
+    assert logged == {f"labels/{name}" for name in LabelQuality._fields}
+    assert 0 < trainer.callback_metrics["labels/own"] < 1
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    callbacks = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"]
+    (state,) = (state for name, state in callbacks.items() if "LabelQuality" in name)
+    assert [int((monitor["queue_classes"] >= 0).sum()) for monitor in state["monitors"]] == [24, 24]  # all keys known
+    unwatched = train(build(), loader(model.cfg, folder / "train"), max_epochs=1)
+    assert not [name for name in unwatched.callback_metrics if name.startswith("labels/")]
+
+
 def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
     model = build()
     trainer = train(model, loader(model.cfg, folder / "train"), max_epochs=1)
@@ -305,7 +320,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
     ("how", "devices", "overrides"),
     [
         ((), 1, []),
-        ((), 2, []),
+        ((), 2, ["+method_kwargs.label_quality_every=1"]),
         (LAUNCHER, 2, ["~hydra.callbacks.slr"]),
         (TORCHRUN, 2, []),
         ((*TORCHRUN, *LAUNCHER), 2, ["~hydra.callbacks.slr"]),
@@ -314,7 +329,10 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 )
 def test_main_pretrain(folder, how, devices, overrides):
     finish(start("main_pretrain.py", pretrain(folder, *overrides, devices=devices), how))
-    state = checkpoint()[1]["state_dict"]
+    saved = checkpoint()[1]
+    state = saved["state_dict"]
+    watched = [name for name in saved["callbacks"] if "LabelQuality" in name]
+    assert len(watched) == any("label_quality" in setting for setting in overrides)
     steps = 40 // (BATCH * devices)
     for view in (0, 1):
         assert state[f"criteria.{view}.step"] == steps

@@ -15,6 +15,7 @@ from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
+from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.adapters.solo_learn.settings import add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 from slr_plugin.distributed import rank
@@ -47,7 +48,9 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     - ``kappa``: > 0, theta ~ Beta(kappa, kappa); null: nothing is mixed, labels are refined all the same;
     - ``strong_crops``: see above, false by default;
     - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
-      crops. With ``confidence: 0`` the loss is then mocov2plus's.
+      crops. With ``confidence: 0`` the loss is then mocov2plus's;
+    - ``label_quality_every``: n >= 1 compares the labels with the classes at every n-th step, which training never
+      sees, and logs what :class:`slr_plugin.adapters.lightning.LabelQualityCallback` does; null, the default, does not.
 
     Raises:
         ValueError: a setting is out of range, is misspelt, or contradicts another.
@@ -111,6 +114,11 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:  # noqa: N803
         """As :meth:`forward`, by the momentum network."""
         return self._with_projection(super().momentum_forward(X), self.momentum_projector)
+
+    def configure_callbacks(self) -> list[Any]:
+        """The watch over the labels, which solo-learn's scripts have no other way to take."""
+        every = self.cfg.method_kwargs.label_quality_every
+        return [] if every is None else [LabelQualityCallback(every)]
 
     def on_train_start(self) -> None:
         """Seed the mixing: by the global seed, the process, and where a resumed run goes on."""

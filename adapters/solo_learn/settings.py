@@ -28,6 +28,7 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
         "kappa": preset.kappa,
         "strong_crops": False,
         "in_batch_keys": True,
+        "label_quality_every": None,
     }
     for name in settings:
         # Closer than pred_hidden_dim, which other methods have, is to proj_hidden_dim.
@@ -47,6 +48,8 @@ def check(settings: MutableMapping[str, Any], num_small_crops: int) -> None:
         check_integer(f"method_kwargs.{name}", settings[name], low=1)
     for name in ("strong_crops", "in_batch_keys"):
         check_flag(f"method_kwargs.{name}", settings[name])
+    if settings["label_quality_every"] is not None:
+        check_integer("method_kwargs.label_quality_every", settings["label_quality_every"], low=1)
     start_and_end(settings["confidence"])
     if settings["strong_crops"] and not num_small_crops:
         raise ValueError(
