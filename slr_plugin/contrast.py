@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Tiles of rows x keys. On the CPU 1,024 x 1,024 float32 values are 4 MB and stay in the cache between the two products.
 # Smaller ones are no faster on a quiet machine and far slower where processes share the cores, as each operation on a
@@ -54,6 +55,25 @@ LN2 = math.log(2)
 _SAFE_BITS = 32
 
 
+class Met(NamedTuple):
+    """What r rows met at one scale: the fields of :class:`Contrast`."""
+
+    reference: Tensor  # (r,)
+    excess: Tensor  # (r,)
+    peak: Tensor  # (r,)
+    mean: Tensor  # (r, d)
+
+    def above(self, logit: Tensor) -> Tensor:
+        """The log-sum-exp minus a logit: large numbers are subtracted first."""
+        return (self.reference - logit) + self.excess
+
+    def split(self, count: int) -> tuple[Met, Met]:
+        """The first ``count`` rows, and the others."""
+        parts = (torch.split(field, [count, len(field) - count]) for field in self)
+        first, others = zip(*parts, strict=True)
+        return Met(*first), Met(*others)
+
+
 class Contrast(NamedTuple):
     """What each row learns from its keys: ``m`` scales, ``r`` rows, ``d`` dimensions."""
 
@@ -61,6 +81,10 @@ class Contrast(NamedTuple):
     excess: Tensor  # (m, r), log-sum-exp minus reference, with the gradient of the log-sum-exp; -inf without any key
     peak: Tensor  # (m, r), without gradient: the largest softmax weight, in (0, 1]; 0 without any key
     mean: Tensor  # (m, r, d); 0 without any key
+
+    def at(self, scale: int) -> Met:
+        """At the scale of this number."""
+        return Met(*(field.unbind()[scale] for field in self))
 
 
 class Hidden(NamedTuple):
@@ -95,7 +119,12 @@ def contrast(
     Returns:
         The :class:`Contrast`. ``excess`` has gradients for rows and keys. ``mean`` has one for the keys only: its
         weights count as constants, because they serve as labels.
+
+    Raises:
+        RuntimeError: on second derivatives and on forward-mode derivatives, which would come out wrong.
     """
+    if not torch.compiler.is_compiling() and (_has_tangent(rows) or _has_tangent(keys)):
+        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")
     flat = [number for diagonal in hidden for number in diagonal]
     reference, excess, peak, mean = _contrast(rows, keys, queue, list(scales), bound, flat, chunk_size or 0)
     # Autograd follows all outputs of an operator; cut off here, the others cost nothing in the backward.
@@ -229,6 +258,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # under create_graph=True only
+        raise RuntimeError("SLRLoss has no second derivative: its gradient is in closed form; drop create_graph=True")
     _, grad_excess, _, grad_mean = grad_outputs
     rows, keys, logsumexp, mean = ctx.saved_tensors
     grad_rows = grad_keys = None
@@ -242,6 +273,11 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
 
 
 _contrast.register_autograd(_backward, setup_context=_save)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way, which an operator drops silently."""
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _runs_fused(rows: Tensor, chunk: int) -> bool:

@@ -13,11 +13,11 @@ from torch import distributed as dist
 from slr_plugin import dense
 from slr_plugin._checks import check_flag, check_number
 from slr_plugin._inputs import check_views, checked_crops, unit_features
-from slr_plugin.contrast import Hidden, contrast
+from slr_plugin.contrast import Hidden, Met, contrast
 from slr_plugin.distributed import gather, rank
 from slr_plugin.mixup import Mix
 from slr_plugin.queue import KeyQueue
-from slr_plugin.refinery import Labels, one_hot, refine
+from slr_plugin.refinery import Labels, one_hot_labels, refine
 from slr_plugin.schedules import CosineConfidence
 
 Confidence = float | Callable[[int], float]
@@ -33,19 +33,6 @@ class Settings(NamedTuple):
     refines: bool  # False only where the confidence is known to be 0; the estimator's pass is then skipped
     bound: float  # the largest magnitude of a logit, features being of unit length
     chunk_size: int | None
-
-
-class Block(NamedTuple):
-    """What one block of s rows met, at one scale; the fields of :class:`slr_plugin.contrast.Contrast`."""
-
-    reference: Tensor  # (s,)
-    excess: Tensor  # (s,)
-    peak: Tensor  # (s,)
-    mean: Tensor  # (s, d)
-
-    def above(self, logit: Tensor) -> Tensor:
-        """The log-sum-exp minus a logit: large numbers are subtracted first."""
-        return (self.reference - logit) + self.excess
 
 
 class SLRLoss(nn.Module):
@@ -107,25 +94,25 @@ class SLRLoss(nn.Module):
     ) -> None:
         check_number("temperature", temperature)
         if abs(temperature) < 1e-8:
-            raise ValueError(f"temperature must not be 0, got {temperature}")
+            raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
         check_flag("gather_distributed", gather_distributed)
         if gather_distributed and not dist.is_available():
             raise ValueError(
                 "gather_distributed=True needs a torch with torch.distributed; pass gather_distributed=False"
             )
-        check_number("sharpening", sharpening, low=0.0, high=1.0)
-        if sharpening == 0:
-            raise ValueError("sharpening must be in (0, 1], got 0")
+        check_number("sharpening", sharpening)
+        if not 0 < sharpening <= 1:
+            raise ValueError(f"sharpening must be in (0, 1], got {sharpening}")
         if not callable(confidence):
             check_number("confidence", confidence, low=0.0)
         check_number("refined_weight", refined_weight, low=0.0, high=1.0)
         check_flag("in_batch_keys", in_batch_keys)
         super().__init__()
-        self.temperature = temperature
+        self.temperature = float(temperature)
         self.gather_distributed = gather_distributed
-        self.sharpening = sharpening
-        self.confidence = confidence
-        self.refined_weight = refined_weight
+        self.sharpening = float(sharpening)
+        self.confidence = confidence if callable(confidence) else float(confidence)
+        self.refined_weight = float(refined_weight)
         self.in_batch_keys = in_batch_keys
         self.memory_bank = KeyQueue(memory_bank_size)
         self.chunk_size: int | None = None
@@ -154,6 +141,7 @@ class SLRLoss(nn.Module):
         Raises:
             ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
             TypeError: an argument is not a tensor, or not of a float dtype.
+            RuntimeError: a second or a forward-mode derivative is asked for.
         """
         check_views(out0, out1)
         self._check_dim(out0)
@@ -165,8 +153,8 @@ class SLRLoss(nn.Module):
             )
         if update is not None:
             check_flag("update", update)
+        advances = out0.requires_grad if update is None else update
         confidence = self._confidence_now()
-        self._ensure_queue(out0)
         settings = Settings(
             self.temperature,
             self.sharpening,
@@ -180,16 +168,19 @@ class SLRLoss(nn.Module):
         with torch.autocast(out0.device.type, enabled=False):
             trained, positives = unit_features(out0, out1, crops)
             if len(self.memory_bank):
-                keys = self._gather(positives) if self.in_batch_keys else positives[:0]
-                loss, labels = self._with_queue(trained, positives, keys, mixes, settings)
+                # Gathered before the queue is touched: it raises where processes bring batches of different sizes.
+                entering = self._gather(positives) if self.in_batch_keys or advances else positives
+                self._ensure_queue(out0)
+                batch_keys = entering if self.in_batch_keys else entering[:0]
+                loss, labels = self._with_queue(trained, positives, batch_keys, mixes, settings)
             else:
                 views = self._gather_views(trained[: len(positives)], positives)
+                entering = views[len(views) // 2 :]
                 loss, labels = self._without_queue(trained, positives, views, mixes, settings)
-                keys = views[len(views) // 2 :]
 
         self.stats = _stats(labels, confidence)
-        if out0.requires_grad if update is None else update:
-            self._advance(keys if len(keys) else self._gather(positives.detach()))
+        if advances:
+            self._advance(entering)
         return loss
 
     @torch.no_grad()
@@ -208,33 +199,34 @@ class SLRLoss(nn.Module):
         check_views(out0, out1)
         self._check_dim(out0)
         confidence = self._confidence_now()
-        self._ensure_queue(out0)
-        queries, positives = unit_features(out0, out1)
-        size, offset = len(queries), self._offset(queries)
-        rows = torch.arange(size, device=queries.device)
-        if not len(self.memory_bank):
-            # Each row is labelled by its partner, the other view of its image; see _symmetric below.
-            estimator = torch.cat([positives, queries])
-            keys = torch.cat([self._gather(queries), self._gather(positives)])
-            own = torch.cat([rows + offset + len(keys) // 2, rows + offset])
-            hidden = own.roll(size)
-            similarity = estimator @ keys.T
-        elif self.in_batch_keys:
-            own, hidden = rows + offset, None
-            keys = self._gather(positives)
-            similarity = positives @ torch.cat([keys, self.memory_bank.bank.to(keys)]).T
-        else:
-            own, hidden = torch.zeros_like(rows), None
-            similarity = positives @ self.memory_bank.bank.to(positives).T
-            similarity = torch.cat([positives.square().sum(1, keepdim=True), similarity], dim=1)
-        return dense.self_labels(
-            similarity,
-            own,
-            hidden,
-            temperature=self.temperature,
-            sharpening=self.sharpening,
-            confidence=confidence,
-        ).refined
+        with torch.autocast(out0.device.type, enabled=False):
+            queries, positives = unit_features(out0, out1)
+            size, offset = len(queries), self._offset(queries)
+            rows, hidden = torch.arange(size, device=queries.device), None
+            if not len(self.memory_bank):
+                # Each row is labelled by its partner, the other view of its image; see _symmetric below.
+                estimator = torch.cat([positives, queries])
+                keys = self._gather_views(queries, positives)
+                own = torch.cat([rows + offset + len(keys) // 2, rows + offset])
+                hidden = own.roll(size)
+                similarity = estimator @ keys.T
+            elif self.in_batch_keys:
+                own, keys = rows + offset, self._gather(positives)
+                self._ensure_queue(out0)
+                similarity = positives @ torch.cat([keys, self.memory_bank.bank.to(keys)]).T
+            else:
+                own = torch.zeros_like(rows)
+                self._ensure_queue(out0)
+                similarity = positives @ self.memory_bank.bank.to(positives).T
+                similarity = torch.cat([positives.square().sum(1, keepdim=True), similarity], dim=1)
+            return dense.self_labels(
+                similarity,
+                own,
+                hidden,
+                temperature=self.temperature,
+                sharpening=self.sharpening,
+                confidence=confidence,
+            ).refined
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
@@ -259,15 +251,14 @@ class SLRLoss(nn.Module):
         """Queries, mixed queries and positives against {batch} u queue, or {own positive} u queue."""
         met, labels, targets = _meet(trained, positives, keys, self.memory_bank.bank, self._offset(positives), settings)
         if mixes:
-            size, targets = len(positives), torch.cat([positives, _mixed_targets(targets, mixes)])
-            one_hot, refined = torch.split(_cross_entropy(trained, met, targets, settings), [size, len(trained) - size])
-            return torch.lerp(one_hot.mean(), refined.mean(), settings.refined_weight), labels
-        one_hot = _cross_entropy(trained, met, positives, settings)
+            size = len(positives)
+            losses = met.above(_logits(trained, torch.cat([positives, _mixed_targets(targets, mixes)]), settings))
+            one_hot_loss, refined_loss = torch.split(losses, [size, len(losses) - size])
+            return torch.lerp(one_hot_loss.mean(), refined_loss.mean(), settings.refined_weight), labels
+        one_hot_loss = met.above(_logits(trained, positives, settings))
         if not self.in_batch_keys:
-            one_hot = _with_own(one_hot)
-        if not settings.refines:
-            return one_hot.mean(), labels
-        return _softened(one_hot, trained, positives, targets, settings), labels
+            one_hot_loss = _with_own(one_hot_loss)
+        return _softened(one_hot_loss, trained, positives, targets, settings), labels
 
     def _without_queue(
         self, trained: Tensor, positives: Tensor, keys: Tensor, mixes: list[Mix], settings: Settings
@@ -276,11 +267,11 @@ class SLRLoss(nn.Module):
         if not mixes:
             return self._symmetric(trained, positives, keys, settings)
         size = len(positives)
-        one_hot, _ = self._symmetric(trained[:size], positives, keys, settings._replace(refines=False))
+        one_hot_loss, _ = self._symmetric(trained[:size], positives, keys, settings._replace(refines=False))
         mixed, second = trained[size:], keys[len(keys) // 2 :]
         met, labels, targets = _meet(mixed, positives, second, None, self._offset(positives), settings)
-        refined = _cross_entropy(mixed, met, _mixed_targets(targets, mixes), settings).mean()
-        return torch.lerp(one_hot, refined, settings.refined_weight), labels
+        refined_loss = met.above(_logits(mixed, _mixed_targets(targets, mixes), settings)).mean()
+        return torch.lerp(one_hot_loss, refined_loss, settings.refined_weight), labels
 
     def _symmetric(self, queries: Tensor, positives: Tensor, keys: Tensor, settings: Settings) -> tuple[Tensor, Labels]:
         """Both views as rows and as keys (SimCLR's key set); one Gram product serves logits and estimator.
@@ -289,21 +280,20 @@ class SLRLoss(nn.Module):
         sees all keys but itself; its peers are the keys that are neither itself nor its partner. The label of a row is
         estimated by its partner, over the same peers.
         """
-        size, offset = len(queries), self._offset(queries)
-        # Alone, the rows are the keys, and half the logits will do.
+        size, total, offset = len(queries), len(keys) // 2, self._offset(queries)
+        # In one process the rows are the keys: the same tensor twice, by which contrast knows that half the logits do.
         views = keys if len(keys) == 2 * size else torch.cat([queries, positives])
-        total = len(keys) // 2
+        # Of view 0 and of view 1: the row itself and its partner.
         hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
-        scales = [1 / self.temperature]
-        if settings.refines and self.sharpening != 1:
-            scales.append(1 / (self.temperature * self.sharpening))
+        sharpens = settings.refines and self.sharpening != 1
+        scales = [1 / self.temperature, *([1 / (self.temperature * self.sharpening)] if sharpens else [])]
         bound, chunk_size = settings.bound, settings.chunk_size
         met = contrast(views, keys, scales=scales, bound=bound, hidden=hidden, chunk_size=chunk_size)
-        peers, sharp_peers = (Block(*(field[j] for field in met)) for j in (0, -1))
+        peers, sharp_peers = met.at(0), met.at(len(scales) - 1)
         partners = views.roll(size, 0)
-        one_hot_loss = _with_own(_cross_entropy(views, peers, partners, settings))
+        one_hot_loss = _with_own(peers.above(_logits(views, partners, settings)))
         if not settings.refines:
-            return one_hot_loss.mean(), one_hot(views)
+            return one_hot_loss.mean(), one_hot_labels(views)
         labels = _estimate(views, sharp_peers, settings)
         targets = labels.target(views, sharp_peers.mean).roll(size, 0)
         return _softened(one_hot_loss, views, partners, targets, settings), labels
@@ -362,7 +352,7 @@ def _meet(
     queue: Tensor | None,
     offset: int,
     settings: Settings,
-) -> tuple[Block, Labels, Tensor]:
+) -> tuple[Met, Labels, Tensor]:
     """All rows meet all keys, once: the trained rows for their log-sum-exp, the positives as estimators of the labels.
 
     Returns:
@@ -371,6 +361,7 @@ def _meet(
     size = len(positives)
     rows, hidden = trained, []
     if settings.refines:
+        # Divided by tau', so that the common scale 1 / tau makes their logits those of 1 / (tau tau').
         rows = torch.cat([trained, positives.detach() / settings.sharpening])
         hidden = [Hidden(len(trained), offset, size)] if len(keys) else []
     met = contrast(
@@ -381,18 +372,16 @@ def _meet(
         bound=settings.bound,
         hidden=hidden,
         chunk_size=settings.chunk_size,
-    )
-    everyone = Block(*(field.squeeze(0) for field in met))
+    ).at(0)
     if not settings.refines:
-        return everyone, one_hot(positives), positives
-    split = [torch.split(field, [len(trained), size]) for field in everyone]
-    ours, peers = (Block(*fields) for fields in zip(*split, strict=True))
+        return met, one_hot_labels(positives), positives
+    met, peers = met.split(len(trained))
     labels = _estimate(positives, peers, settings)
-    return ours, labels, labels.target(positives, peers.mean)
+    return met, labels, labels.target(positives, peers.mean)
 
 
 @torch.no_grad()
-def _estimate(estimator: Tensor, peers: Block, settings: Settings) -> Labels:
+def _estimate(estimator: Tensor, peers: Met, settings: Settings) -> Labels:
     """Equation (5) for unit estimators (s, d) and what they met in the keys other than their own."""
     sharp = settings.temperature * settings.sharpening
     margin = -peers.above(_dot(estimator, estimator) / sharp)
@@ -400,18 +389,24 @@ def _estimate(estimator: Tensor, peers: Block, settings: Settings) -> Labels:
     return refine(margin, peers.peak, q_entropy, settings.confidence)
 
 
-def _with_own(rest: Tensor) -> Tensor:
-    """From the log-sum-exp over the other keys to that over all, both relative to the own logit."""
-    return torch.logaddexp(rest, torch.zeros_like(rest))
+def _logits(rows: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+    """Of each row with its target centroid t = sum_k y_k b_k; the log-sum-exp above it is equation (4) of the row."""
+    return _dot(rows, targets) / settings.temperature
 
 
-def _cross_entropy(rows: Tensor, met: Block, targets: Tensor, settings: Settings) -> Tensor:
-    """Equation (4) of each row, (r,), the label entering only through its target centroid t = sum_k y_k b_k."""
-    return met.above(_dot(rows, targets) / settings.temperature)
+def _with_own(others: Tensor) -> Tensor:
+    """From the log-sum-exp over the other keys to that over all, both above the own logit."""
+    return torch.logaddexp(others, torch.zeros_like(others))
 
 
 def _softened(one_hot_loss: Tensor, rows: Tensor, positives: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-    """Equation (9) where rows are not mixed, from their one-hot loss: only the target moves, by lambda (t - g)."""
+    r"""Equation (9) of rows that are not mixed, from their one-hot loss.
+
+    .. math:: L_c(x, y) = L_c(x, \mathrm{onehot}) + \langle f, g - t \rangle / \tau, \quad\text{so}\quad
+              L = L_c(x, \mathrm{onehot}) + \lambda \langle f, g - t \rangle / \tau
+    """
+    if not settings.refines:
+        return one_hot_loss.mean()
     moved = _dot(rows, positives - targets) * (settings.refined_weight / settings.temperature)
     return (one_hot_loss + moved).mean()
 

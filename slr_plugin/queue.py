@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class KeyQueue(nn.Module):
 
     def set_dim(self, dim: int) -> None:
         """Fill a queue whose dimension was left open with random keys of dimension ``dim``."""
-        self.bank = _random_keys(self.size, dim).to(self.bank)
+        with torch.inference_mode(False):  # else no later training could write to it
+            self.bank = _random_keys(self.size, dim).to(self.bank)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> Tensor:
@@ -121,23 +123,24 @@ class KeyQueue(nn.Module):
 
 
 def _random_keys(size: int, dim: int) -> Tensor:
-    return F.normalize(torch.randn(size, dim), dim=-1)
+    return F.normalize(torch.randn(size, dim, dtype=torch.float32), dim=-1)
 
 
 def _parse_size(size: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(size, str | bytes) or not isinstance(size, int | Sequence):
+    if isinstance(size, str | bytes) or not isinstance(size, Integral | Sequence):
         raise TypeError(f"memory_bank_size must be an int or (n, d), got {size!r} of type {type(size).__name__}")
-    numbers = [size] if isinstance(size, int) else list(size)
-    for number in numbers:
+    given = [size] if isinstance(size, Integral) else list(size)
+    for number in given:
         check_integer("memory_bank_size", number, low=0)
+    numbers = [int(number) for number in given]
     if numbers == [0]:
         return 0, 0
-    if len(numbers) == 1 and isinstance(size, int):
+    if len(numbers) == 1 and isinstance(size, Integral):
         warnings.warn(
             f"memory_bank_size={size} leaves the dimension to the first batch; write memory_bank_size=({size}, d)",
             stacklevel=4,
         )
-        return size, 0
+        return numbers[0], 0
     if len(numbers) != 2 or (numbers[0] > 0 and numbers[1] == 0):
         raise ValueError(f"memory_bank_size must be 0, or (n, d) with d >= 1, got {size!r}")
     return numbers[0], numbers[1] if numbers[0] else 0

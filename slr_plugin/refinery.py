@@ -62,7 +62,7 @@ def refine(margin: Tensor, peak: Tensor, q_entropy: Tensor, confidence: float | 
     return Labels(own, rest, alpha, beta, entropy)
 
 
-def one_hot(positives: Tensor) -> Labels:
+def one_hot_labels(positives: Tensor) -> Labels:
     """The labels at confidence 0: all weight on the positive."""
     ones = positives.new_ones(len(positives))
     zeros = torch.zeros_like(ones)

@@ -97,9 +97,9 @@ def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]
     }
 
 
-def uneven(rank: int) -> str:
+def uneven(rank: int, memory_bank_size: int | tuple[int, int], in_batch_keys: bool) -> str:
     """The message that a last batch of unequal size raises, or what else happened."""
-    criterion = SLRLoss(0.2, (8, 4), True)
+    criterion = SLRLoss(0.2, memory_bank_size, True, in_batch_keys=in_batch_keys)
     before = copy.deepcopy(criterion.state_dict())
     features = torch.randn(3 + rank, 4, requires_grad=True)
     try:
@@ -114,6 +114,7 @@ def run(rank: int, folder: Path, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(1)
     results = {name: train(scenario, rank, world) for name, scenario in SCENARIOS.items()}
-    torch.save(results | {"uneven": uneven(rank)}, folder / f"rank{rank}.pt")
+    messages = [uneven(rank, size, in_batch_keys) for size in ((8, 4), 8) for in_batch_keys in (True, False)]
+    torch.save(results | {"uneven": [*messages, uneven(rank, 0, True)]}, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 from lightly.loss import NTXentLoss
+from torch.autograd import forward_ad
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss, presets
 
@@ -47,6 +48,46 @@ def test_a_criterion_left_on_the_cpu_takes_features_on_a_gpu(memory_bank_size, p
         queries, keys = torch.empty(2, 6, 4, device="cuda", requires_grad=True).unbind()
         assert criterion(queries, keys).device.type == "cuda"
     assert {buffer.device.type for buffer in criterion.buffers()} == {"cpu"}
+
+
+@pytest.mark.parametrize("first", ["forward", "labels"])
+def test_a_queue_shaped_in_inference_mode_can_be_trained(first):
+    with pytest.warns(UserWarning, match="leaves the dimension"):
+        criterion = SLRLoss(0.2, 8)
+    with torch.inference_mode():
+        getattr(criterion, first)(features(grad=False), features(seed=1, grad=False))
+    criterion(features(), features(seed=1, grad=False)).backward()
+    assert criterion.step == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_queue_is_float32_whatever_torchs_default(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        bank = SLRLoss(0.2, (8, 4)).memory_bank.bank
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bank.dtype == torch.float32
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(8))
+
+
+@pytest.mark.parametrize("memory_bank_size", [0, (8, 4)])
+def test_labels_are_float32_under_autocast(memory_bank_size):
+    criterion = SLRLoss(0.2, memory_bank_size)
+    plain = criterion.labels(features(), features(seed=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(criterion.labels(features(), features(seed=1)), plain)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0])
+@pytest.mark.parametrize("memory_bank_size", [0, (8, 4)])
+def test_derivatives_that_would_be_wrong_are_refused(memory_bank_size, confidence):
+    criterion = SLRLoss(0.2, memory_bank_size, confidence=confidence)
+    queries, keys = features(), features(seed=1, grad=False)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(criterion(queries, keys), queries, create_graph=True)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        criterion(forward_ad.make_dual(queries.detach(), torch.ones_like(queries)), keys)
 
 
 @pytest.mark.parametrize("kind", ["CosineConfidence", "callable"])

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,11 @@ def test_holds_the_newest_keys_in_ring_order(size, batch):
     assert queue.bank_ptr.item() == len(stream) % size
     oldest_first = queue.bank.roll(-queue.bank_ptr.item(), 0)
     torch.testing.assert_close(oldest_first, stream[-size:], rtol=0, atol=0)
+
+
+def test_numpys_integers_are_sizes():
+    assert KeyQueue((np.int64(8), np.int32(3))).bank.shape == (8, 3)
+    assert len(KeyQueue(np.int64(0))) == 0
 
 
 def test_starts_with_lightlys_random_keys():
