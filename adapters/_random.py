@@ -1,4 +1,4 @@
-"""The state of all random generators, as plain values and tensors: a checkpoint with them loads with weights_only."""
+"""Random generators: seeded for mixing, and their state as plain values, so that checkpoints load with weights_only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from slr_plugin.distributed import world_size
+from slr_plugin.distributed import rank, world_size
+
+
+def seed_mixing(generator: torch.Generator, step: int) -> None:
+    """Seed by the global seed, the process, and the step at which a run begins or goes on."""
+    seed = np.random.SeedSequence([torch.initial_seed(), rank(), step])
+    generator.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
 
 def random_state(*generators: torch.Generator) -> dict[str, Any]:

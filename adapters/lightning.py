@@ -84,6 +84,8 @@ class LabelQualityCallback(Callback):
         return {"monitors": [monitor.state_dict() for monitor in self._monitors]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; outside of training there is nothing to watch."""
+        if not self._monitors:
+            return
         for monitor, state in zip(self._monitors, state_dict["monitors"], strict=True):
             monitor.load_state_dict(state)

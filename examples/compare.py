@@ -1,6 +1,6 @@
 """MoCo and SANE side by side: same encoder, initial weights, data order, views and number of epochs.
 
-    python examples/compare.py                            scikit-learn's digits, under 4 minutes on 2 cores
+    python examples/compare.py                            scikit-learn's digits, 2 minutes on 2 cores
     python examples/compare.py --data DIR --epochs 200    DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*
 
 Both train a query network against the outputs of its moving average, and differ in the loss alone:

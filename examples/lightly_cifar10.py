@@ -1,13 +1,13 @@
-"""The paper's CIFAR-10 recipe with lightly: pretrain, watch kNN accuracy, evaluate linearly, draw.
+"""The paper's CIFAR-10 settings with lightly: pretrain, watch kNN accuracy, evaluate linearly, draw.
 
     python examples/lightly_cifar10.py                            torchvision's CIFAR-10, downloaded; ResNet-18
     python examples/lightly_cifar10.py --data DIR                 your images: DIR/train/<class>/*, DIR/test/<class>/*
-    python examples/lightly_cifar10.py ... --resume               go on after an interruption
+    python examples/lightly_cifar10.py --resume                   go on after an interruption, with the run's options
     python examples/lightly_cifar10.py ... --method mocov2        the baseline: one-hot labels, no mixup
 
-It writes into ``--output``: ``views.png`` (rows: queries, positives, mixed images), ``last.ckpt``, TensorBoard's logs,
-then ``curves.png``, ``labels.png`` (where the refined labels lie) and ``results.json``. The paper trains ResNet-50 for
-2,000 epochs: ``--backbone resnet50 --epochs 2000``.
+It writes into ``--output``: ``arguments.json``, ``views.png`` (rows: queries, positives, mixed images), ``last.ckpt``,
+TensorBoard's logs, then ``curves.png``, ``labels.png`` (where the refined labels lie) and ``results.json``. The paper
+trains ResNet-50 for 2,000 epochs: ``--backbone resnet50 --epochs 2000``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION
 from slr_plugin.adapters.lightning import LabelQualityCallback
 
 NORMALIZE = CIFAR10_AUGMENTATION["normalize"]
+FREE = {"resume", "output", "data", "workers", "accelerator"}  # options in which a run may go on differently
 
 
 class Record(LabelQualityCallback):
@@ -69,8 +70,8 @@ class Record(LabelQualityCallback):
         self.epochs = list(state["epochs"])
 
 
-def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
-    """Training images as views, then training and test images as they are."""
+def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset, int]:
+    """Training images as views, then training and test images as they are, and the number of classes."""
     plain = v2.Compose(
         [
             v2.Resize(32),
@@ -86,14 +87,15 @@ def load(args: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset]:
             data = CIFAR10("datasets/cifar10", train=is_train, download=True, transform=transform)
         else:
             data = ImageFolder(args.data / ("train" if is_train else "test"), transform=transform)
+        classes = len(data.classes)
         if args.limit is not None:  # the same images for every seed and method
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
             data = Subset(data, order[: args.limit].tolist())
         sources.append(data)
-    return tuple(sources)
+    return *sources, classes
 
 
-def build(args: argparse.Namespace) -> SANE:
+def build(args: argparse.Namespace, num_classes: int) -> SANE:
     """The method; the baseline is the same module with one-hot labels, MoCo's keys and no mixup."""
     if args.width == 1:
         backbone, feature_dim = cifar_stem(get_model(args.backbone)), None
@@ -104,7 +106,7 @@ def build(args: argparse.Namespace) -> SANE:
     baseline = {"mixup": False, "confidence": 0.0, "in_batch_keys": False} if args.method == "mocov2" else {}
     model = SANE(
         args.batch_size,
-        num_classes=10,
+        num_classes=num_classes,
         knn_k=50,
         knn_t=0.05,
         backbone=backbone,
@@ -133,8 +135,9 @@ def evaluate_linearly(model: SANE, train: DataLoader, test: DataLoader, epochs: 
     """Test accuracy in per cent of lightly's linear classifier on the frozen features of images as they are."""
     features = [extract(model, loader) for loader in (train, test)]
     loaders = [DataLoader(TensorDataset(*pair), args.batch_size, shuffle=pair is features[0]) for pair in features]
+    feature_dim, num_classes = features[0][0].shape[1], model.hparams["num_classes"]
     classifier = LinearClassifier(
-        nn.Identity(), args.batch_size, feature_dim=features[0][0].shape[1], num_classes=10, topk=(1,)
+        nn.Identity(), args.batch_size, feature_dim=feature_dim, num_classes=num_classes, topk=(1,)
     )
     metrics = MetricCallback()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -143,7 +146,7 @@ def evaluate_linearly(model: SANE, train: DataLoader, test: DataLoader, epochs: 
         accelerator=args.accelerator,
         devices=1,
         callbacks=[metrics],
-        check_val_every_n_epoch=10,
+        check_val_every_n_epoch=epochs,
         **quiet,
     )
     trainer.fit(classifier, *loaders)
@@ -203,11 +206,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the last checkpoint in --output")
     add("--output", type=Path, default=Path("outputs/cifar10"), help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.resume and not (args.output / "last.ckpt").is_file():
-        parser.error(f"--resume: there is no {args.output / 'last.ckpt'}; start without --resume")
+    if args.resume:
+        if not (args.output / "last.ckpt").is_file():
+            parser.error(f"--resume: there is no {args.output / 'last.ckpt'}; start without --resume")
+        stored = json.loads((args.output / "arguments.json").read_text())
+        parser.set_defaults(**{name: value for name, value in stored.items() if name not in {"resume", "output"}})
+        args = parser.parse_args(argv)
+        now = plain(args)
+        for name in stored.keys() - FREE:
+            if now[name] != stored[name]:
+                option = f"--{name.replace('_', '-')}"
+                parser.error(
+                    f"the run in {args.output} has {option} {stored[name]}: resume it without {option}, or choose "
+                    "another --output for a new run"
+                )
     if not args.resume and (args.output / "last.ckpt").is_file():
         parser.error(f"{args.output} holds a run already: continue it with --resume, or choose another --output")
     return args
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The options, for JSON."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -215,15 +235,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     seed_everything(args.seed, workers=True)
-    views, train, test = load(args)
+    views, train, test, num_classes = load(args)
     if len(views) < args.batch_size:
         raise SystemExit(f"{len(views)} training images are fewer than --batch-size {args.batch_size}")
 
-    model = build(args)
+    model = build(args, num_classes)
     workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
     loader = DataLoader(views, args.batch_size, shuffle=True, drop_last=True, **workers)
-    plain = [DataLoader(data, args.batch_size, num_workers=args.workers) for data in (train, test)]
+    judges = [DataLoader(data, args.batch_size, num_workers=args.workers) for data in (train, test)]
     if not args.resume:
+        (args.output / "arguments.json").write_text(json.dumps(plain(args), indent=1))
         draw_views(model, DataLoader(views, 10, shuffle=True), args.output / "views.png")
 
     record = Record(every_n_steps=max(1, len(loader) // 4))  # its labels are dense
@@ -242,14 +263,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         num_sanity_val_steps=0,
         log_every_n_steps=min(50, len(loader)),
     )
-    trainer.fit(model, loader, plain, ckpt_path=args.output / "last.ckpt" if args.resume else None)
+    trainer.fit(model, loader, judges, ckpt_path=args.output / "last.ckpt" if args.resume else None)
 
-    trainer.validate(model, plain, verbose=False)  # the last epoch need not have been one with kNN
+    trainer.validate(model, judges, verbose=False)  # the last epoch need not have been one with kNN
     knn = 100 * trainer.callback_metrics["val_knn_top1"].item()
     results = {
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": plain(args),
         "knn": knn,
-        "linear": evaluate_linearly(model, *plain, args.linear_epochs, args),
+        "linear": evaluate_linearly(model, *judges, args.linear_epochs, args),
         "epochs": record.epochs,
     }
     (args.output / "results.json").write_text(json.dumps(results, indent=1))

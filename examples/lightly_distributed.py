@@ -32,7 +32,8 @@ class DistributedMoCo(MoCo):
     def on_fit_start(self) -> None:
         """The rank is known here: processes that share a seed would all mix alike."""
         super().on_fit_start()
-        generator = torch.Generator(self.device).manual_seed(self.global_rank)
+        seed = (self.global_rank << 32) + torch.initial_seed() % 2**32
+        generator = torch.Generator(self.device).manual_seed(seed)
         self.mixup = MomentumMixup(kappa=2.0, generator=generator)
 
     def forward_momentum(self, x: Tensor) -> Tensor:

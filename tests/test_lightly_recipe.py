@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 def run(folder, output, *options):
     small = "--backbone resnet9 --width 0.0625 --batch-size 16 --queue-size 32 --accelerator cpu --workers 0"
-    short = "--epochs 3 --linear-epochs 10 --knn-every 1"
+    short = "--epochs 3 --linear-epochs 5 --knn-every 1"
     fixed = [*small.split(), *short.split(), "--data", str(folder), "--output", str(output)]
     return recipe.main([*fixed, *options])
 
@@ -79,6 +79,28 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(folder, tmp_path, monk
     weights = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "broken")]
     for name, value in weights[0]["state_dict"].items():
         assert torch.equal(value, weights[1]["state_dict"][name]), name
+
+
+def test_a_run_goes_on_with_its_own_options_or_says_so(folder, tmp_path, capsys):
+    first = run(folder, tmp_path, "--method", "mocov2", "--epochs", "1", "--limit", "32")
+    again = recipe.main(["--resume", "--output", str(tmp_path), "--workers", "0"])
+    assert again["arguments"] == first["arguments"] | {"resume": True}
+    for options in (["--method", "sane"], ["--epochs", "2"]):
+        with pytest.raises(SystemExit):
+            recipe.main(["--resume", "--output", str(tmp_path), *options])
+        stored = first["arguments"][options[0].strip("-")]
+        assert f"has {options[0]} {stored}: resume it without {options[0]}" in capsys.readouterr().err
+
+
+def test_any_number_of_classes(tmp_path):
+    for part in ("train", "test"):
+        for number in range(12):
+            (tmp_path / part / f"class-{number:02}").mkdir(parents=True)
+            for copy in range(2):
+                image = Image.new("RGB", (32, 32), (20 * number, 50 * copy, 90))
+                image.save(tmp_path / part / f"class-{number:02}" / f"{copy}.png")
+    results = run(tmp_path, tmp_path / "out", "--epochs", "1", "--limit", "24")
+    assert 0 <= results["linear"] <= 100
 
 
 @pytest.mark.parametrize(

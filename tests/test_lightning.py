@@ -36,6 +36,9 @@ def build(framework, losses=1):
             features = self.encoder(batch[0])
             return sum(criterion(features, features.detach() + 0.1) for criterion in self.criteria)
 
+        def validation_step(self, batch, batch_idx):
+            self.log("seen", 1.0)
+
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -99,6 +102,16 @@ def test_goes_on_where_the_checkpoint_was(framework, tmp_path):
     torch.testing.assert_close(second.quality, whole.quality, rtol=0, atol=0)
     assert whole.quality.own < 1
     assert not math.isnan(whole.quality.nearest)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_checkpoint_with_its_state_can_be_validated(framework, tmp_path):
+    fit = trainer(framework, LabelQualityCallback(), tmp_path, 1)
+    fit.fit(build(framework), loader())
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    judge = trainer(framework, LabelQualityCallback(), tmp_path, 1)
+    (metrics,) = judge.validate(build(framework), loader(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert metrics == {"seen": 1.0}
 
 
 def test_after_training_the_loss_is_let_go(tmp_path):

@@ -173,6 +173,14 @@ def test_misspellings_are_named(name, meant):
         add_defaults(OmegaConf.create({name: 0.5}), "cifar10")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("mixup", "kappa: null"), ("ema_momentum", "momentum.base_tau"), ("label_quality", "_every")]
+)
+def test_names_of_the_other_adapter_are_refused(name, message):
+    with pytest.raises(ValueError, match=rf"method_kwargs\.{name} is unknown to solo-learn's sane: .*{message}"):
+        add_defaults(OmegaConf.create({name: False}), "cifar10")
+
+
 # --- configurations
 
 

@@ -95,6 +95,16 @@ def test_bad_settings_are_refused_when_the_method_is_built():
         build(method_kwargs={"sharpning": 0.5})
 
 
+def test_settings_may_be_left_empty():
+    expected = build(method_kwargs={"queue_size": 64}).cfg.method_kwargs
+    for kwargs in (None, {}):
+        cfg = config()
+        cfg.method_kwargs = kwargs
+        got = SANE.add_and_assert_specific_cfg(cfg).method_kwargs
+        assert got.keys() == expected.keys()
+        assert got.queue_size == 65536
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "imagenet-100", "imagenet"])
 @pytest.mark.parametrize("kind", ["", "-multi-strong"])
 def test_every_configuration_builds_the_method(name, kind):
@@ -243,6 +253,8 @@ def test_a_run_that_goes_on_with_other_settings_says_so(folder, tmp_path, recwar
     checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=False)
     build().on_load_checkpoint(checkpoint)
     build().on_load_checkpoint({})  # of an earlier version
+    assert "other method_kwargs" not in str([warning.message for warning in recwarn])
+    build(method_kwargs={"label_quality_every": 5}).on_load_checkpoint(checkpoint)
     assert "other method_kwargs" not in str([warning.message for warning in recwarn])
     with pytest.warns(UserWarning, match=r"method_kwargs \(kappa from 0.1 to None\).*give it another name"):
         build(method_kwargs={"kappa": None}).on_load_checkpoint(checkpoint)

@@ -23,7 +23,7 @@ from torchvision.models import ResNet, resnet50
 
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
 from slr_plugin._checks import check_flag, check_integer, check_number
-from slr_plugin.adapters._random import gather_random_states, set_random_state
+from slr_plugin.adapters._random import gather_random_states, seed_mixing, set_random_state
 from slr_plugin.distributed import rank, world_size
 from slr_plugin.presets import IMAGENET, Preset
 
@@ -236,12 +236,9 @@ class SANE(LightningModule):
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=int(steps))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    def on_fit_start(self) -> None:
-        """Seed the mixing, by the global seed and the process."""
-        self._mixing.manual_seed((torch.initial_seed() + 1 + rank()) % 2**63)
-
     def on_train_start(self) -> None:
-        """Restore the random state of a run that is continued, and begin its first epoch by it."""
+        """Seed the mixing; restore the random state of a run that is continued, and begin its first epoch by it."""
+        seed_mixing(self._mixing, self.trainer.global_step)
         if self._resumed is None:
             return
         # To count the steps, Lightning made this epoch's iterator before it knew which: its workers load other images.

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
@@ -15,10 +14,10 @@ from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
+from slr_plugin.adapters._random import seed_mixing
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.adapters.solo_learn.settings import add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
-from slr_plugin.distributed import rank
 
 _SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
 
@@ -33,7 +32,8 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
 
     - two large crops alone: each with the other;
     - small crops, if there are any, in place of the large ones: each with the large crop that is its direction's
-      positive, resized. They serve the two directions in turn. A small crop of full size is written
+      positive, resized. They serve the two directions in turn, and the directions weigh alike: of five crops the three
+      of the first direction count a sixth each, the two of the second a quarter. A small crop of full size is written
       ``crop_size: [224]``: solo-learn then does not count it as a large one, of which it allows two;
     - ``strong_crops: true``: small crops are the positives that are mixed in, the large ones, resized, the queries. So
       strong augmentation never reaches the keys or the labels.
@@ -87,6 +87,8 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Add the defaults of ``method_kwargs`` to ``cfg``, in place, and return it."""
+        if cfg.get("method_kwargs") is None:  # absent, or written without anything below it
+            cfg.method_kwargs = {}
         cfg = super(SANE, SANE).add_and_assert_specific_cfg(cfg)
         add_defaults(cfg.method_kwargs, cfg.data.dataset)
         return cfg
@@ -123,8 +125,7 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     def on_train_start(self) -> None:
         """Seed the mixing: by the global seed, the process, and where a resumed run goes on."""
         super().on_train_start()
-        seed = np.random.SeedSequence([torch.initial_seed(), rank(), self.trainer.global_step])
-        self._mixing.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        seed_mixing(self._mixing, self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings."""
@@ -176,6 +177,7 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
 
     def _settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = OmegaConf.to_container(self.cfg.method_kwargs)  # type: ignore[assignment]
+        settings.pop("label_quality_every")  # watching changes nothing
         return settings
 
     def _new_projector(self, settings: DictConfig) -> nn.Sequential:

@@ -9,12 +9,21 @@ from typing import Any
 from slr_plugin._checks import check_flag, check_integer, check_number
 from slr_plugin.presets import CIFAR10, IMAGENET
 
+# Names of the adapter for lightly, and what is meant here.
+_ELSEWHERE = {
+    "mixup": "kappa: null is without mixup",
+    "share_mix": "every crop draws its own theta and partners",
+    "ema_momentum": "it is momentum.base_tau and momentum.final_tau, beside method_kwargs",
+    "label_quality": "it is method_kwargs.label_quality_every",
+}
+
 
 def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
     """Add what is not set, in place: the paper's values, for CIFAR or for ImageNet, and mocov2plus's projector.
 
     Raises:
-        ValueError: a name that is nearly one of ours. Others are ignored, as everywhere in solo-learn.
+        ValueError: a name that is nearly one of ours, or what another adapter calls it. Others are ignored, as
+            everywhere in solo-learn.
     """
     preset = CIFAR10 if dataset in ("cifar10", "cifar100") else IMAGENET
     defaults = {
@@ -31,6 +40,8 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
         "label_quality_every": None,
     }
     for name in settings:
+        if name in _ELSEWHERE:
+            raise ValueError(f"method_kwargs.{name} is unknown to solo-learn's sane: {_ELSEWHERE[name]}")
         # Closer than pred_hidden_dim, which other methods have, is to proj_hidden_dim.
         meant = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.87)
         if name not in defaults and meant:
