@@ -35,11 +35,12 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
     """Time and memory of the loss."""
     add_timing(parser, rounds=15)
     parser.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
+    parser.add_argument("--compile", action="store_true", help="ours and lightly's under torch.compile, too")
 
     def run(args: argparse.Namespace) -> None:
         if args.rounds < loss.SLOW_ROUNDS:
             parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
-        loss.run(args.sizes, args.device, args.rounds, args.precision, args.output)
+        loss.run(args.sizes, args.device, args.rounds, args.precision, args.compile, args.output)
 
     parser.set_defaults(run=run)
 

@@ -44,8 +44,11 @@ class Inputs(NamedTuple):
 Losses = dict[str, Callable[[], Tensor]]
 
 
-def contenders(size: Size, device: str) -> dict[str, Callable[[], Any] | None]:
-    """One callable per contender that computes the loss and its gradients; None where it does not fit."""
+def contenders(size: Size, device: str, compiles: bool = False) -> dict[str, Callable[[], Any] | None]:
+    """One callable per contender that computes the loss and its gradients; None where it does not fit.
+
+    With ``compiles``, the baseline and ours once more under ``torch.compile``, which needs a C++ compiler on a CPU.
+    """
     generator = torch.Generator().manual_seed(0)
     queries, positives, mixed = (torch.randn(size.rows, size.dim, generator=generator).to(device) for _ in range(3))
     slr = SLRLoss(TEMPERATURE, (size.queue, size.dim) if size.queue else 0).to(device)
@@ -68,6 +71,9 @@ def contenders(size: Size, device: str) -> dict[str, Callable[[], Any] | None]:
         "pytorch-metric-learning NTXentLoss": count * count * keys,
     }
     steps = {name: step(loss) if largest.get(name, 0) < LARGEST_TENSOR else None for name, loss in losses.items()}
+    if compiles:
+        names = [name for name in losses if name == BASELINE or name.startswith("SLRLoss")]
+        steps |= {f"{name}, compiled": step(torch.compile(losses[name])) for name in names}
     if device != "cpu" and torch.get_float32_matmul_precision() != "highest":
         steps |= {f"{name}, fused": fused(run) for name, run in steps.items() if name.startswith("SLRLoss") and run}
     if size.queue:

@@ -22,6 +22,7 @@ from benchmarks.contenders import BASELINE, LIMIT, Size, contenders, finds_solo_
 from benchmarks.machine import machine, publish, wait
 
 SIZES = {
+    "queue-512": Size(64, 512, 128),
     "queue-65536": Size(256, 65536, 128),
     "queue-4096": Size(256, 4096, 128),
     "symmetric-2048": Size(2048, 0, 128),
@@ -78,9 +79,9 @@ def paired(
     return times, memory
 
 
-def measure(size: Size, device: str, rounds: int) -> list[dict[str, Any]]:
+def measure(size: Size, device: str, rounds: int, compiles: bool) -> list[dict[str, Any]]:
     """One row of results per contender."""
-    every = contenders(size, device)
+    every = contenders(size, device, compiles)
     steps = {name: step for name, step in every.items() if step is not None}
     fast = {name: step for name, step in steps.items() if name not in SLOW}
     times, memory = paired(fast, device, rounds, str(tuple(size)))
@@ -135,10 +136,10 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def run(sizes: list[str], device: str, rounds: int, precision: str, output: Path) -> None:
+def run(sizes: list[str], device: str, rounds: int, precision: str, compiles: bool, output: Path) -> None:
     """Measure, print the table, write loss.json and loss.md."""
     torch.set_float32_matmul_precision(precision)
-    results = {name: measure(SIZES[name], device, rounds) for name in sizes}
+    results = {name: measure(SIZES[name], device, rounds, compiles) for name in sizes}
     peers = ("torch", "lightly", "info-nce-pytorch", "pytorch-metric-learning")
     versions = ", ".join(f"{name} {version(name)}" for name in peers)
     versions += ", solo-learn from a clone" if finds_solo_learn() else ""

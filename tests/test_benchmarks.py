@@ -1,5 +1,6 @@
 """The benchmarks of time and memory, small: that they run and report, not how fast."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,14 +20,19 @@ from benchmarks.contenders import BASELINE, Size
 from slr_plugin import SLRLoss, presets
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of the compiler about itself
+@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize("size", [Size(4, 6, 3), Size(4, 0, 3)])
-def test_every_contender_runs(size, tmp_path, monkeypatch):
+def test_every_contender_runs(size, compiles, tmp_path, monkeypatch):
     monkeypatch.delenv("SOLO_LEARN_DIR", raising=False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # needs no C++ compiler
     monkeypatch.setattr(loss, "SIZES", {"tiny": size})
-    loss.run(["tiny"], "cpu", loss.SLOW_ROUNDS, "highest", tmp_path)
+    loss.run(["tiny"], "cpu", loss.SLOW_ROUNDS, "highest", compiles, tmp_path)
     rows = json.loads((tmp_path / "loss.json").read_text())["results"]["tiny"]
     assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)
-    assert len(rows) == (8 if size.queue else 6)
+    compiled = [row["contender"] for row in rows if "compiled" in row["contender"]]
+    assert len(compiled) == compiles * (3 if size.queue else 2)
+    assert len(rows) - len(compiled) == (8 if size.queue else 6)
 
 
 def test_the_peers_compute_what_they_are_said_to(monkeypatch):

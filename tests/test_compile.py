@@ -13,9 +13,7 @@ from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 BACKENDS = ["aot_eager", *(["inductor"] if shutil.which("g++") else [])]
 
 # Warnings that torch's own compiler gives about itself.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:torch", "ignore::DeprecationWarning", "ignore:Guards may run slower on Python 3.13.0"
-)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning")
 
 
 class Step(torch.nn.Module):
