@@ -169,7 +169,9 @@ class SLRLoss(nn.Module):
             trained, positives = unit_features(out0, out1, crops)
             if len(self.memory_bank):
                 # Gathered before the queue is touched: it raises where processes bring batches of different sizes.
-                entering = self._gather(positives) if self.in_batch_keys or advances else positives
+                entering = positives if self.in_batch_keys else positives.detach()
+                if self.in_batch_keys or advances:
+                    entering = self._gather(entering)
                 self._ensure_queue(out0)
                 batch_keys = entering if self.in_batch_keys else entering[:0]
                 loss, labels = self._with_queue(trained, positives, batch_keys, mixes, settings)
