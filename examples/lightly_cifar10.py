@@ -207,20 +207,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("outputs/cifar10"), help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.resume:
-        if not (args.output / "last.ckpt").is_file():
-            parser.error(f"--resume: there is no {args.output / 'last.ckpt'}; start without --resume")
+        for needed in (args.output / "last.ckpt", args.output / "arguments.json"):
+            if not needed.is_file():
+                parser.error(f"--resume: there is no {needed}; start without --resume")
         stored = json.loads((args.output / "arguments.json").read_text())
         parser.set_defaults(**{name: value for name, value in stored.items() if name not in {"resume", "output"}})
         args = parser.parse_args(argv)
         now = plain(args)
-        for name in stored.keys() - FREE:
-            if now[name] != stored[name]:
+        for name in stored:
+            if name not in FREE and now[name] != stored[name]:
                 option = f"--{name.replace('_', '-')}"
                 parser.error(
                     f"the run in {args.output} has {option} {stored[name]}: resume it without {option}, or choose "
                     "another --output for a new run"
                 )
-    if not args.resume and (args.output / "last.ckpt").is_file():
+    elif (args.output / "last.ckpt").is_file():
         parser.error(f"{args.output} holds a run already: continue it with --resume, or choose another --output")
     return args
 

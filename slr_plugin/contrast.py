@@ -83,7 +83,7 @@ class Contrast(NamedTuple):
     mean: Tensor  # (m, r, d); 0 without any key
 
     def at(self, scale: int) -> Met:
-        """At the scale of this number."""
+        """At the scale of this number; -1 is the last."""
         return Met(*(field.unbind()[scale] for field in self))
 
 

@@ -16,7 +16,7 @@ from slr_plugin._inputs import check_views, checked_crops, unit_features
 from slr_plugin.contrast import Hidden, Met, contrast
 from slr_plugin.distributed import gather, rank
 from slr_plugin.mixup import Mix
-from slr_plugin.queue import KeyQueue
+from slr_plugin.queue import KeyQueue, are_finite
 from slr_plugin.refinery import Labels, one_hot_labels, refine
 from slr_plugin.schedules import CosineConfidence
 
@@ -287,11 +287,12 @@ class SLRLoss(nn.Module):
         views = keys if len(keys) == 2 * size else torch.cat([queries, positives])
         # Of view 0 and of view 1: the row itself and its partner.
         hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
-        sharpens = settings.refines and self.sharpening != 1
-        scales = [1 / self.temperature, *([1 / (self.temperature * self.sharpening)] if sharpens else [])]
+        scales = [1 / self.temperature]
+        if settings.refines and self.sharpening != 1:
+            scales.append(1 / (self.temperature * self.sharpening))
         bound, chunk_size = settings.bound, settings.chunk_size
         met = contrast(views, keys, scales=scales, bound=bound, hidden=hidden, chunk_size=chunk_size)
-        peers, sharp_peers = met.at(0), met.at(len(scales) - 1)
+        peers, sharp_peers = met.at(0), met.at(-1)
         partners = views.roll(size, 0)
         one_hot_loss = _with_own(peers.above(_logits(views, partners, settings)))
         if not settings.refines:
@@ -339,7 +340,7 @@ class SLRLoss(nn.Module):
     @torch.no_grad()
     def _advance(self, keys: Tensor) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
-        accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else keys.isfinite().all()
+        accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else are_finite(keys)
         accepted = accepted.to(self.step.device)
         if torch.compiler.is_compiling():
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
@@ -415,8 +416,7 @@ def _softened(one_hot_loss: Tensor, rows: Tensor, positives: Tensor, targets: Te
 
 def _mixed_targets(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
     """Equation (8) for labels, crop after crop: mixing labels is mixing their centroids."""
-    weights = (theta.to(targets)[:, None] for theta, _ in mixes)
-    return torch.cat([targets[mix.partner].lerp(targets, weight) for mix, weight in zip(mixes, weights, strict=True)])
+    return torch.cat([targets[partner].lerp(targets, theta.to(targets)[:, None]) for theta, partner in mixes])
 
 
 def _stats(labels: Labels, confidence: float | Tensor) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class KeyQueue(nn.Module):
         Returns:
             Whether the batch was written, as a bool tensor of shape ().
         """
-        finite = keys.sum().abs() < torch.inf
+        finite = are_finite(keys)
         newest = keys[-self.size :]
         start = self.bank_ptr + (len(keys) - len(newest))
         places = (start + torch.arange(len(newest), device=self.bank.device)) % self.size
@@ -120,6 +120,11 @@ class KeyQueue(nn.Module):
                 self.set_dim(dim)
             local = state_dict
         super()._load_from_state_dict(local, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def are_finite(keys: Tensor) -> Tensor:
+    """Whether all of (s, d) unit keys are finite, which is when their sum is; a bool tensor of shape ()."""
+    return keys.sum().abs() < torch.inf
 
 
 def _random_keys(size: int, dim: int) -> Tensor:
