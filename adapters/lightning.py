@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from slr_plugin import SLRLoss
-from slr_plugin._checks import check_integer
 from slr_plugin.adapters._require import require
+from slr_plugin.checks import check_integer
 from slr_plugin.diagnostics import LabelMonitor, LabelQuality
 
 # lightly trains with pytorch_lightning, solo-learn with lightning; their trainers call the hooks of either's callbacks.

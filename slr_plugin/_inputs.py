@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slr_plugin._checks import check_float_tensor
+from slr_plugin.checks import check_float_tensor
 from slr_plugin.mixup import Mix, check_mix
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slr_plugin._checks import check_float_tensor, check_index_tensor
+from slr_plugin.checks import check_float_tensor, check_index_tensor
 from slr_plugin.distributed import gather, rank
 from slr_plugin.loss import SLRLoss
 

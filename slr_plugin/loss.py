@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._checks import check_flag, check_number
 from slr_plugin._inputs import check_views, checked_crops, unit_features
+from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.contrast import Hidden, Met, contrast
 from slr_plugin.distributed import gather, rank
 from slr_plugin.mixup import Mix
@@ -229,6 +229,21 @@ class SLRLoss(nn.Module):
                 sharpening=self.sharpening,
                 confidence=confidence,
             ).refined
+
+    @torch.no_grad()
+    def set_step(self, step: int) -> None:
+        """Place the schedule of the confidence at ``step``, for trainers that count steps themselves.
+
+        A call counts one step, which is wrong where several batches make one optimizer step or a run begins anew with
+        loaded weights. Call this before every batch with the trainer's own count (Lightning's ``global_step``) and give
+        the schedule the trainer's total.
+
+        Raises:
+            ValueError: ``step`` is negative.
+            TypeError: ``step`` is not an integer.
+        """
+        check_integer("step", step, low=0)
+        self.step.fill_(step)
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slr_plugin._checks import check_float_tensor, check_index_tensor, check_number, check_values
+from slr_plugin.checks import check_float_tensor, check_index_tensor, check_number, check_values
 
 
 class Mix(NamedTuple):

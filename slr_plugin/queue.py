@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slr_plugin._checks import check_integer
+from slr_plugin.checks import check_integer
 
 
 class KeyQueue(nn.Module):

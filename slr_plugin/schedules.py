@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from slr_plugin._checks import check_integer, check_number
+from slr_plugin.checks import check_integer, check_number
 
 
 @dataclass(frozen=True)

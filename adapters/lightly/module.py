@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from torchvision.models import ResNet, resnet50
 
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
-from slr_plugin._checks import check_flag, check_integer, check_number
 from slr_plugin.adapters._random import gather_random_states, seed_mixing, set_random_state
+from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.distributed import rank, world_size
 from slr_plugin.presets import IMAGENET, Preset
 

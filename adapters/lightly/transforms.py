@@ -13,8 +13,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms import Compose
 
-from slr_plugin._checks import check_flag, check_integer
 from slr_plugin.adapters._require import require
+from slr_plugin.checks import check_flag, check_integer
 
 SINGLE = (96,)
 MULTI = (224, 192, 160, 128, 96)

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
-from slr_plugin._checks import check_flag, check_integer, check_number
+from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.presets import CIFAR10, IMAGENET
 
 # Names of the adapter for lightly, and what is meant here.

@@ -1,4 +1,4 @@
-"""Errors that name the argument, what came, and what would do."""
+"""Checks of arguments, shared with the adapters: errors that name the argument, what came, and what would do."""
 
 from __future__ import annotations
 
