@@ -12,7 +12,7 @@ require("lightly", "lightly", "pytorch_lightning", "torchvision")
 from slr_plugin.adapters.lightly.methods import VARIANTS as VARIANTS  # noqa: E402
 from slr_plugin.adapters.lightly.methods import register as register  # noqa: E402
 from slr_plugin.adapters.lightly.module import SANE as SANE  # noqa: E402
-from slr_plugin.adapters.lightly.module import cifar_stem as cifar_stem  # noqa: E402
+from slr_plugin.adapters.lightly.networks import cifar_stem as cifar_stem  # noqa: E402
 from slr_plugin.adapters.lightly.transforms import MULTI as MULTI  # noqa: E402
 from slr_plugin.adapters.lightly.transforms import SINGLE as SINGLE  # noqa: E402
 from slr_plugin.adapters.lightly.transforms import SANETransform as SANETransform  # noqa: E402

@@ -22,12 +22,17 @@ def main(arguments: Sequence[str]) -> None:
     Lightning starts DDP children with the command line of this process. As the script is imported, not executed, that
     stays ``python -m slr_plugin.adapters.lightly PATH/main.py ...``, and the children know the methods too.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0].startswith("-"):
         print(__doc__)
-        raise SystemExit(0 if arguments else 2)
+        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     script = load(Path(arguments[0]))
-    register(script.METHODS, [name for name in VARIANTS if name == "sane" or name in arguments])
-    script.main(**vars(script.parser.parse_args(arguments[1:])))
+    options = vars(script.parser.parse_args(arguments[1:]))
+    methods = options.get("methods") or []
+    register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)])
+    if unknown := [name for name in methods if name not in script.METHODS]:
+        known = ", ".join({**script.METHODS, **VARIANTS})
+        script.parser.error(f"--methods must be among {known}, got {', '.join(unknown)}")
+    script.main(**options)
 
 
 def load(path: Path) -> ModuleType:

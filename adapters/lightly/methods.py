@@ -35,7 +35,7 @@ def register(methods: MutableMapping[str, dict[str, Any]], names: Iterable[str] 
     >>> sorted(methods["sane"])
     ['model', 'transform']
     """
-    names = tuple(names)
+    names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in VARIANTS:
             raise ValueError(f"names must be among {', '.join(VARIANTS)}, got {name!r}")

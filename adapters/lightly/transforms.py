@@ -1,4 +1,4 @@
-"""The views of an image: two to contrast, and pairs of crops to mix."""
+"""The views of an image, two to contrast and pairs of crops to mix, and the batches of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from lightly.transforms.moco_transform import MoCoV2Transform
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightly.transforms.torchvision_v2_compatibility import ToTensor
 from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms import Compose
+from torchvision.transforms.functional import to_pil_image
 
 from slr_plugin.adapters._require import require
 from slr_plugin.checks import check_flag, check_integer
@@ -27,21 +30,10 @@ CIFAR10_AUGMENTATION: dict[str, Any] = {
 }
 
 # CLSA's operations but Identity; timm has no such operation, so a draw applies with less than CLSA's probability 0.5.
-_OPERATIONS = (
-    "AutoContrast",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Equalize",
-    "PosterizeOriginal",  # keeps 4 to 8 bits, as CLSA; timm's Posterize 0 to 4
-    "Rotate",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "Solarize",
-    "TranslateXRel",
-    "TranslateYRel",
-)
+_OPERATIONS = [
+    *("AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Rotate", "Sharpness", "ShearX", "ShearY"),
+    *("Solarize", "TranslateXRel", "TranslateYRel", "PosterizeOriginal"),  # keeps 4 to 8 bits; timm's Posterize 0 to 4
+]
 _DRAWS = 5
 _PROBABILITY = 0.5 * len(_OPERATIONS) / (len(_OPERATIONS) + 1)
 
@@ -58,17 +50,17 @@ class SANETransform(MultiViewTransform):
 
     Args:
         input_size: side of the two views in pixels.
-        crops: sides of the crops in the mixup term: ``()`` the two views themselves (the paper on CIFAR-10),
+        crops: sides of the crops in the mixup term, or one: ``()`` the two views themselves (the paper on CIFAR-10),
             ``SINGLE`` SANE-Single's 96, ``MULTI`` SANE-Multi's five. A crop of ``input_size`` is not drawn anew: it is
             the two views.
         strong: the positives that are mixed (not those that are keys and label the queries) also get CLSA's strong
-            augmentation, five of 14 operations, each with probability 0.5. Needs PIL images and timm.
+            augmentation, five of 14 operations, each with probability 0.5. Not for tensors; needs timm.
         augmentation: arguments of lightly's MoCoV2Transform in place of its defaults, for all views alike.
 
     Raises:
         ValueError: a size below 1.
-        TypeError: a size is not an integer, ``strong`` is no bool or is True and the image no PIL image, or an unknown
-            augmentation.
+        TypeError: a size is not an integer, ``strong`` is no bool, an augmentation is unknown, or an image of no known
+            kind.
         ImportError: ``strong`` without timm.
 
     Warns:
@@ -81,14 +73,15 @@ class SANETransform(MultiViewTransform):
     """
 
     def __init__(
-        self, input_size: int = 224, crops: Sequence[int] = (), strong: bool = False, **augmentation: Any
+        self, input_size: int = 224, crops: Sequence[int] | int = (), strong: bool = False, **augmentation: Any
     ) -> None:
         check_integer("input_size", input_size, low=1)
+        crops = tuple(crops) if isinstance(crops, Sequence) else (crops,)
         for crop in crops:
             check_integer("crops", crop, low=1)
         check_flag("strong", strong)
         self.input_size = input_size
-        self.crops = tuple(crops) or ((input_size,) if strong else ())
+        self.crops = crops or ((input_size,) if strong else ())
         self.strong = strong
 
         def view(size: int) -> View:
@@ -106,10 +99,13 @@ class SANETransform(MultiViewTransform):
         """The paper's views on CIFAR-10: 32 pixels, two views, augmented as in the MoCo authors' CIFAR demo."""
         return cls(input_size=32, strong=strong, **CIFAR10_AUGMENTATION)
 
-    def __call__(self, image: Image | Tensor) -> list[Tensor]:
-        """``2 + 2 * len(crops)`` tensors (channels, side, side) of a PIL image, or of a tensor if not ``strong``."""
-        if self.strong and not isinstance(image, Image):
-            raise TypeError(f"strong=True needs PIL images, got {type(image).__name__}; take strong=False")
+    def __call__(self, image: Image | np.ndarray | Tensor) -> list[Tensor]:
+        """``2 + 2 * len(crops)`` tensors (channels, side, side).
+
+        Images of PIL and numpy become RGB, as in torchvision's loaders. Grey ones and tensors keep their channels; but
+        ``strong`` makes grey ones RGB, and takes no tensors.
+        """
+        image = self._prepared(image)
         self._check_size(image)
         views: list[Tensor] = super().__call__(image)  # type: ignore[assignment]
         key, query = views
@@ -122,6 +118,22 @@ class SANETransform(MultiViewTransform):
 
     def __repr__(self) -> str:
         return f"SANETransform(input_size={self.input_size}, crops={self.crops}, strong={self.strong})"
+
+    def _prepared(self, image: Any) -> Image | Tensor:
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = to_pil_image(image)
+        if isinstance(image, Image) and image.mode[0] not in "IF":  # RGB would cut their values off at 255
+            return image if image.mode == "L" and not self.strong else image.convert("RGB")
+        if isinstance(image, Tensor) and self.strong:
+            raise TypeError("strong=True needs PIL images, got a tensor; take strong=False")
+        is_float_or_byte = isinstance(image, Tensor) and (image.is_floating_point() or image.dtype == torch.uint8)
+        if is_float_or_byte and image.ndim == 3 and len(image) in (1, 3):
+            return image  # type: ignore[no-any-return]
+        seen = [f"{name} {getattr(image, name)}" for name in ("mode", "shape", "dtype") if hasattr(image, name)]
+        raise TypeError(
+            "an image must be PIL's or numpy's with 8 bits per channel, or a tensor (1 or 3, height, width) of uint8 or "
+            f"floats, got {type(image).__name__} {', '.join(seen)}"
+        )
 
     def _check_size(self, image: Image | Tensor) -> None:
         width, height = image.size if isinstance(image, Image) else (image.shape[-1], image.shape[-2])
@@ -140,12 +152,36 @@ def _strengthen(view: View) -> View:
     from timm.data.auto_augment import rand_augment_transform
 
     # m10, mstd101: a magnitude uniform over its whole range.
-    operations = rand_augment_transform(
-        f"rand-m10-n{_DRAWS}-mstd101-p{_PROBABILITY:.10f}", transforms=list(_OPERATIONS)
-    )
+    operations = rand_augment_transform(f"rand-m10-n{_DRAWS}-mstd101-p{_PROBABILITY:.10f}", transforms=_OPERATIONS)
     steps = view.transform.transforms  # type: ignore[attr-defined]
     last = next(place for place, step in enumerate(steps) if isinstance(step, ToTensor))
     return Compose([*steps[:last], operations, *steps[last:]])  # type: ignore[no-any-return]
+
+
+def checked_views(batch: Any, mixes: bool) -> tuple[Sequence[Tensor], Tensor]:
+    """Views and targets of a batch, or a ValueError that says what the data set should do."""
+    wanted = "give the data set transform=SANETransform(...) of slr_plugin.adapters.lightly"
+    if not isinstance(batch, Sequence) or len(batch) < 2:
+        raise ValueError(f"a batch must be (views, targets, ...), got {type(batch).__name__}; {wanted}")
+    views, targets = batch[0], batch[1]
+    if not isinstance(views, Sequence) or not all(isinstance(view, Tensor) for view in views):
+        kind = f"a tensor of shape {tuple(views.shape)}" if isinstance(views, Tensor) else type(views).__name__
+        raise ValueError(f"batch[0] must be a list of views (tensors), got {kind}; {wanted}")
+    if len(views) < 2 or len(views) % 2:
+        raise ValueError(
+            f"batch[0] must hold key, query, and two crops per mixed pair, got {len(views)} views; {wanted}"
+        )
+    if not mixes and len(views) > 2:
+        raise ValueError(f"mixup=False uses two views, got {len(views)}; take SANETransform(crops=())")
+    shapes = [tuple(view.shape) for view in views]
+    for place in range(0, len(views), 2):
+        if shapes[place] != shapes[place + 1]:
+            use, pair = "mixed" if place else "contrasted", f"{shapes[place]} and {shapes[place + 1]}"
+            raise ValueError(f"views {place} and {place + 1} must have one shape to be {use}, got {pair}; {wanted}")
+    sizes = [len(view) for view in views]
+    if {*sizes} != {len(targets)}:
+        raise ValueError(f"views and targets must belong to the same images, got {sizes} and {len(targets)}")
+    return views, targets
 
 
 transform = SANETransform()

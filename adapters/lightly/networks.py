@@ -1,0 +1,72 @@
+"""Backbones and heads: how wide their outputs are, and a stem for small images."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet
+
+from slr_plugin.checks import check_integer
+
+
+def without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[nn.Module, int]:
+    """Take a final linear layer ``fc`` off the backbone, in place, and find the width of its features."""
+    known = getattr(backbone, "num_features", None)  # timm's, not always what comes out
+    if isinstance(classifier := getattr(backbone, "fc", None), nn.Linear):
+        known, backbone.fc = classifier.in_features, nn.Identity()
+    name, measured = type(backbone).__name__, _feature_width(backbone)
+    if feature_dim is None:
+        feature_dim = measured or known
+    if feature_dim is None:
+        raise ValueError(f"feature_dim cannot be measured on a {name}: pass feature_dim, the features of an image")
+    check_integer("feature_dim", feature_dim, low=1)
+    if measured not in (None, feature_dim):
+        raise ValueError(f"feature_dim={feature_dim}, but the backbone, a {name}, puts out {measured} features")
+    return backbone, feature_dim
+
+
+def check_width(features: Tensor, feature_dim: int) -> Tensor:
+    """The features, if there are ``feature_dim``: a backbone that could not be measured is believed until here."""
+    if features.shape[1] != feature_dim:
+        raise ValueError(f"the backbone puts out {features.shape[1]} features: pass feature_dim={features.shape[1]}")
+    return features
+
+
+def projection_width(head: nn.Module, feature_dim: int) -> int:
+    """The width of the head's output."""
+    try:
+        return _width(copy.deepcopy(head), 2, feature_dim)
+    except Exception as error:
+        raise ValueError(
+            f"projection_head, a {type(head).__name__}, fails on features (2, feature_dim={feature_dim}): {error}"
+        ) from error
+
+
+def cifar_stem(resnet: ResNet) -> ResNet:
+    """A torchvision ResNet for 32 x 32 images, changed in place: first convolution 3 x 3, stride 1, no pooling."""
+    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
+    resnet.maxpool = nn.Identity()
+    return resnet
+
+
+def _feature_width(backbone: nn.Module) -> int | None:
+    """The width of the features of images of usual sizes, on a copy without data; None if none fits, or it varies."""
+    probe = copy.deepcopy(backbone).to("meta")
+    channels = next((layer.in_channels for layer in backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
+    widths = set()
+    for side in (32, 64, 224, 256):
+        try:
+            widths.add(_width(probe, 2, channels, side, side))
+        except Exception:  # wants another size, or more than shapes
+            continue
+    return widths.pop() if len(widths) == 1 else None
+
+
+@torch.no_grad()
+def _width(network: nn.Module, *shape: int) -> int:
+    """The width of what comes out for zeros of the network's dtype, in evaluation mode."""
+    like = next(network.parameters(), torch.empty(0))
+    return int(network.eval()(like.new_zeros(shape)).flatten(start_dim=1).shape[1])
