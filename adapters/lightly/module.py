@@ -9,20 +9,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import batch_shuffle, batch_unshuffle, get_weight_decay_parameters, update_momentum
 from lightly.utils.benchmarking import OnlineLinearClassifier
 from lightly.utils.scheduler import CosineWarmupScheduler
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import SGD
-from torchvision.models import resnet50
 
 from slr_plugin import CosineConfidence, Mix
 from slr_plugin.adapters._random import seed_mixing
 from slr_plugin.adapters.lightly.knn import KNNVote
-from slr_plugin.adapters.lightly.networks import check_width, projection_width, without_classifier
+from slr_plugin.adapters.lightly.networks import check_width, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
 from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.distributed import world_size
@@ -106,14 +103,9 @@ class SANE(LightningModule):
         self.ema_momentum = ema_momentum
         self.share_mix = share_mix
 
-        self.backbone, feature_dim = without_classifier(resnet50() if backbone is None else backbone, feature_dim)
-        if projection_head is None:
-            projection_head = MoCoProjectionHead(feature_dim, feature_dim, num_layers=3)
-        self.projection_head = projection_head
-        if any(is_lazy(parameter) for parameter in self.parameters()):  # the copies below would get other weights
-            raise ValueError("backbone or projection_head has lazy layers: call it on a batch before")
+        self.backbone, self.projection_head, feature_dim, dim = complete(backbone, projection_head, feature_dim)
         self.criterion = self.preset.loss(
-            projection_width(projection_head, feature_dim),
+            dim,
             total_steps=1,
             gather_distributed=True,
             confidence=self._schedule(total_steps=1),  # the run's length is not known before on_fit_start

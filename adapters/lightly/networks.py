@@ -1,30 +1,35 @@
-"""Backbones and heads: how wide their outputs are, and a stem for small images."""
+"""Backbone and head that SANE trains: checked to fit each other, with a stem for small images."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
+from lightly.models.modules import MoCoProjectionHead
 from torch import Tensor, nn
-from torchvision.models import ResNet
+from torch.nn.parameter import is_lazy
+from torchvision.models import ResNet, resnet50
 
 from slr_plugin.checks import check_integer
 
 
-def without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[nn.Module, int]:
-    """Take a final linear layer ``fc`` off the backbone, in place, and find the width of its features."""
-    known = getattr(backbone, "num_features", None)  # timm's, not always what comes out
-    if isinstance(classifier := getattr(backbone, "fc", None), nn.Linear):
-        known, backbone.fc = classifier.in_features, nn.Identity()
-    name, measured = type(backbone).__name__, _feature_width(backbone)
-    if feature_dim is None:
-        feature_dim = measured or known
-    if feature_dim is None:
-        raise ValueError(f"feature_dim cannot be measured on a {name}: pass feature_dim, the features of an image")
-    check_integer("feature_dim", feature_dim, low=1)
-    if measured not in (None, feature_dim):
-        raise ValueError(f"feature_dim={feature_dim}, but the backbone, a {name}, puts out {measured} features")
-    return backbone, feature_dim
+def complete(
+    backbone: nn.Module | None, head: nn.Module | None, feature_dim: int | None
+) -> tuple[nn.Module, nn.Module, int, int]:
+    """Backbone without ``fc``, head, and the widths of features and projections; ValueError where they do not fit."""
+    backbone, feature_dim = _without_classifier(resnet50() if backbone is None else backbone, feature_dim)
+    if head is None:
+        head = MoCoProjectionHead(feature_dim, feature_dim, num_layers=3)
+    if any(is_lazy(parameter) for parameter in (*backbone.parameters(), *head.parameters())):
+        raise ValueError(
+            "backbone or projection_head has lazy layers, which its copy would fill anew: call it once before"
+        )
+    try:
+        return backbone, head, feature_dim, _width(copy.deepcopy(head), 2, feature_dim)
+    except Exception as error:
+        raise ValueError(
+            f"projection_head, a {type(head).__name__}, fails on features (2, feature_dim={feature_dim}): {error}"
+        ) from error
 
 
 def check_width(features: Tensor, feature_dim: int) -> Tensor:
@@ -34,22 +39,30 @@ def check_width(features: Tensor, feature_dim: int) -> Tensor:
     return features
 
 
-def projection_width(head: nn.Module, feature_dim: int) -> int:
-    """The width of the head's output."""
-    try:
-        return _width(copy.deepcopy(head), 2, feature_dim)
-    except Exception as error:
-        raise ValueError(
-            f"projection_head, a {type(head).__name__}, fails on features (2, feature_dim={feature_dim}): {error}"
-        ) from error
-
-
 def cifar_stem(resnet: ResNet) -> ResNet:
     """A torchvision ResNet for 32 x 32 images, changed in place: first convolution 3 x 3, stride 1, no pooling."""
     resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
     resnet.maxpool = nn.Identity()
     return resnet
+
+
+def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[nn.Module, int]:
+    known = getattr(backbone, "num_features", None)  # timm's, not always what comes out
+    if isinstance(classifier := getattr(backbone, "fc", None), nn.Linear):
+        known, backbone.fc = classifier.in_features, nn.Identity()
+    name, measured = type(backbone).__name__, _feature_width(backbone)
+    if feature_dim is None:
+        if known is None or measured == getattr(backbone, "num_classes", None):
+            raise ValueError(
+                f"feature_dim cannot be read off this backbone, a {name} that puts out {measured or 'an unknown number'}: "
+                "take off its classifier, if it has one, and pass feature_dim"
+            )
+        feature_dim = measured or known
+    check_integer("feature_dim", feature_dim, low=1)
+    if measured not in (None, feature_dim):
+        raise ValueError(f"feature_dim={feature_dim}, but the backbone, a {name}, puts out {measured} features")
+    return backbone, feature_dim
 
 
 def _feature_width(backbone: nn.Module) -> int | None:

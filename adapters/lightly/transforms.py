@@ -126,13 +126,13 @@ class SANETransform(MultiViewTransform):
             return image if image.mode == "L" and not self.strong else image.convert("RGB")
         if isinstance(image, Tensor) and self.strong:
             raise TypeError("strong=True needs PIL images, got a tensor; take strong=False")
-        is_float_or_byte = isinstance(image, Tensor) and (image.is_floating_point() or image.dtype == torch.uint8)
-        if is_float_or_byte and image.ndim == 3 and len(image) in (1, 3):
+        is_image = isinstance(image, Tensor) and image.ndim == 3 and len(image) in (1, 3)
+        if is_image and (image.is_floating_point() or image.dtype == torch.uint8):
             return image  # type: ignore[no-any-return]
         seen = [f"{name} {getattr(image, name)}" for name in ("mode", "shape", "dtype") if hasattr(image, name)]
         raise TypeError(
-            "an image must be PIL's or numpy's with 8 bits per channel, or a tensor (1 or 3, height, width) of uint8 or "
-            f"floats, got {type(image).__name__} {', '.join(seen)}"
+            "an image must be PIL's or numpy's with 8 bits per channel, or a tensor (1 or 3, height, width) of uint8 "
+            f"or floats, got {type(image).__name__} {', '.join(seen)}"
         )
 
     def _check_size(self, image: Image | Tensor) -> None:
