@@ -21,9 +21,7 @@ def complete(
     if head is None:
         head = MoCoProjectionHead(feature_dim, feature_dim, num_layers=3)
     if any(is_lazy(parameter) for parameter in (*backbone.parameters(), *head.parameters())):
-        raise ValueError(
-            "backbone or projection_head has lazy layers, which its copy would fill anew: call it once before"
-        )
+        raise ValueError("backbone or projection_head has lazy layers: call it on a batch before it is copied")
     try:
         return backbone, head, feature_dim, _width(copy.deepcopy(head), 2, feature_dim)
     except Exception as error:
@@ -53,15 +51,16 @@ def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[n
         known, backbone.fc = classifier.in_features, nn.Identity()
     name, measured = type(backbone).__name__, _feature_width(backbone)
     if feature_dim is None:
-        if known is None or measured == getattr(backbone, "num_classes", None):
-            raise ValueError(
-                f"feature_dim cannot be read off this backbone, a {name} that puts out {measured or 'an unknown number'}: "
-                "take off its classifier, if it has one, and pass feature_dim"
-            )
-        feature_dim = measured or known
+        ends_in_classifier = isinstance([*backbone.modules()][-1], nn.Linear)
+        feature_dim = known if measured is None or ends_in_classifier else measured
+    if feature_dim is None:
+        raise ValueError(f"feature_dim cannot be read off a {name}: take off its classifier and pass feature_dim")
     check_integer("feature_dim", feature_dim, low=1)
     if measured not in (None, feature_dim):
-        raise ValueError(f"feature_dim={feature_dim}, but the backbone, a {name}, puts out {measured} features")
+        raise ValueError(
+            f"the backbone, a {name}, puts out {measured} features, not {feature_dim}: take off its classifier, if it "
+            f"has one, or pass feature_dim={measured}"
+        )
     return backbone, feature_dim
 
 
