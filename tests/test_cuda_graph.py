@@ -50,12 +50,13 @@ def test_so_does_the_pass_inside_the_operator(size, bound, pretended_gpu):
     assert gradient.device.type == "cuda"
 
 
-def test_so_does_mixing(pretended_gpu):
+@pytest.mark.parametrize("mode", ["elem", "batch"])
+@pytest.mark.parametrize("theta", [None, 0.3])
+def test_so_does_mixing(theta, mode, pretended_gpu):
     with pretended_gpu:
         images, others = torch.empty(2, 8, 3, 16, 16, device="cuda")
         with OnTheDevice():
-            partner = torch.arange(8, device="cuda")  # drawing asks for a real GPU's generator
-            mixed, mix = MomentumMixup(2.0)(images, others, theta=0.3, partner=partner)
+            mixed, mix = MomentumMixup(2.0, mode)(images, others, theta=theta)
     assert {mixed.device.type, mix.theta.device.type, mix.partner.device.type} == {"cuda"}
 
 
