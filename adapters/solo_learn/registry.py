@@ -1,9 +1,8 @@
-"""How solo-learn learns of the method."""
+"""Adds the method to solo-learn's METHODS, and says what to do where there is no solo-learn."""
 
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,12 +72,7 @@ class RegisterSANE(Callback):
 
 
 def _is_pypi_release() -> bool:
-    """Whether ``solo`` is what pip installed, not a clone found before it; that is PyPI's one release."""
+    """Whether ``solo`` is PyPI's one release, installed by pip, and not a clone that is found before it."""
     spec = find_spec("solo")
-    try:
-        installed = metadata.distribution("solo-learn")
-    except metadata.PackageNotFoundError:
-        return False
-    places = spec.submodule_search_locations if spec else None
-    folder = Path(str(installed.locate_file("solo"))).resolve()
-    return installed.version == "1.0.2" and folder in [Path(place).resolve() for place in places or ()]
+    places = (spec.submodule_search_locations if spec else None) or ()
+    return any(Path(place).with_name("solo_learn-1.0.2.dist-info").exists() for place in places)
