@@ -27,9 +27,9 @@ __all__ = ["SANE", "RegisterSANE", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "SANE":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _require_solo_learn()
-    from slr_plugin.adapters.solo_learn.method import SANE
+    if name == "SANE":
+        _require_solo_learn()
+        from slr_plugin.adapters.solo_learn.method import SANE
 
-    return SANE
+        return SANE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 from slr_plugin.adapters._random import seed_mixing
 from slr_plugin.adapters.lightning import LabelQualityCallback
-from slr_plugin.adapters.solo_learn.settings import add_defaults, check, start_and_end
+from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 
 _SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
@@ -28,21 +28,21 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
 
     .. math:: L = \tfrac12 \sum_{v \in \{0, 1\}} L^{(9)}(f(x_v), g(x_{1-v}), f(x'_v))
 
-    Each large crop is the query once and the key once; either direction has its own queue and its own
-    :class:`slr_plugin.SLRLoss`, equation (9). What is mixed, theta x query + (1 - theta) x another image's positive:
+    Each large crop is the query once and the key once. Either direction has its own queue and its own
+    :class:`slr_plugin.SLRLoss`, equation (9). A mixed image is theta x query + (1 - theta) x another image's positive:
 
-    - two large crops alone: each with the other;
-    - small crops, if there are any, in place of the large ones: each with the large crop that is its direction's
-      positive, resized. They serve the two directions in turn, and the directions weigh alike: of five crops the three
-      of the first direction count a sixth each, the two of the second a quarter. A small crop of full size is written
-      ``crop_size: [224]``: solo-learn then does not count it as a large one, of which it allows two;
-    - ``strong_crops: true``: small crops are the positives that are mixed in, the large ones, resized, the queries. So
-      strong augmentation never reaches the keys or the labels.
+    - With two large crops alone, each is mixed with the other.
+    - Small crops are mixed in place of the large ones, each with its direction's positive, a large crop, resized. They
+      serve the two directions in turn. The directions weigh alike: of five small crops the three of the first count a
+      sixth each, the two of the second a quarter. A small crop of full size is written ``crop_size: [224]``, since
+      solo-learn counts crops as large by their size.
+    - With ``strong_crops: true`` small crops are the positives that are mixed in, and the large ones, resized, the
+      queries. So strong augmentation never reaches the keys or the labels.
 
-    Settings, ``method_kwargs`` (defaults: the paper's, of ``presets.CIFAR10`` for CIFAR and ``presets.IMAGENET`` else):
+    ``method_kwargs`` (defaults: the paper's, of ``presets.CIFAR10`` for CIFAR and ``presets.IMAGENET`` else):
 
-    - ``proj_hidden_dim``, ``proj_output_dim``: of the projector, 2048 and 256 by default; two layers, as mocov2plus;
-    - ``temperature``, ``queue_size``: tau and the length of either queue, for any batch size;
+    - ``proj_hidden_dim``, ``proj_output_dim``: of the two-layer projector, 2048 and 256 as in mocov2plus;
+    - ``temperature``, ``queue_size``: tau > 0, and the length of either queue, for any batch size;
     - ``sharpening``: tau' in (0, 1];
     - ``confidence``: ``[m1, m2]``, mu grows from m1 to m2 over the run; a number is constant, 0 means one-hot labels;
     - ``refined_weight``: lambda in [0, 1];
@@ -50,8 +50,8 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     - ``strong_crops``: see above, false by default;
     - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
       crops. With ``confidence: 0`` the loss is then mocov2plus's;
-    - ``label_quality_every``: n >= 1 compares the labels with the classes at every n-th step, which training never
-      sees, and logs what :class:`slr_plugin.adapters.lightning.LabelQualityCallback` does; null, the default, does not.
+    - ``label_quality_every``: at every n-th step, n >= 1, logs what
+      :class:`slr_plugin.adapters.lightning.LabelQualityCallback` finds by the classes; null, the default, does not.
 
     Raises:
         ValueError: a setting is out of range, is misspelt, or contradicts another.
@@ -68,20 +68,13 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         self.projector = self._new_projector(settings)
         self.momentum_projector = self._new_projector(settings)
         initialize_momentum_params(self.projector, self.momentum_projector)
+        options = {name: settings[name] for name in LOSS_SETTINGS}
+        queue = (settings.queue_size, settings.proj_output_dim)
         # By view of the query. No submodule may be called backbone or encoder: main_linear.py renames by these words.
-        criteria = nn.ModuleList(
-            SLRLoss(
-                settings.temperature,
-                (settings.queue_size, settings.proj_output_dim),
-                gather_distributed=True,
-                sharpening=settings.sharpening,
-                confidence=self.confidence[0],
-                refined_weight=settings.refined_weight,
-                in_batch_keys=settings.in_batch_keys,
-            )
+        self.criteria: Any = nn.ModuleList(
+            SLRLoss(memory_bank_size=queue, gather_distributed=True, confidence=self.confidence[0], **options)
             for _ in range(2)
         )
-        self.criteria = cast("Sequence[SLRLoss]", criteria)
         # Its own generator, as Lightning seeds all processes alike: they would all mix alike.
         self._mixing = torch.Generator()
         self.mixup = None if settings.kappa is None else MomentumMixup(settings.kappa, generator=self._mixing)

@@ -18,6 +18,7 @@ _ELSEWHERE = {
     "label_quality": "it is method_kwargs.label_quality_every",
 }
 
+LOSS_SETTINGS = ("temperature", "sharpening", "refined_weight", "in_batch_keys")  # what SLRLoss takes as it is
 _OPTIONAL = ("kappa", "label_quality_every")  # off if null, which solo-learn also writes "None", or false
 
 
@@ -67,10 +68,9 @@ def check(settings: MutableMapping[str, Any], num_large_crops: int, num_small_cr
     if settings["label_quality_every"] is not None:
         check_integer("method_kwargs.label_quality_every", settings["label_quality_every"], low=1)
     check_number("method_kwargs.temperature", settings["temperature"], low=0.0)
-    names = ("temperature", "sharpening", "refined_weight", "in_batch_keys")
     try:
         for confidence in start_and_end(settings["confidence"]):
-            SLRLoss(confidence=confidence, **{name: settings[name] for name in names})
+            SLRLoss(confidence=confidence, **{name: settings[name] for name in LOSS_SETTINGS})
         if settings["kappa"] is not None:
             MomentumMixup(settings["kappa"])
     except (TypeError, ValueError) as error:  # its message begins with the argument's name
