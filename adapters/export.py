@@ -49,13 +49,15 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
         ValueError: it is no checkpoint, could run code, or has no such keys with dense tensors of real numbers.
     """
     wrappers = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
-    state = {wrappers.sub("", str(name)): value for name, value in _read_state(Path(checkpoint)).items()}
+    state = [(wrappers.sub("", str(name)), value) for name, value in _read_state(Path(checkpoint)).items()]
     prefixes = ("key_backbone.", "momentum_backbone.") if momentum else ("backbone.",)
-    backbone = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(prefixes)}
-    if not backbone:
-        found = ", ".join(sorted({name.partition(".")[0] for name in state})) or "nothing"
-        raise ValueError(f"{checkpoint} has no keys {'* or '.join(prefixes)}*; its keys begin with: {found}")
-    return _copy({name: value for name, value in backbone.items() if not name.startswith("fc.")}, str(checkpoint))
+    found = [(name.partition(".")[2], value) for name, value in state if name.startswith(prefixes)]
+    if not found:
+        beginnings = ", ".join(sorted({name.partition(".")[0] for name, _ in state})) or "nothing"
+        raise ValueError(f"{checkpoint} has no keys {'* or '.join(prefixes)}*; its keys begin with: {beginnings}")
+    if len(dict(found)) < len(found):
+        raise ValueError(f"{checkpoint} has two backbones with the same names; leave one of them in its state_dict")
+    return _copy({name: value for name, value in found if not name.startswith("fc.")}, str(checkpoint))
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
@@ -173,7 +175,7 @@ def _read_state(checkpoint: Path) -> dict[Any, Any]:
 def _copy(state: Mapping[str, Any], where: str, dtypes: set[torch.dtype] = _REALS) -> dict[str, Tensor]:
     """Copy tensors to the CPU, contiguous and apart in memory; refuse what is no dense tensor of ``dtypes``."""
     for name, value in state.items():
-        found = f"a {type(value).__name__}"
+        found = f"of type {type(value).__name__}"
         if type(value) in (Tensor, nn.Parameter):
             faults = {"nested": value.is_nested, "quantized": value.is_quantized, "on the meta device": value.is_meta}
             faults |= {
