@@ -83,12 +83,14 @@ def fails(capsys, *argv):
 # --------------------------------------------------------------------------------------------- torchvision and timm
 
 
-@pytest.mark.parametrize("flags", [[], ["--momentum"]], ids=["online", "momentum"])
+@pytest.mark.parametrize(
+    "which", ["backbone", "key_backbone", "momentum_backbone"]
+)  # the last two: lightly, solo-learn
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_printed_lines_load_it_into_torchvision_and_timm(tmp_path, capsys, name, flags):
-    online, momentum = resnet(name), resnet(name)
-    checkpoint = save(tmp_path / "run.ckpt", backbone=online, key_backbone=momentum, projection_head=nn.Linear(2, 2))
-    source, output = momentum if flags else online, tmp_path / "it's here" / "backbone.safetensors"
+def test_the_printed_lines_load_it_into_torchvision_and_timm(tmp_path, capsys, name, which):
+    modules = {"head": nn.Linear(2, 2), "backbone": resnet(name), which: resnet(name)}
+    checkpoint, output = save(tmp_path / "run.ckpt", **modules), tmp_path / "it's here" / "b.safetensors"
+    source, flags = modules[which], [] if which == "backbone" else ["--momentum"]
     summary, *lines = printed(capsys, checkpoint, output, *flags)
     parameters = sum(value.numel() for value in source.parameters())
     assert summary == f"{output}: {len(source.state_dict())} tensors, {parameters:,} parameters"
@@ -99,9 +101,6 @@ def test_the_printed_lines_load_it_into_torchvision_and_timm(tmp_path, capsys, n
         torch.testing.assert_close(features(names["model"]), features(source), rtol=tolerance, atol=tolerance)
     with safetensors.safe_open(output, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-        assert {key: file.get_tensor(key).dtype for key in file.keys()} == {  # noqa: SIM118
-            key: value.dtype for key, value in source.state_dict().items()
-        }
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet101", "resnet152"])
@@ -147,37 +146,14 @@ def test_as_a_module_of_python(tmp_path):
 # ------------------------------------------------------------------------------------------------- reading checkpoints
 
 
-@pytest.mark.parametrize("prefix", ["key_backbone", "momentum_backbone"])
-def test_the_momentum_copy_of_lightly_and_of_solo_learn(tmp_path, prefix):
-    online, momentum = nn.Linear(2, 3), nn.Linear(2, 3)
-    checkpoint = save(tmp_path / "run.ckpt", backbone=online, **{prefix: momentum})
-    for flag, source in ((False, online), (True, momentum)):
-        state = read_backbone(checkpoint, momentum=flag)
-        assert list(state) == ["weight", "bias"]
-        assert torch.equal(state["weight"], source.weight)
-
-
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        "_orig_mod.backbone",
-        "backbone._orig_mod",
-        "module.backbone",
-        "module._orig_mod.backbone",
-        "_orig_mod.module.backbone",
-    ],
-)
-def test_the_prefixes_of_wrapped_modules_are_taken_off(tmp_path, prefix):
+@pytest.mark.parametrize("before", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("after", ["", "._orig_mod"])
+def test_the_prefixes_of_wrapped_modules_and_the_classifier_are_left_out(tmp_path, before, after):
     source = nn.Sequential(nn.Linear(2, 3), torch.compile(nn.Linear(3, 4)))
     source.module = nn.Linear(1, 1)  # which is the backbone's own
-    state = read_backbone(str(save(tmp_path / "run.ckpt", **{prefix: source})))
+    source.fc = nn.Linear(1, 1)
+    state = read_backbone(str(save(tmp_path / "run.ckpt", **{f"{before}backbone{after}": source})))
     assert list(state) == [f"{part}.{field}" for part in ("0", "1", "module") for field in ("weight", "bias")]
-
-
-def test_the_classifier_is_left_out(tmp_path):
-    model = torchvision.models.resnet18()
-    state = read_backbone(save(tmp_path / "run.ckpt", backbone=model))
-    assert set(model.state_dict()) - set(state) == {"fc.weight", "fc.bias"}
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
@@ -369,43 +345,29 @@ def archived(open_archive):
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", UNREADABLE),
-        (b"hello world", UNREADABLE),
-        (pickle.dumps({"state_dict": {}}), UNREADABLE),
-        (saved({"state_dict": {}}, -100), UNREADABLE),
-        (archived(tarfile.open), UNREADABLE),
-        (archived(lambda fileobj, mode: zipfile.ZipFile(fileobj, mode)), UNREADABLE),
-        (saved({"model": {}}), "no dictionary \"state_dict\", but ['model']"),
-        (saved([1]), 'no dictionary "state_dict", but list'),
-        (saved({"state_dict": [1]}), "no dictionary \"state_dict\", but ['state_dict']"),
-        (saved({"state_dict": {}}), "no keys backbone.*; its keys begin with: nothing"),
-        (saved({"state_dict": {"my_backbone.a": ONES, 3: ONES}}), "its keys begin with: 3, my_backbone"),
-        (saved({"state_dict": {"backbone.a": ONES, "module.backbone.a": ONES}}), "two backbones with the same names"),
-        (saved({"state_dict": {"backbone.fc.weight": ONES}}), "no weights to export"),
-        (saved({"state_dict": {"backbone.bn1.running_mean": ONES}}), "no weights to export"),
-        (saved({"state_dict": {"backbone.weight": torch.empty(0, 3)}}), "no weights to export"),
-    ],
-    ids=[
-        "empty",
-        "text",
-        "pickle",
-        "cut",
-        "tar",
-        "zip",
-        "no_state",
-        "list",
-        "listed",
-        "no_keys",
-        "other_keys",
-        "two",
-        "fc",
-        "buffers",
-        "no_numbers",
-    ],
-)
+FILES = {
+    "empty": (b"", UNREADABLE),
+    "text": (b"hello world", UNREADABLE),
+    "pickle": (pickle.dumps({"state_dict": {}}), UNREADABLE),
+    "cut off": (saved({"state_dict": {}}, -100), UNREADABLE),
+    "tar": (archived(tarfile.open), UNREADABLE),
+    "zip": (archived(lambda fileobj, mode: zipfile.ZipFile(fileobj, mode)), UNREADABLE),
+    "dictionary": (saved({"model": {}}), "no dictionary \"state_dict\", but ['model']"),
+    "list": (saved([1]), 'no dictionary "state_dict", but list'),
+    "list of state": (saved({"state_dict": [1]}), "no dictionary \"state_dict\", but ['state_dict']"),
+    "no keys": (saved({"state_dict": {}}), "no keys backbone.*; its keys begin with: nothing"),
+    "other keys": (saved({"state_dict": {"my_backbone.a": ONES, 3: ONES}}), "its keys begin with: 3, my_backbone"),
+    "two": (
+        saved({"state_dict": {"backbone.a": ONES, "module.backbone.a": ONES}}),
+        "two backbones with the same names",
+    ),
+    "classifier": (saved({"state_dict": {"backbone.fc.weight": ONES}}), "no weights to export"),
+    "buffers": (saved({"state_dict": {"backbone.bn1.running_mean": ONES}}), "no weights to export"),
+    "no numbers": (saved({"state_dict": {"backbone.weight": torch.empty(0, 3)}}), "no weights to export"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), FILES.values(), ids=FILES)
 def test_a_file_without_a_backbone_is_refused_and_nothing_written(tmp_path, capsys, content, said):
     checkpoint = tmp_path / "run.ckpt"
     checkpoint.write_bytes(content)
@@ -491,11 +453,7 @@ def test_a_checkpoint_that_could_run_code_comes_with_the_way_out(tmp_path, capsy
         ("b.pkl", "torchvision", "ends in .safetensors for torchvision, got"),
         ("b", "torchvision", "ends in .safetensors for torchvision, got"),
         ("b.safetensors", "detectron2", "ends in .pkl for detectron2, got"),
-        (
-            "folder.safetensors",
-            "torchvision",
-            "must be a file that ends in .safetensors for torchvision, got the folder ",
-        ),
+        ("folder.safetensors", "torchvision", "ends in .safetensors for torchvision, got the folder"),
         ("b.onnx", "onnx", "onnx"),
         ("b.pkl", "detectron2", "only torchvision's ResNets"),
     ],
@@ -520,8 +478,7 @@ def test_an_interrupted_run_leaves_what_was_there(checkpoint, tmp_path, monkeypa
     output.write_bytes(b"before")
 
     def interrupted(path, data):
-        with path.open("wb") as file:
-            file.write(data[: len(data) // 2])
+        path.touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "write_bytes", interrupted)
