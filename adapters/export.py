@@ -73,17 +73,12 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]
     """
     names, missing, foreign = _compare(state)
     if missing or foreign:
-        raise ValueError(
-            "only torchvision's ResNets with basic or bottleneck blocks fit detectron2; "
-            f"missing here: {missing[:3]}; not theirs: {foreign[:3]}"
-        )
+        different = f"missing here: {missing[:3]}; not theirs: {foreign[:3]}"
+        raise ValueError(f"only torchvision's ResNets with basic or bottleneck blocks fit detectron2; {different}")
     tensors = _copy({name: state[name] for name in names}, "the state", _FLOATS)
     stem = tuple(tensors["conv1.weight"].shape)
     if stem[2:] != (7, 7):
-        raise ValueError(
-            f"detectron2's stem is a 7 x 7 convolution, but conv1.weight has shape {stem}: "
-            "a ResNet with a stem for small images cannot be used there"
-        )
+        raise ValueError(f"detectron2's stem is a 7 x 7 convolution, but conv1.weight, for small images, is {stem}")
     return {names[name]: value.float().numpy() for name, value in tensors.items()}
 
 
@@ -100,11 +95,11 @@ def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvisio
         ImportError: safetensors is not installed, and the format needs it.
     """
     output = Path(output)
-    if to not in _SUFFIX:
-        raise ValueError(f'to must be "torchvision" or "detectron2", got {to!r}')
-    if output.suffix != _SUFFIX[to] or output.is_dir():
-        folder = "the folder " if output.is_dir() else ""
-        raise ValueError(f"output must be a file that ends in {_SUFFIX[to]} for {to}, got {folder}{output}")
+    if output.suffix != _SUFFIX.get(to) or output.is_dir():
+        found = f"{'the folder ' if output.is_dir() else ''}{output} for {to}"
+        raise ValueError(
+            f"output must be a file that ends in .safetensors for torchvision, .pkl for detectron2; got {found}"
+        )
     content: Mapping[str, Any]
     if to == "detectron2":
         content = to_detectron2(state)
@@ -177,8 +172,10 @@ def _copy(state: Mapping[str, Any], where: str, dtypes: set[torch.dtype] = _REAL
     for name, value in state.items():
         found = f"of type {type(value).__name__}"
         if type(value) in (Tensor, nn.Parameter):
-            faults = {"nested": value.is_nested, "quantized": value.is_quantized, "on the meta device": value.is_meta}
-            faults |= {
+            faults = {
+                "nested": value.is_nested,
+                "quantized": value.is_quantized,
+                "on the meta device": value.is_meta,
                 str(value.layout): value.layout is not torch.strided,
                 str(value.dtype): value.dtype not in dtypes,
             }

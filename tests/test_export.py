@@ -307,7 +307,7 @@ def test_wide_and_grouped_resnets_have_the_same_names(kwargs):
         (lambda: torchvision.models.resnet18(norm_layer=lambda d: nn.GroupNorm(1, d)), "bn1.running_mean"),
         (lambda: nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]), "0.weight"),
         (lambda: torchvision.models.vgg11_bn(), "classifier.0.weight"),
-        (small_images, "7 x 7 convolution, but conv1.weight has shape (64, 3, 3, 3)"),
+        (small_images, "7 x 7 convolution, but conv1.weight, for small images, is (64, 3, 3, 3)"),
     ],
     ids=["deep stem", "squeeze", "group norm", "sequential", "vgg", "small images"],
 )
@@ -450,10 +450,10 @@ def test_a_checkpoint_that_could_run_code_comes_with_the_way_out(tmp_path, capsy
 @pytest.mark.parametrize(
     ("name", "to", "said"),
     [
-        ("b.pkl", "torchvision", "ends in .safetensors for torchvision, got"),
-        ("b", "torchvision", "ends in .safetensors for torchvision, got"),
-        ("b.safetensors", "detectron2", "ends in .pkl for detectron2, got"),
-        ("folder.safetensors", "torchvision", "ends in .safetensors for torchvision, got the folder"),
+        ("b.pkl", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
+        ("b", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
+        ("b.safetensors", "detectron2", ".pkl for detectron2; got "),
+        ("folder.safetensors", "torchvision", "got the folder "),
         ("b.onnx", "onnx", "onnx"),
         ("b.pkl", "detectron2", "only torchvision's ResNets"),
     ],
