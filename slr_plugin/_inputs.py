@@ -18,9 +18,8 @@ VIEWS = ("out0", "out1")  # what SLRLoss calls queries and positives
 class Features(NamedTuple):
     """Unit rows of one dtype: float64 if queries or positives have it, else float32."""
 
-    queries: Tensor  # (s, d)
+    trained: Tensor  # ((1 + c) * s, d), the queries and then the mixed queries, crop after crop
     positives: Tensor  # (s, d)
-    mixed: Tensor | None  # (c * s, d), crop after crop
     mixes: list[Mix]  # of every crop
     negatives: Tensor | None  # (m, d)
     estimator: Tensor | None  # (s, e), without gradient
@@ -60,14 +59,11 @@ def checked_features(
         if negatives is not None:
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
-    size = len(queries)
     with torch.autocast(queries.device.type, enabled=False):
         trained = torch.cat([rows.to(dtype) for rows in (queries, *crops)]) if crops else queries.to(dtype)
-        trained = F.normalize(trained, dim=1)
         return Features(
-            trained[:size] if crops else trained,
+            F.normalize(trained, dim=1),
             F.normalize(positives.to(dtype), dim=1),
-            trained[size:] if crops else None,
             mixes,
             None if negatives is None else F.normalize(negatives.to(dtype), dim=1),
             None if estimator is None else F.normalize(estimator.detach().to(dtype), dim=1),

@@ -133,12 +133,12 @@ def slr_loss(
     key_set = choose(queries, positives, negatives, in_batch_keys=in_batch_keys, symmetric=symmetric)
     if queue is not None:
         key_set = key_set.with_queue(queue, None)
-    crops = [] if mixed is None else [mixed] if isinstance(mixed, Tensor) else list(mixed)
-    mixes = [] if mix is None else [mix] if isinstance(mixed, Tensor) else list(mix)
+    crops = [mixed] if isinstance(mixed, Tensor) else list(mixed or [])
+    mixes = [mix] if isinstance(mix, Mix) else list(mix or [])
     settings = Settings(temperature, sharpening, refined_weight, confidence, refines=True)
     return objective(key_set, [F.normalize(crop, dim=1) for crop in crops], mixes, settings)
 
 
 def symmetric_slr_loss(view0: Tensor, view1: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Equation (9) for both directions: rows and keys are both views. Arguments as in :func:`slr_loss`, but no queue."""
+    """Equation (9) for both directions: rows and keys are both views. Arguments as in :func:`slr_loss`; no queue."""
     return slr_loss(view0, view1, None, *args, **kwargs, symmetric=True)

@@ -7,7 +7,7 @@ The theory's measure is the distance of the labels from the true soft labels: th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -112,12 +112,26 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
     )
 
 
+class Observer(Protocol):
+    """Follows every call of a loss; :class:`LabelMonitor` is one."""
+
+    def begin(self) -> None:
+        """A call begins, which may still raise."""
+
+    def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
+        """The loss is computed, the queue not advanced yet; ``labels()`` gives the dense labels over the key set."""
+
+    def enqueue(self, enqueued: Enqueued) -> None:
+        """The batch's keys entered the queue."""
+
+
 class LabelMonitor:
     """Watches a criterion's labels during training; knows the classes of the keys in its queue.
 
     Announce the classes of every batch; a batch that was not announced enters the queue with unknown ones. Labels are
     measured on the calls announced with ``measure``, before the loss of the same call, and cost one dense (s, K)
-    matrix; the other calls cost next to nothing. Classes become unknown when a checkpoint or a reset replaces the queue.
+    matrix; the other calls cost next to nothing. Classes become unknown when a checkpoint or a reset replaces the
+    queue.
 
     Args:
         criterion: a :class:`slr_plugin.SLRLoss`.
@@ -144,14 +158,14 @@ class LabelMonitor:
         self._announced: Tensor | None = None  # of the next call
         self._classes: Tensor | None = None  # of the call under way
         self._measures = False
-        self._forget()
+        self._queue_classes, self._generation = self._unknown()
         criterion.observers.append(self)
 
     @property
     def queue_classes(self) -> Tensor:
         """The classes (n,) of the keys in the queue, -1 where unknown."""
         if self._generation != self.criterion.memory_bank.generation:
-            self._forget()
+            self._queue_classes, self._generation = self._unknown()
         return self._queue_classes
 
     def announce(self, classes: Tensor, measure: bool = True) -> None:
@@ -194,7 +208,7 @@ class LabelMonitor:
             )
         self._queue_classes = stored.to(self.queue_classes)
 
-    # ---------------------------------------------------------- what the criterion calls, see slr_plugin.loss.Observer
+    # ---------------------------------------------------------- what the criterion calls, see Observer
 
     def begin(self) -> None:
         """Take the announcement, which belongs to this call even if it raises."""
@@ -227,7 +241,6 @@ class LabelMonitor:
         # Without reading back whether the keys were finite.
         self._queue_classes = classes.index_copy(0, places, torch.where(accepted, newest, classes[places]))
 
-    def _forget(self) -> None:
+    def _unknown(self) -> tuple[Tensor, int]:
         bank = self.criterion.memory_bank
-        self._queue_classes: Tensor = torch.full((len(bank),), -1, device=bank.bank.device)
-        self._generation = bank.generation
+        return torch.full((len(bank),), -1, device=bank.bank.device), bank.generation

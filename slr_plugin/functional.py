@@ -12,7 +12,7 @@ from slr_plugin.checks import check_float_tensor
 from slr_plugin.key_sets import choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
-from slr_plugin.settings import Settings, check_confidence, check_setting
+from slr_plugin.settings import Settings, check_setting
 
 
 def slr_loss(
@@ -73,7 +73,7 @@ def slr_loss(
         raise ValueError("symmetric=True compares both views with both and takes no queue: pass queue=None")
     if features.mixes and not in_batch_keys:
         raise ValueError("mixed queries need labels over the batch's keys: pass in_batch_keys=True")
-    confidence = check_confidence("confidence", confidence)
+    confidence = check_setting("confidence", confidence)
     settings = Settings(
         check_setting("temperature", temperature),
         check_setting("sharpening", sharpening),
@@ -82,7 +82,7 @@ def slr_loss(
         refines=confidence > 0,
     )
     key_set = choose(
-        features.queries,
+        features.trained[: len(queries)],
         features.positives,
         features.negatives,
         in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
@@ -91,4 +91,4 @@ def slr_loss(
     if queue is not None:
         key_set = key_set.with_queue(queue.detach(), None)
     with torch.autocast(queries.device.type, enabled=False):
-        return slr_objective(key_set, features.mixed, features.mixes, settings)[0]
+        return slr_objective(key_set, features.trained, features.mixes, settings)[0]

@@ -52,16 +52,16 @@ class KeySet(NamedTuple):
         estimator = self.estimator and self.estimator._replace(queue=estimator_queue)
         return self._replace(queue=queue, estimator=estimator)
 
-    def entering(self, gather: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    def entering(self, gather: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """The positives of all processes and their estimators, which enter the queue."""
         if not self.batch:
-            keys = gather(self.positives.detach())
+            keys = gather(self.positives.detach()) if gather else self.positives
         else:
             keys = self.keys[self.batch // 2 if self.is_symmetric else 0 : self.batch]
         return keys, self.estimator and self.estimator.entering(gather)[0]
 
     def for_mixed(self) -> KeySet:
-        """The key set of mixed queries: without a queue these see the second views only, which estimate their labels."""
+        """The key set of mixed queries: of both views these see the second ones only, which estimate their labels."""
         if not self.is_symmetric:
             return self
         size, second = len(self.positives) // 2, self.batch // 2
@@ -148,7 +148,7 @@ def choose(
     *,
     in_batch_keys: bool,
     symmetric: bool,
-    gather: Callable[[Tensor], Tensor] = lambda local: local,
+    gather: Callable[[Tensor], Tensor] | None = None,
     offset: int = 0,
 ) -> KeySet:
     """The key set of these settings, before its queue.
@@ -160,18 +160,19 @@ def choose(
         estimator: (s, e), other features of the samples, which estimate the labels.
         in_batch_keys: whether the batch's other keys are seen.
         symmetric: whether both views are rows.
-        gather: brings the features of all processes.
+        gather: brings the features of all processes; None where there is one.
         offset: the number of this process's first sample among them.
     """
-    if negatives is not None:
+    if negatives is not None and gather:
         negatives = gather(negatives)
     if symmetric:
-        rows = torch.cat([queries, positives])
-        everyone = gather(torch.cat([queries, positives], dim=1))  # one exchange for both
-        batch = rows if len(everyone) == len(queries) else torch.cat(everyone.chunk(2, dim=1))
+        batch = rows = torch.cat([queries, positives])
+        if gather:
+            both = gather(torch.cat([queries, positives], dim=1))  # one exchange
+            batch = torch.cat(both.chunk(2, dim=1))
         key_set = both_views(rows, rows.roll(len(queries), 0), batch, negatives, offset)
     elif in_batch_keys:
-        key_set = batch_and_queue(queries, positives, gather(positives), negatives, offset)
+        key_set = batch_and_queue(queries, positives, gather(positives) if gather else positives, negatives, offset)
     else:
         key_set = own_positive_and_queue(queries, positives, negatives)
     if estimator is None:

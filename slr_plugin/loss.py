@@ -5,49 +5,38 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
 from slr_plugin._inputs import checked_features
 from slr_plugin.checks import check_flag, check_integer
-from slr_plugin.distributed import broadcast, gather, rank
+from slr_plugin.distributed import broadcast, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
-from slr_plugin.queue import Enqueued, KeyQueue, are_finite
+from slr_plugin.queue import KeyQueue
 from slr_plugin.refinery import Labels
-from slr_plugin.schedules import CosineConfidence
-from slr_plugin.settings import Confidence, Settings, check_confidence, check_setting, is_setting
+from slr_plugin.settings import Confidence, HasSettings
 
-
-class Observer(Protocol):
-    """Follows every call of a loss, such as :class:`slr_plugin.diagnostics.LabelMonitor`."""
-
-    def begin(self) -> None:
-        """A call begins, which may still raise."""
-
-    def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
-        """The loss is computed, the queue not advanced yet; ``labels()`` gives the dense labels over the key set."""
-
-    def enqueue(self, enqueued: Enqueued) -> None:
-        """The batch's keys entered the queue."""
+if TYPE_CHECKING:
+    from slr_plugin.diagnostics import Observer
 
 
 class Call(NamedTuple):
     """What one call computes with."""
 
     key_set: KeySet
-    mixed: Tensor | None
+    trained: Tensor
     mixes: list[Mix]
-    entering: Tensor | None  # the keys that enter the queue, of all processes
+    entering: Tensor | None  # the keys that enter the queue, of all processes; None if nothing advances
     entering_estimators: Tensor | None
 
 
-class SLRLoss(nn.Module):
+class SLRLoss(HasSettings):
     r"""Contrastive loss whose labels are refined during training; takes the place of lightly's NTXentLoss.
 
     .. math:: L = (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y'), \qquad
@@ -84,7 +73,7 @@ class SLRLoss(nn.Module):
         stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
             positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator).
         chunk_size: keys per tile of the streaming pass; None chooses by device. Set it to trade memory for launches.
-        observers: objects that follow every call, see :class:`Observer`.
+        observers: objects that follow every call, see :class:`slr_plugin.diagnostics.Observer`.
 
     Raises:
         ValueError: an argument is out of range, or ``gather_distributed`` without a torch that has it.
@@ -98,14 +87,10 @@ class SLRLoss(nn.Module):
     >>> loss.backward()
     """
 
-    temperature: float | Tensor
-    sharpening: float
-    confidence: Confidence
-    refined_weight: float
-    chunk_size: int | None
     step: Tensor
-    _mu: Tensor | None
-    _last_keys: Tensor | None
+    _last_sum: Tensor | None  # of the keys that entered last
+    _labels: Labels | None  # of the last call
+    _confidence: float | Tensor
 
     def __init__(
         self,
@@ -141,9 +126,9 @@ class SLRLoss(nn.Module):
             )
         self.symmetric = not len(self.memory_bank) if symmetric is None else symmetric
         self.chunk_size = None
-        self.stats: dict[str, Tensor] = {}
+        self._labels = None
         self.observers: list[Observer] = []
-        self._last_keys: Tensor | None = None
+        self._last_sum = None
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
@@ -178,21 +163,28 @@ class SLRLoss(nn.Module):
         """
         for observer in self.observers:
             observer.begin()
-        if update is not None:
-            check_flag("update", update)
-        advances = out0.requires_grad and torch.is_grad_enabled() if update is None else update
-        call = self._prepare(out0, out1, mixed, mix, negatives, estimator, advances)
-        repeated = advances and self._is_repeated(call.key_set)
+        call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
+        repeated = self._is_repeated(call.entering)
         moved_on = repeated and (len(self.memory_bank) > 0 or self._mu is None)
-        settings = self._settings()._replace(stale=moved_on)
+        settings = self.settings_at(self.step, call.key_set.rows.dtype)._replace(stale=moved_on)
         with torch.autocast(out0.device.type, enabled=False):
-            loss, labels = slr_objective(call.key_set, call.mixed, call.mixes, settings)
-        self.stats = _stats(labels, settings.confidence)
+            loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
+        self._labels, self._confidence = labels, settings.confidence
         for observer in self.observers:
             observer.compare(call.key_set, lambda: dense.labels(call.key_set, settings))
-        if advances and not repeated:
+        if not repeated:
             self._advance(call)
         return loss
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Detached scalars of the last call, see above; empty before the first."""
+        if self._labels is None:
+            return {}
+        means = self._labels.means()
+        # No copy from the host, which a CUDA graph could not record.
+        mu = (means["alpha"].new_zeros(1) + self._confidence)[0]
+        return means | {"mu": mu}
 
     @torch.no_grad()
     def labels(
@@ -213,9 +205,9 @@ class SLRLoss(nn.Module):
             then ``negatives``, then the queue. Without, (2s, 2s + m): rows and keys are ``out0`` then ``out1``, and a
             row's own view has label 0. With ``gather_distributed`` the columns are those of all processes.
         """
-        call = self._prepare(out0, out1, None, None, negatives, estimator, advances=False)
+        call = self._prepare(out0, out1, None, None, negatives, estimator, update=False)
         with torch.autocast(out0.device.type, enabled=False):
-            return dense.labels(call.key_set, self._settings())
+            return dense.labels(call.key_set, self.settings_at(self.step, call.key_set.rows.dtype))
 
     @torch.no_grad()
     def set_step(self, step: int) -> None:
@@ -237,29 +229,17 @@ class SLRLoss(nn.Module):
         """Start again: a fresh random queue, step 0. Called after ``to_empty``, which leaves no values."""
         self.memory_bank.reset_parameters()
         self.step.zero_()
-        self._last_keys = None
+        self._last_sum = None
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
         names = ("temperature", "sharpening", "confidence", "refined_weight", "in_batch_keys", "gather_distributed")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Check a setting when it is assigned."""
-        if is_setting(name):
-            value = check_setting(name, value)
-            if not isinstance(value, nn.Parameter):
-                self._parameters.pop(name, None)
-        if name == "confidence":
-            # A tensor, since torch.compile compiles anew for every new Python number.
-            self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
-            self._refines = callable(value) or value > 0
-        super().__setattr__(name, value)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SLRLoss:
         """Move or convert; the step starts at 0 where it leaves the meta device, as the queue starts afresh."""
         had_values = not self.step.is_meta
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not had_values and not self.step.is_meta:
             self.step.zero_()
         return self
@@ -284,10 +264,13 @@ class SLRLoss(nn.Module):
         mix: Any,
         negatives: Tensor | None,
         estimator: Tensor | None,
-        advances: bool,
+        update: bool | None,
     ) -> Call:
         """Check a call and find its key set. Gathering comes before the queue is touched, since it may raise."""
         features = checked_features(out0, out1, mixed, mix, negatives, estimator)
+        if update is None:
+            update = out0.requires_grad and torch.is_grad_enabled()
+        check_flag("update", update)
         if features.mixes and not self.in_batch_keys:
             raise ValueError(
                 "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
@@ -301,75 +284,45 @@ class SLRLoss(nn.Module):
             )
         if not len(bank) and not self.symmetric and not self.in_batch_keys and negatives is None:
             raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
+        gathers = self.gather_distributed and world_size() > 1
         key_set = choose(
-            features.queries,
+            features.trained[: len(out0)],
             features.positives,
             features.negatives,
             features.estimator,
             in_batch_keys=self.in_batch_keys,
             symmetric=self.symmetric,
-            gather=self._gather,
-            offset=rank() * len(out0) if self.gather_distributed else 0,
+            gather=gather if gathers else None,
+            offset=rank() * len(out0) if gathers else 0,
         )
-        entering = key_set.entering(self._gather) if advances else (None, None)
+        entering = key_set.entering(gather if gathers else None) if update else (None, None)
         if len(bank):
             bank.set_dim(out0.shape[1])
-            if self.gather_distributed:
+            if gathers:
                 bank.share(functools.partial(broadcast, device=out0.device))
             key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
-        return Call(key_set, features.mixed, features.mixes, *entering)
+        return Call(key_set, features.trained, features.mixes, *entering)
 
-    def _settings(self) -> Settings:
-        return Settings(
-            self.temperature,
-            self.sharpening,
-            self.refined_weight,
-            self._confidence_now(),
-            self._refines,
-            self.chunk_size,
-        )
-
-    def _confidence_now(self) -> Tensor:
-        if self._mu is not None:
-            return self._mu
-        if isinstance(self.confidence, CosineConfidence):
-            return self.confidence(self.step)
-        return self._called_schedule()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a Python function of a Python int
-    def _called_schedule(self) -> Tensor:
-        step = int(self.step)
-        value = check_confidence(f"confidence({step})", self.confidence(step))
-        return torch.tensor(value, dtype=torch.float64, device="cpu")
-
-    def _gather(self, local: Tensor) -> Tensor:
-        return gather(local) if self.gather_distributed else local
-
-    def _is_repeated(self, key_set: KeySet) -> bool:
+    def _is_repeated(self, entering: Tensor | None) -> bool:
         """Whether activation checkpointing repeats, in the backward, the call by which the queue advanced last."""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 or self._last_keys is None:
+        if torch.compiler.is_compiling() or entering is None or self._last_sum is None:
             return False
-        return torch.equal(self._last_keys, key_set.positives)
+        return torch._C._current_graph_task_id() != -1 and bool(entering.detach().sum() == self._last_sum)
 
     @torch.no_grad()
     def _advance(self, call: Call) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
+        if call.entering is None:
+            return
+        total = call.entering.sum()
+        accepted = total.abs() < torch.inf  # as it is where all keys are finite, since they have unit length
         if len(self.memory_bank):
-            enqueued = self.memory_bank.enqueue(call.entering, call.entering_estimators)
-            accepted = enqueued.accepted
+            enqueued = self.memory_bank.enqueue(call.entering, call.entering_estimators, accepted)
             for observer in self.observers:
                 observer.enqueue(enqueued)
-        else:
-            accepted = are_finite(call.entering)
         accepted = accepted.to(self.step.device)
         if torch.compiler.is_compiling():
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:
             self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
-            self._last_keys = call.key_set.positives.detach()
-
-
-def _stats(labels: Labels, confidence: Tensor) -> dict[str, Tensor]:
-    positive_weight, alpha, beta, entropy = torch.stack([labels.own, labels.alpha, labels.beta, labels.entropy]).mean(1)
-    mu = (alpha.new_zeros(1) + confidence)[0]  # no copy from the host, which a CUDA graph could not record
-    return {"positive_weight": positive_weight, "alpha": alpha, "beta": beta, "mu": mu, "label_entropy": entropy}
+            self._last_sum = total

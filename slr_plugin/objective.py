@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slr_plugin import refinery
@@ -35,65 +36,67 @@ from slr_plugin.settings import Settings
 from slr_plugin.streaming import Diagonal, SoftmaxStats, softmax_stats
 
 
-def slr_objective(
-    key_set: KeySet, mixed: Tensor | None, mixes: Sequence[Mix], settings: Settings
-) -> tuple[Tensor, Labels]:
+def slr_objective(key_set: KeySet, trained: Tensor, mixes: Sequence[Mix], settings: Settings) -> tuple[Tensor, Labels]:
     """Compute equation (9), and the refined labels in it.
 
     Args:
         key_set: rows (r, d) and their keys.
-        mixed: (c * s, d) unit features of mixed queries, crop after crop, or None.
-        mixes: how each of the c crops was mixed.
+        trained: unit features of the (s, d) queries and, for each of c crops, of (s, d) mixed queries.
+        mixes: how each of the crops was mixed.
         settings: the numbers.
     """
     rows, positives = key_set.rows, key_set.positives
-    if mixed is None:
-        stats, estimates = _compare(key_set, rows, settings)
-    elif key_set.is_symmetric:
-        stats, _ = _compare(key_set, rows, settings._replace(refines=False))
-        key_set = key_set.for_mixed()
-        mixed_stats, estimates = _compare(key_set, mixed, settings, has_own=False)
+    if not mixes:
+        stats, labels, targets = _compare(key_set, rows, settings)
+        losses = _own_key_added(stats.logsumexp_minus(_logits(rows, positives, settings)))
+        if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
+            losses = losses + settings.refined_weight * _logits(rows, positives - targets, settings)
+        return losses.mean(), labels
+    if key_set.is_symmetric:  # mixed queries see other keys than the rows: a pass of their own
+        one_hot, _ = slr_objective(key_set, rows, (), settings._replace(refines=False))
+        key_set, mixed = key_set.for_mixed(), trained[len(rows) // 2 :]
+        stats, labels, targets = _compare(key_set, mixed, settings, has_own=False)
+        refined = stats.logsumexp_minus(_logits(mixed, _mixed(targets, mixes), settings))
     else:
-        stats, estimates = _compare(key_set, torch.cat([rows, mixed]), settings)
-        stats, mixed_stats = stats.split(len(rows))
-    others = stats.logsumexp_minus(_logits(rows, positives, settings))
-    one_hot = torch.logaddexp(others, torch.zeros_like(others)).mean()
-    labels, targets = _refined(key_set, estimates, settings)
-    if mixed is not None:
-        losses = mixed_stats.logsumexp_minus(_logits(mixed, _mixed(targets, mixes), settings))
-        return torch.lerp(one_hot, losses.mean(), settings.refined_weight), labels
-    if not settings.refines:
-        return one_hot, labels
-    # Rows that are not mixed: L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau.
-    return one_hot + settings.refined_weight * _logits(rows, positives - targets, settings).mean(), labels
+        stats, labels, targets = _compare(key_set, trained, settings)
+        every_target = torch.cat([positives, _mixed(targets, mixes)])
+        losses = stats.logsumexp_minus(_logits(trained, every_target, settings))
+        losses, refined = torch.split(losses, [len(rows), len(losses) - len(rows)])
+        one_hot = _own_key_added(losses).mean()
+    return torch.lerp(one_hot, refined.mean(), settings.refined_weight), labels
 
 
 def _compare(
     key_set: KeySet, rows: Tensor, settings: Settings, has_own: bool = True
-) -> tuple[SoftmaxStats, SoftmaxStats | None]:
-    """The statistics of rows, and of the estimators of the labels if these are refined; own keys are left out.
+) -> tuple[SoftmaxStats, Labels, Tensor]:
+    """The softmax statistics of rows over their keys, and the labels and target centroids of the key set's rows.
 
-    ``rows`` begins with those of the key set, unless ``has_own`` is False; mixed queries follow, which see all keys.
+    ``rows`` begins with those of the key set, whose own keys are left out, unless ``has_own`` is False. Mixed queries
+    follow, which see all keys.
     """
     temperature, sharp = settings.temperature, settings.sharpening
     hidden = key_set.hidden() if has_own else []
     if not settings.refines:
-        return _pass(rows, key_set, temperature, hidden, settings), None
+        stats = _pass(rows, key_set, temperature, hidden, settings)
+        return stats, refinery.one_hot(key_set.positives), key_set.positives
     if key_set.estimator is None and not key_set.is_symmetric:
         # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
         both, hidden = torch.cat([rows, key_set.positives.detach() / sharp]), hidden + key_set.hidden(len(rows))
-        return _pass(both, key_set, temperature, hidden, settings, longest=1 / sharp).split(len(rows))
+        stats = _pass(both, key_set, temperature, hidden, settings, longest=1 / sharp)
+        stats, estimates = stats.split(len(rows))
+        return stats, *_refined(key_set, estimates, settings)
     stats = _pass(rows, key_set, temperature, hidden, settings)
     constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
     if key_set.estimator is not None:
-        estimator = key_set.estimator
-        hidden = estimator.hidden()
-        return stats, _pass(estimator.positives, estimator, constant * sharp, hidden, settings, values=key_set)
+        hidden = key_set.estimator.hidden()
+        features = key_set.estimator.positives
+        estimates = _pass(features, key_set.estimator, constant * sharp, hidden, settings, values=key_set)
+        return stats, *_refined(key_set, estimates, settings)
     # Both views: the estimator of a row is its other view, which is a row too.
     of_rows = stats
     if sharp != 1 or isinstance(temperature, Tensor):
         of_rows = _pass(rows.detach(), key_set, constant * sharp, hidden, settings)
-    return stats, of_rows.roll(len(rows) // 2)
+    return stats, *_refined(key_set, of_rows.roll(len(rows) // 2), settings)
 
 
 def _pass(
@@ -105,7 +108,7 @@ def _pass(
     longest: float = 1.0,
     values: KeySet | None = None,
 ) -> SoftmaxStats:
-    """The streaming pass of rows, the longest of length ``longest``, over a key set, averaging its keys or ``values``."""
+    """The streaming pass of rows, at most ``longest`` long, over a key set; averages its keys or those of ``values``."""
     scale, bound = 1.0, math.inf
     if isinstance(temperature, Tensor):
         compared = rows / temperature
@@ -126,10 +129,8 @@ def _pass(
     )
 
 
-def _refined(key_set: KeySet, estimates: SoftmaxStats | None, settings: Settings) -> tuple[Labels, Tensor]:
-    """The labels of a key set's rows and their target centroids (r, d)."""
-    if estimates is None:
-        return refinery.one_hot(key_set.positives), key_set.positives
+def _refined(key_set: KeySet, estimates: SoftmaxStats, settings: Settings) -> tuple[Labels, Tensor]:
+    """The labels of a key set's rows and their target centroids (r, d), from the statistics of the estimators."""
     estimators = (key_set.estimator or key_set).positives
     with torch.no_grad():
         sharp = settings.temperature * settings.sharpening
@@ -142,6 +143,11 @@ def _refined(key_set: KeySet, estimates: SoftmaxStats | None, settings: Settings
 def _mixed(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
     """Equation (8) for labels, crop after crop."""
     return torch.cat([targets[partner].lerp(targets, theta.to(targets)[:, None]) for theta, partner in mixes])
+
+
+def _own_key_added(others: Tensor) -> Tensor:
+    """The log-sum-exp over all keys from that over the others, both less the own logit: log(1 + exp(others))."""
+    return F.softplus(others, threshold=40.0)  # beyond which nothing is left of the 1 in float64
 
 
 def _logits(rows: Tensor, targets: Tensor, settings: Settings) -> Tensor:

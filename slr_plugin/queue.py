@@ -116,12 +116,16 @@ class KeyQueue(nn.Module):
             self._is_shared = True
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, estimators: Tensor | None = None) -> Enqueued:
+    def enqueue(self, keys: Tensor, estimators: Tensor | None = None, accepted: Tensor | None = None) -> Enqueued:
         """Write (s, d) unit keys, and their (s, e) other features, over the oldest ones; the newest n stay.
 
-        A batch with a non-finite key leaves the queue as it is (without reading the values back to the host).
+        A batch that is not ``accepted``, a bool tensor of shape (), leaves the queue as it is, without reading values
+        back to the host. None accepts finite keys.
         """
-        accepted = are_finite(keys) if estimators is None else are_finite(keys) & are_finite(estimators)
+        if accepted is None:
+            accepted = keys.isfinite().all()
+        if estimators is not None:
+            accepted = accepted & estimators.isfinite().all()
         accepted = accepted.to(self.bank.device)
         newest = min(len(keys), self.size)
         start = self.bank_ptr + (len(keys) - newest)
@@ -197,11 +201,6 @@ class KeyQueue(nn.Module):
                 del local[second]
             self.generation += 1
         super()._load_from_state_dict(local, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-def are_finite(keys: Tensor) -> Tensor:
-    """Whether all of (s, d) unit keys are finite, which is when their sum is; a bool tensor of shape ()."""
-    return keys.sum().abs() < torch.inf
 
 
 def _random_keys(size: int, dim: int) -> Tensor:

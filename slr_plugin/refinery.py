@@ -35,11 +35,20 @@ class Labels(NamedTuple):
     rest: Tensor  # v = 1 - w, the weight that q spreads over the other keys
     alpha: Tensor  # the share of p
     beta: Tensor  # the share of q
-    entropy: Tensor  # of the whole label, in nats
+    q_entropy: Tensor  # of q, in nats
 
     def targets(self, own_keys: Tensor, means: Tensor) -> Tensor:
         """The target centroids t, (r, d), from the own keys g and the q-weighted means a of the other keys."""
         return torch.lerp(own_keys, means, self.rest[:, None])
+
+    def means(self) -> dict[str, Tensor]:
+        """The means of own, alpha, beta and of the entropy of the whole label, by the names of ``SLRLoss.stats``."""
+        # H(q) is l - E_q[logit]: minus infinity without other keys, and below 0 by the rounding of large logits.
+        entropy = (
+            self.rest * self.q_entropy.clamp(min=0.0) + torch.special.entr(self.own) + torch.special.entr(self.rest)
+        )
+        names = ("positive_weight", "alpha", "beta", "label_entropy")
+        return dict(zip(names, torch.stack([self.own, self.alpha, self.beta, entropy]).mean(1), strict=True))
 
 
 @torch.no_grad()
@@ -59,12 +68,8 @@ def estimate(stats: SoftmaxStats, own_logit: Tensor, mean_logit: Tensor | None, 
     z = 1 + shares.sum(0)
     alpha, beta = shares / z
     own, rest = 1 / z + alpha * p_own, alpha * p_others + beta
-    if mean_logit is None:
-        return Labels(own, rest, alpha, beta, torch.full_like(own, torch.nan))
-    # H(q) = l - E_q[logit]: minus infinity without other keys, and below 0 by the rounding of large logits.
-    q_entropy = stats.logsumexp_minus(mean_logit).clamp(min=0.0)
-    entropy = rest * q_entropy + torch.special.entr(own) + torch.special.entr(rest)
-    return Labels(own, rest, alpha, beta, entropy)
+    q_entropy = torch.full_like(own, torch.nan) if mean_logit is None else stats.logsumexp_minus(mean_logit)
+    return Labels(own, rest, alpha, beta, q_entropy)
 
 
 def one_hot(positives: Tensor) -> Labels:

@@ -1,4 +1,4 @@
-"""Compiles the kernels of slr_plugin/streaming/triton.py for GPUs that need not be here, and prints what each takes, as JSON."""
+"""Compiles the kernels of slr_plugin/streaming/triton.py for GPUs that need not be here; prints JSON of their sizes."""
 
 import json
 import os

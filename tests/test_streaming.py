@@ -104,7 +104,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.out:
+        if func is torch.ops.aten.addmm.out:
             self.logits += out.numel()
         return out
 

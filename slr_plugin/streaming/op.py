@@ -126,7 +126,8 @@ def _forward(
         raise RuntimeError(
             "activation checkpointing computes SLRLoss again after its queue or schedule moved on, so its gradient "
             "would be wrong: checkpoint the encoder without the loss, or save the loss's pass by context_fn="
-            "functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [torch.ops.slr_plugin.softmax_stats.default])"
+            "functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, "
+            "[torch.ops.slr_plugin.softmax_stats.default])"
         )
     sources = [Source(keys, keys if values is None else values)]
     if queue is not None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -65,7 +66,8 @@ class SoftmaxStats(NamedTuple):
 
     def split(self, count: int) -> tuple[SoftmaxStats, SoftmaxStats]:
         """The statistics of the first ``count`` rows, and of the others."""
-        return SoftmaxStats(*(x[:count] for x in self)), SoftmaxStats(*(x[count:] for x in self))
+        first, others = zip(*(torch.split(x, [count, len(x) - count]) for x in self), strict=True)
+        return SoftmaxStats(*first), SoftmaxStats(*others)
 
     def roll(self, count: int) -> SoftmaxStats:
         """The statistics of the rows rolled by ``count``: row i gets those of row i - count."""

@@ -1,7 +1,7 @@
 r"""The streaming pass with torch's own operations, tile by tile, on any device.
 
 Logits are kept in bits, :math:`c \langle r_i, b_k \rangle / \ln 2`: as exact, and torch's ``exp2`` takes a third of the
-time of its ``exp`` on the CPU. The factor rides on the rows, once for the whole pass.
+time of its ``exp`` on the CPU. The factor rides on the matrix product for nothing.
 
 Overflow forbids to do without a running maximum, except where logits are known to be small (``bound``). Where the keys
 are the rows, the logits are a symmetric matrix: a tile then serves its mirror image too, and half the tiles are enough.
@@ -86,14 +86,13 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
         rows.new_zeros(count, values.shape[1]),
     )
     tile = rows.new_empty(height * width)
-    scaled = rows * (scale / LN2)
-    low = scaled.bfloat16() if sources[-1].may_be_low and _uses_bfloat16(rows) else scaled
+    low = (rows * (scale / LN2)).bfloat16() if sources[-1].may_be_low and _uses_bfloat16(rows) else rows
     for block in _blocks(sources, width, rows, low.dtype):
-        left = scaled if block.keys.dtype == scaled.dtype else low
+        left = rows if block.keys.dtype == rows.dtype else low
         for here in _slices(count, height):
             if mirrored and here.start > block.first:
                 break
-            logits = _logits(left[here], block, tile, here.start, hidden)
+            logits = _logits(left[here], block, scale, tile, here.start, hidden)
             part = sums.at(here)
             if not bounded:
                 part.raise_shift(logits)
@@ -121,13 +120,12 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
         row_values = row_values * (-shift).exp2()  # once here, not in every tile
     gradient = row_values.new_zeros(len(keys), row_values.shape[1])
     tile = rows.new_empty(height * width)
-    scaled = rows * (scale / LN2)
     for block in _blocks([source], width, rows, rows.dtype):
         there = slice(block.first, block.first + len(block.keys))
         for here in _slices(len(rows), height):
             if mirrored and here.start > block.first:
                 break
-            weights = _logits(scaled[here], block, tile, here.start, hidden)
+            weights = _logits(rows[here], block, scale, tile, here.start, hidden)
             if not bounded:
                 weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
             weights.exp2_()
@@ -137,12 +135,15 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     return gradient
 
 
-def _logits(rows: Tensor, block: Block, tile: Tensor, top: int, hidden: Sequence[Diagonal]) -> Tensor:
-    """Logits in bits of the scaled rows ``top ..`` with a block, in a tile's memory; minus infinity where hidden."""
+def _logits(rows: Tensor, block: Block, scale: float, tile: Tensor, top: int, hidden: Sequence[Diagonal]) -> Tensor:
+    """Logits in bits of rows ``top ..`` with a block, in a tile's memory; minus infinity where hidden.
+
+    Rows in bfloat16 are scaled already.
+    """
     height, width = len(rows), len(block.keys)
     logits = tile[: height * width].view(height, width)
     if rows.dtype == tile.dtype:
-        torch.mm(rows, block.keys.T, out=logits)
+        torch.addmm(logits, rows, block.keys.T, beta=0, alpha=scale / LN2, out=logits)
     else:
         logits.copy_(rows @ block.keys.T)
     for row, key, length in hidden:
@@ -193,5 +194,6 @@ def _uses_bfloat16(rows: Tensor) -> bool:
 
 @functools.cache
 def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and not in every torch
     return supported is not None and bool(supported())
