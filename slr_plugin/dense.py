@@ -77,7 +77,7 @@ def labels(key_set: KeySet, settings: Settings) -> Tensor:
     """The refined labels (r, K) of a key set's rows, its columns in their order."""
     estimators = key_set.estimator or key_set
     return self_labels(
-        estimators.similarity(estimators.positives),
+        estimators.similarity(estimators.own_keys()),
         key_set.own_columns(),
         key_set.itself_columns(),
         temperature=settings.temperature,

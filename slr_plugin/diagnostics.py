@@ -151,7 +151,7 @@ class LabelMonitor:
     """
 
     def __init__(self, criterion: SLRLoss) -> None:
-        if not isinstance(criterion, SLRLoss):
+        if not hasattr(criterion, "observers"):
             raise TypeError(f"criterion must be a slr_plugin.SLRLoss, got {type(criterion).__name__}")
         self.criterion = criterion
         self.measured: list[LabelQuality] = []
@@ -187,8 +187,9 @@ class LabelMonitor:
         return LabelQuality(*(torch.stack(values).nanmean() for values in zip(*measured, strict=True)))
 
     def remove(self) -> None:
-        """Let go of the criterion."""
-        self.criterion.observers.remove(self)
+        """Let go of the criterion; a second time does nothing."""
+        if self in self.criterion.observers:
+            self.criterion.observers.remove(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the criterion's."""
@@ -216,7 +217,7 @@ class LabelMonitor:
 
     def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
         """Measure the labels, if announced, while the queue still holds the keys that they spread over."""
-        size = len(key_set.positives) // key_set.blocks
+        size = len(key_set.positives)
         device = key_set.positives.device
         if self._classes is None:  # nobody told
             self._classes, self._measures = torch.full((size,), -1, device=device), False

@@ -23,7 +23,7 @@ class KeySet(NamedTuple):
     """
 
     rows: Tensor  # (r, d), trained
-    positives: Tensor  # (r, d), the own key of each row; it also estimates the row's label
+    positives: Tensor  # (s, d), one per sample
     keys: Tensor  # (b, d) keys of this step, which may be trained: the batch's, then further negatives
     queue: Tensor | None  # (n, d) constants
     batch: int  # how many of ``keys`` are the batch's
@@ -41,9 +41,13 @@ class KeySet(NamedTuple):
         """Whether the rows are keys too: both views against both."""
         return bool(self.itself)
 
+    def own_keys(self) -> Tensor:
+        """The own key (r, d) of each row, which also estimates its label."""
+        return self.rows.roll(len(self.positives), 0) if self.is_symmetric else self.positives
+
     def hidden(self, first: int = 0) -> list[Diagonal]:
         """The keys that the pass leaves out, for rows (or their estimators) that begin at row ``first`` of the pass."""
-        size = len(self.positives) // self.blocks
+        size = len(self.positives)
         starts = [(block, start) for of in (self.own, self.itself) for block, start in enumerate(of)]
         return [Diagonal(first + block * size, start, size) for block, start in starts]
 
@@ -64,10 +68,10 @@ class KeySet(NamedTuple):
         """The key set of mixed queries: of both views these see the second ones only, which estimate their labels."""
         if not self.is_symmetric:
             return self
-        size, second = len(self.positives) // 2, self.batch // 2
+        second = self.batch // 2
         keys = self.keys[second:]
         estimator = self.estimator and self.estimator.for_mixed()
-        return KeySet(self.rows[:0], self.positives[:size], keys, None, second, (self.itself[0],), estimator=estimator)
+        return KeySet(self.rows[:0], self.positives, keys, None, second, (self.itself[0],), estimator=estimator)
 
     # ------------------------------------------------------------------------- dense matrices, for looking at and tests
 
@@ -77,11 +81,11 @@ class KeySet(NamedTuple):
         cosines = features @ table.T
         if self.own:
             return cosines
-        return torch.cat([(features * self.positives).sum(1, keepdim=True), cosines], dim=1)
+        return torch.cat([(features * self.own_keys()).sum(1, keepdim=True), cosines], dim=1)
 
     def own_columns(self) -> Tensor:
         """The column (r,) of each row's own key."""
-        rows = torch.arange(len(self.positives) // self.blocks, device=self.positives.device)
+        rows = torch.arange(len(self.positives), device=self.positives.device)
         return torch.cat([rows + start for start in self.own]) if self.own else torch.zeros_like(rows)
 
     def itself_columns(self) -> Tensor | None:
@@ -130,7 +134,7 @@ def both_views(
 
     Args:
         rows: (2s, d), the first views and then the second ones.
-        positives: (2s, d), the second views and then the first ones.
+        positives: (s, d), the second views.
         batch: (2S, d), the views of all processes; ``rows`` itself in one process.
         negatives: (m, d), keys that are nobody's own.
         offset: the number of ``rows[0]`` in ``batch``.
@@ -170,7 +174,7 @@ def choose(
         if gather:
             both = gather(torch.cat([queries, positives], dim=1))  # one exchange
             batch = torch.cat(both.chunk(2, dim=1))
-        key_set = both_views(rows, rows.roll(len(queries), 0), batch, negatives, offset)
+        key_set = both_views(rows, positives, batch, negatives, offset)
     elif in_batch_keys:
         key_set = batch_and_queue(queries, positives, gather(positives) if gather else positives, negatives, offset)
     else:

@@ -45,12 +45,13 @@ def slr_objective(key_set: KeySet, trained: Tensor, mixes: Sequence[Mix], settin
         mixes: how each of the crops was mixed.
         settings: the numbers.
     """
-    rows, positives = key_set.rows, key_set.positives
+    rows = key_set.rows
     if not mixes:
         stats, labels, targets = _compare(key_set, rows, settings)
-        losses = _own_key_added(stats.logsumexp_minus(_logits(rows, positives, settings)))
+        own_keys = key_set.own_keys()
+        losses = _own_key_added(stats.logsumexp_minus(_logits(rows, own_keys, settings)))
         if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
-            losses = losses + settings.refined_weight * _logits(rows, positives - targets, settings)
+            losses = losses + settings.refined_weight * _logits(rows, own_keys - targets, settings)
         return losses.mean(), labels
     if key_set.is_symmetric:  # mixed queries see other keys than the rows: a pass of their own
         one_hot, _ = slr_objective(key_set, rows, (), settings._replace(refines=False))
@@ -59,7 +60,7 @@ def slr_objective(key_set: KeySet, trained: Tensor, mixes: Sequence[Mix], settin
         refined = stats.logsumexp_minus(_logits(mixed, _mixed(targets, mixes), settings))
     else:
         stats, labels, targets = _compare(key_set, trained, settings)
-        every_target = torch.cat([positives, _mixed(targets, mixes)])
+        every_target = torch.cat([key_set.positives, _mixed(targets, mixes)])
         losses = stats.logsumexp_minus(_logits(trained, every_target, settings))
         losses, refined = torch.split(losses, [len(rows), len(losses) - len(rows)])
         one_hot = _own_key_added(losses).mean()
@@ -78,25 +79,26 @@ def _compare(
     hidden = key_set.hidden() if has_own else []
     if not settings.refines:
         stats = _pass(rows, key_set, temperature, hidden, settings)
-        return stats, refinery.one_hot(key_set.positives), key_set.positives
+        return stats, refinery.one_hot(rows), key_set.positives
     if key_set.estimator is None and not key_set.is_symmetric:
         # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
         both, hidden = torch.cat([rows, key_set.positives.detach() / sharp]), hidden + key_set.hidden(len(rows))
         stats = _pass(both, key_set, temperature, hidden, settings, longest=1 / sharp)
         stats, estimates = stats.split(len(rows))
-        return stats, *_refined(key_set, estimates, settings)
+        return stats, *_refined(key_set.positives, estimates, settings)
     stats = _pass(rows, key_set, temperature, hidden, settings)
     constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    if key_set.estimator is not None:
-        hidden = key_set.estimator.hidden()
-        features = key_set.estimator.positives
-        estimates = _pass(features, key_set.estimator, constant * sharp, hidden, settings, values=key_set)
-        return stats, *_refined(key_set, estimates, settings)
-    # Both views: the estimator of a row is its other view, which is a row too.
-    of_rows = stats
+    estimator = key_set.estimator
+    if estimator is not None:
+        estimating = estimator.own_keys()
+        estimates = _pass(estimating, estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
+        return stats, *_refined(key_set.own_keys(), estimates, settings, estimating)
+    # Both views: a row is estimated by its other view, a row too, and so estimates the label of its other view.
+    estimates = stats
     if sharp != 1 or isinstance(temperature, Tensor):
-        of_rows = _pass(rows.detach(), key_set, constant * sharp, hidden, settings)
-    return stats, *_refined(key_set, of_rows.roll(len(rows) // 2), settings)
+        estimates = _pass(rows.detach(), key_set, constant * sharp, hidden, settings)
+    labels, targets = _refined(rows, estimates, settings)
+    return stats, labels, targets.roll(len(rows) // 2, 0)
 
 
 def _pass(
@@ -108,7 +110,7 @@ def _pass(
     longest: float = 1.0,
     values: KeySet | None = None,
 ) -> SoftmaxStats:
-    """The streaming pass of rows, at most ``longest`` long, over a key set; averages its keys or those of ``values``."""
+    """Pass over a key set with rows of at most the length ``longest``; averages its keys, or those of ``values``."""
     scale, bound = 1.0, math.inf
     if isinstance(temperature, Tensor):
         compared = rows / temperature
@@ -129,15 +131,18 @@ def _pass(
     )
 
 
-def _refined(key_set: KeySet, estimates: SoftmaxStats, settings: Settings) -> tuple[Labels, Tensor]:
-    """The labels of a key set's rows and their target centroids (r, d), from the statistics of the estimators."""
-    estimators = (key_set.estimator or key_set).positives
+def _refined(
+    own_keys: Tensor, estimates: SoftmaxStats, settings: Settings, estimators: Tensor | None = None
+) -> tuple[Labels, Tensor]:
+    """The labels and target centroids (r, d) of rows, from what estimates them: their own keys or other features."""
     with torch.no_grad():
         sharp = settings.temperature * settings.sharpening
-        own_logit = _dot(estimators, estimators) / sharp
-        mean_logit = None if key_set.estimator else _dot(estimators, estimates.mean) / sharp
+        estimating = own_keys if estimators is None else estimators
+        own_logit = _dot(estimating, estimating) / sharp
+        # Means of other values say nothing of the estimators' logits.
+        mean_logit = _dot(estimating, estimates.mean) / sharp if estimators is None else None
     labels = refinery.estimate(estimates, own_logit, mean_logit, settings.confidence)
-    return labels, labels.targets(key_set.positives, estimates.mean)
+    return labels, labels.targets(own_keys, estimates.mean)
 
 
 def _mixed(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:

@@ -38,7 +38,9 @@ def check_setting(name: str, value: Any) -> Any:
     elif name == "sharpening":
         check_number(name, value)
         if not 1e-8 <= value <= 1:
-            raise ValueError(f"sharpening must be in (0, 1], and at least 1e-8, got {value}")
+            raise ValueError(
+                f"sharpening must be in {'(0, 1]' if value <= 0 or value > 1 else '[1e-8, 1]'}, got {value}"
+            )
     elif name == "refined_weight":
         check_number(name, value, low=0.0, high=1.0)
     elif name == "chunk_size":

@@ -68,7 +68,3 @@ class SoftmaxStats(NamedTuple):
         """The statistics of the first ``count`` rows, and of the others."""
         first, others = zip(*(torch.split(x, [count, len(x) - count]) for x in self), strict=True)
         return SoftmaxStats(*first), SoftmaxStats(*others)
-
-    def roll(self, count: int) -> SoftmaxStats:
-        """The statistics of the rows rolled by ``count``: row i gets those of row i - count."""
-        return SoftmaxStats(*(x.roll(count, 0) for x in self))

@@ -86,7 +86,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
         rows.new_zeros(count, values.shape[1]),
     )
     tile = rows.new_empty(height * width)
-    low = (rows * (scale / LN2)).bfloat16() if sources[-1].may_be_low and _uses_bfloat16(rows) else rows
+    low = (rows * (scale / LN2)).bfloat16() if sources[-1].may_be_low and uses_bfloat16(rows) else rows
     for block in _blocks(sources, width, rows, low.dtype):
         left = rows if block.keys.dtype == rows.dtype else low
         for here in _slices(count, height):
@@ -116,8 +116,11 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     source = Source(keys, keys)
     height, width = _tile_shape(rows, [source], chunk, mirrored)
     shift = logsumexp[:, None] / LN2
-    if bounded:
-        row_values = row_values * (-shift).exp2()  # once here, not in every tile
+    factor = (-shift).exp2()  # of bounded logits
+
+    def values(of: slice) -> Tensor:
+        return row_values[of] * factor[of] if bounded else row_values[of]
+
     gradient = row_values.new_zeros(len(keys), row_values.shape[1])
     tile = rows.new_empty(height * width)
     for block in _blocks([source], width, rows, rows.dtype):
@@ -129,9 +132,9 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
             if not bounded:
                 weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
             weights.exp2_()
-            gradient[there].addmm_(weights.T, row_values[here])
+            gradient[there].addmm_(weights.T, values(here))
             if mirrored and here.start < block.first:
-                gradient[here].addmm_(weights, row_values[there])
+                gradient[here].addmm_(weights, values(there))
     return gradient
 
 
@@ -185,7 +188,7 @@ def _finite(logits: Tensor) -> Tensor:
     return logits.masked_fill(logits == -torch.inf, 0.0)
 
 
-def _uses_bfloat16(rows: Tensor) -> bool:
+def uses_bfloat16(rows: Tensor) -> bool:
     """Whether float32 products may be approximate, and the CPU is faster at bfloat16."""
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return False
