@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
-from slr_plugin import MomentumMixup, SLRLoss, contrast, dense
+from slr_plugin import MomentumMixup, SLRLoss, dense
+from slr_plugin.streaming import op, tiled
 
 TEMPERATURE = 0.2
 BASELINE, LIMIT = "lightly NTXentLoss", "bare products"
@@ -75,7 +76,9 @@ def contenders(size: Size, device: str, compiles: bool = False) -> dict[str, Cal
         names = [name for name in losses if name == BASELINE or name.startswith("SLRLoss")]
         steps |= {f"{name}, compiled": step(torch.compile(losses[name])) for name in names}
     if device != "cpu" and torch.get_float32_matmul_precision() != "highest":
-        steps |= {f"{name}, fused": fused(run) for name, run in steps.items() if name.startswith("SLRLoss") and run}
+        steps |= {
+            f"{name}, triton": with_triton(run) for name, run in steps.items() if name.startswith("SLRLoss") and run
+        }
     if size.queue:
         steps[ATTENTION] = attention(size, device)
     return steps | {LIMIT: bare_products(size, device)}
@@ -142,13 +145,13 @@ def finds_solo_learn() -> bool:
     return bool(clone)
 
 
-def fused(step: Callable[[], Any]) -> Callable[[], Any]:
+def with_triton(step: Callable[[], Any]) -> Callable[[], Any]:
     """The step with the Triton kernels."""
 
     def run() -> None:
-        os.environ["SLR_PLUGIN_FUSED"] = "1"
+        op.DEFAULT_BACKEND = "triton"
         step()
-        os.environ["SLR_PLUGIN_FUSED"] = "0"
+        op.DEFAULT_BACKEND = "tiled"
 
     return run
 
@@ -173,7 +176,7 @@ def bare_products(size: Size, device: str) -> Callable[[], Any]:
     rows = torch.randn(count, size.dim, device=device)
     table = torch.randn(keys, size.dim, device=device) if size.queue else rows
     medium = torch.get_float32_matmul_precision() == "medium"
-    if size.queue and (contrast._meets_queue_in_bfloat16(rows) or (medium and device != "cpu")):
+    if size.queue and (tiled.uses_bfloat16(rows) or (medium and device != "cpu")):
         rows, table = rows.bfloat16(), table.bfloat16()
     result = torch.empty_like(rows)
     side = 1024 if device == "cpu" else 8192

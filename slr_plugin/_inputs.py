@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -12,31 +12,72 @@ from torch import Tensor
 from slr_plugin.checks import check_float_tensor
 from slr_plugin.mixup import Mix, check_mix
 
-
-def unit_features(out0: Tensor, out1: Tensor, crops: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
-    """Unit rows of one dtype: float64 if ``out0`` or ``out1``, both (s, d), is, else float32.
-
-    Returns:
-        The trained rows, queries and then crop after crop, ((1 + c) s, d), and the positives, (s, d).
-    """
-    dtype = torch.promote_types(torch.promote_types(out0.dtype, out1.dtype), torch.float32)
-    trained = torch.cat([rows.to(dtype) for rows in (out0, *crops)]) if crops else out0.to(dtype)
-    return F.normalize(trained, dim=1), F.normalize(out1.to(dtype), dim=1)
+VIEWS = ("out0", "out1")  # what SLRLoss calls queries and positives
 
 
-def check_views(out0: Tensor, out1: Tensor) -> None:
-    """Raise ValueError or TypeError unless both are (batch, dimension), of one shape and device."""
-    _check_features("out0", out0)
-    _check_features("out1", out1)
-    if out0.shape != out1.shape:
-        raise ValueError(f"out0 and out1 must have one shape, got {tuple(out0.shape)} and {tuple(out1.shape)}")
-    if out0.device != out1.device:
-        raise ValueError(f"out0 is on {out0.device} and out1 on {out1.device}; move them to one device")
+class Features(NamedTuple):
+    """Unit rows of one dtype: float64 if queries or positives have it, else float32."""
+
+    trained: Tensor  # ((1 + c) * s, d), the queries and then the mixed queries, crop after crop
+    positives: Tensor  # (s, d)
+    mixes: list[Mix]  # of every crop
+    negatives: Tensor | None  # (m, d)
+    estimator: Tensor | None  # (s, e), without gradient
 
 
-def checked_crops(
-    out0: Tensor, mixed: Tensor | Sequence[Tensor] | None, mix: Mix | Sequence[Mix] | None
-) -> tuple[list[Tensor], list[Mix]]:
+def checked_features(
+    queries: Any,
+    positives: Any,
+    mixed: Any = None,
+    mix: Any = None,
+    negatives: Any = None,
+    estimator: Any = None,
+    names: Sequence[str] = VIEWS,
+) -> Features:
+    """Return the features of a call, or raise ValueError or TypeError that names the argument which does not fit."""
+    for name, value in zip(names, (queries, positives), strict=True):
+        _check_features(name, value)
+    first, second = names
+    if queries.shape != positives.shape:
+        shapes = f"{tuple(queries.shape)} and {tuple(positives.shape)}"
+        raise ValueError(f"{first} and {second} must have one shape, got {shapes}")
+    if queries.device != positives.device:
+        raise ValueError(f"{first} is on {queries.device} and {second} on {positives.device}; move them to one device")
+    crops, mixes = _checked_crops(queries, mixed, mix, first)
+    if negatives is not None:
+        _check_beside("negatives", negatives, queries, first)
+        if negatives.shape[1] != queries.shape[1]:
+            raise ValueError(
+                f"negatives must have shape (m, {queries.shape[1]}), as wide as {first}, got {tuple(negatives.shape)}"
+            )
+    if estimator is not None:
+        _check_beside("estimator", estimator, queries, first)
+        if len(estimator) != len(queries):
+            raise ValueError(
+                f"estimator must have one row per row of {first}, {len(queries)}, got shape {tuple(estimator.shape)}"
+            )
+        if negatives is not None:
+            raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        trained = torch.cat([rows.to(dtype) for rows in (queries, *crops)]) if crops else queries.to(dtype)
+        return Features(
+            F.normalize(trained, dim=1),
+            F.normalize(positives.to(dtype), dim=1),
+            mixes,
+            None if negatives is None else F.normalize(negatives.to(dtype), dim=1),
+            None if estimator is None else F.normalize(estimator.detach().to(dtype), dim=1),
+        )
+
+
+def _check_beside(name: str, value: Any, queries: Tensor, first: str) -> None:
+    """Raise unless ``value`` is a table of features on the device of the queries."""
+    _check_features(name, value)
+    if value.device != queries.device:
+        raise ValueError(f"{name} is on {value.device} and {first} on {queries.device}; move it there")
+
+
+def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[list[Tensor], list[Mix]]:
     """The mixed views, and how each was mixed, one to one; one tensor and one mix count as one crop."""
     if mixed is None and mix is None:
         return [], []
@@ -44,7 +85,7 @@ def checked_crops(
         given, absent = ("mixed", "mix") if mix is None else ("mix", "mixed")
         raise ValueError(f"{given} came without {absent}: pass both, criterion(out0, out1, mixed, mix)")
     if isinstance(mixed, Tensor) and _is_mix(mix):
-        return [mixed], [_checked_mix("", out0, mixed, mix)]
+        return [mixed], [_checked_mix("", queries, mixed, mix, first)]
     if not isinstance(mixed, Tensor | list | tuple):
         raise TypeError(f"mixed must be a tensor or a list of tensors, one per crop, got {type(mixed).__name__}")
     if not isinstance(mix, list | tuple):
@@ -55,22 +96,22 @@ def checked_crops(
     if isinstance(mixed, Tensor) or _is_mix(mix) or len(mixed) != len(mix) or not mixed:
         raise ValueError(f"mixed and mix must match one to one, got mixed={_count(mixed)} and mix={_count(mix)}")
     pairs = enumerate(zip(mixed, mix, strict=True))
-    return list(mixed), [_checked_mix(f"[{i}]", out0, *pair) for i, pair in pairs]
+    return list(mixed), [_checked_mix(f"[{i}]", queries, *pair, first) for i, pair in pairs]
 
 
-def _checked_mix(where: str, out0: Tensor, features: Any, mix: Any) -> Mix:
+def _checked_mix(where: str, queries: Tensor, features: Any, mix: Any, first: str) -> Mix:
     _check_features(f"mixed{where}", features)
     if not _is_mix(mix):
         raise TypeError(
             f"mix{where} must be the (theta, partner) that MomentumMixup returned, got {type(mix).__name__}"
         )
-    if features.shape != out0.shape:
-        raise ValueError(f"mixed{where} must have the shape of out0, {tuple(out0.shape)}, got {tuple(features.shape)}")
-    if features.device != out0.device:
-        raise ValueError(f"mixed{where} is on {features.device} and out0 on {out0.device}; move it there")
-    check_mix(Mix(*mix), len(out0), name=f"mix{where}.")
+    if features.shape != queries.shape:
+        shape = tuple(queries.shape)
+        raise ValueError(f"mixed{where} must have the shape of {first}, {shape}, got {tuple(features.shape)}")
+    _check_beside(f"mixed{where}", features, queries, first)
+    check_mix(Mix(*mix), len(queries), name=f"mix{where}.")
     theta, partner = mix
-    return Mix(theta.to(out0.device), partner.to(out0.device, torch.long))
+    return Mix(theta.to(queries.device), partner.to(queries.device, torch.long))
 
 
 def _is_mix(value: Any) -> TypeGuard[Mix]:
@@ -86,3 +127,12 @@ def _check_features(name: str, value: Any) -> None:
     check_float_tensor(name, value)
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(f"{name} must have shape (batch, dimension), both >= 1, got {tuple(value.shape)}")
+    if torch.compiler.is_compiling():
+        return
+    if hasattr(value, "device_mesh"):
+        raise TypeError(f"{name} is a DTensor: pass {name}.to_local(), and gather_distributed=True to see all keys")
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise RuntimeError(
+            f"{name} is inside a torch.func transform, which SLRLoss does not support: use loss.backward() or "
+            "torch.autograd.grad"
+        )

@@ -14,16 +14,27 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
     """A finite real number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (math.isfinite(value) and low <= float(value) <= high):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number above 1.8e308
+        number = math.inf
+    if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name} must be {_interval(low, high)}, got {value}")
 
 
+def check_confidence(name: str, value: Any) -> None:
+    """A prior confidence mu in [0, 1e38], so that 1 + 2 mu, the largest z of equation (5), is finite in float32."""
+    check_number(name, value, low=0.0, high=1e38)
+
+
 def check_integer(name: str, value: Any, *, low: int) -> None:
-    """An integer >= low."""
+    """An integer >= low that int64 holds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
     if value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
+    if int(value) >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
 def check_flag(name: str, value: Any) -> None:

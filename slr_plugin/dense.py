@@ -6,13 +6,16 @@ Every matrix is (rows, K) and stored. For reading, for diagnostics and as the ba
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slr_plugin.key_sets import KeySet, choose
 from slr_plugin.mixup import Mix
+from slr_plugin.settings import Settings
 
 
 class SelfLabels(NamedTuple):
@@ -28,7 +31,7 @@ def self_labels(
     own: Tensor,
     hidden: Tensor | None = None,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     sharpening: float = 1.0,
     confidence: float | Tensor = 1.0,
 ) -> SelfLabels:
@@ -70,58 +73,72 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -(labels * logits.log_softmax(1)).sum(1).mean()
 
 
+def labels(key_set: KeySet, settings: Settings) -> Tensor:
+    """The refined labels (r, K) of a key set's rows, its columns in their order."""
+    estimators = key_set.estimator or key_set
+    return self_labels(
+        estimators.similarity(estimators.own_keys()),
+        key_set.own_columns(),
+        key_set.itself_columns(),
+        temperature=settings.temperature,
+        sharpening=settings.sharpening,
+        confidence=settings.confidence,
+    ).refined
+
+
+def objective(key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings) -> Tensor:
+    """Equation (9) over a key set; ``crops`` are (s, d) unit features of mixed queries."""
+
+    def logits(rows: Tensor, keys: KeySet) -> Tensor:
+        logits = keys.similarity(rows) / settings.temperature
+        itself = keys.itself_columns()
+        # A finite stand-in for minus infinity: labels are 0 there, and 0 * inf is not.
+        return logits if itself is None else logits.scatter(1, itself[:, None], torch.finfo(logits.dtype).min)
+
+    plain = logits(key_set.rows, key_set)
+    one_hot_term = F.cross_entropy(plain, key_set.own_columns())
+    mixing = key_set.for_mixed() if crops else key_set
+    with torch.no_grad():
+        refined = labels(mixing, settings)
+    if not crops:
+        refined_term = cross_entropy(plain, refined)
+    else:
+        terms = []
+        for crop, (theta, partner) in zip(crops, mixes, strict=True):
+            share = theta.to(refined)[:, None]
+            mixed_labels = share * refined + (1 - share) * refined[partner]
+            terms.append(cross_entropy(logits(crop, mixing), mixed_labels))
+        refined_term = torch.stack(terms).mean()
+    return (1 - settings.refined_weight) * one_hot_term + settings.refined_weight * refined_term
+
+
 def slr_loss(
     queries: Tensor,
     positives: Tensor,
-    queue: Tensor,
-    mixed: Tensor | None = None,
-    mix: Mix | None = None,
+    queue: Tensor | None = None,
+    mixed: Tensor | Sequence[Tensor] | None = None,
+    mix: Mix | Sequence[Mix] | None = None,
     *,
-    temperature: float = 0.5,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
     sharpening: float = 1.0,
     confidence: float = 1.0,
     refined_weight: float = 0.5,
+    in_batch_keys: bool = True,
+    symmetric: bool = False,
 ) -> Tensor:
-    """Equation (9) over the paper's key set, batch and queue. Arguments as in :class:`slr_plugin.SLRLoss`."""
+    """Equation (9) for one direction: rows are the queries. Arguments as in :func:`slr_plugin.functional.slr_loss`."""
     queries, positives = F.normalize(queries, dim=1), F.normalize(positives, dim=1)
-    keys = torch.cat([positives, queue.to(positives)])
-    own = torch.arange(len(queries), device=queries.device)
-    with torch.no_grad():
-        labels = self_labels(
-            positives @ keys.T, own, temperature=temperature, sharpening=sharpening, confidence=confidence
-        ).refined
-    logits = queries @ keys.T / temperature
-    one_hot_term = F.cross_entropy(logits, own)
-    if mixed is None or mix is None:
-        refined_term = cross_entropy(logits, labels)
-    else:
-        theta, partner = mix
-        mixed_labels = theta[:, None] * labels + (1 - theta[:, None]) * labels[partner]
-        refined_term = cross_entropy(F.normalize(mixed, dim=1) @ keys.T / temperature, mixed_labels)
-    return (1 - refined_weight) * one_hot_term + refined_weight * refined_term
+    negatives = None if negatives is None else F.normalize(negatives, dim=1)
+    key_set = choose(queries, positives, negatives, in_batch_keys=in_batch_keys, symmetric=symmetric)
+    if queue is not None:
+        key_set = key_set.with_queue(queue, None)
+    crops = [mixed] if isinstance(mixed, Tensor) else list(mixed or [])
+    mixes = [mix] if isinstance(mix, Mix) else list(mix or [])
+    settings = Settings(temperature, sharpening, refined_weight, confidence, refines=True)
+    return objective(key_set, [F.normalize(crop, dim=1) for crop in crops], mixes, settings)
 
 
-def symmetric_slr_loss(
-    view0: Tensor,
-    view1: Tensor,
-    *,
-    temperature: float = 0.5,
-    sharpening: float = 1.0,
-    confidence: float = 1.0,
-    refined_weight: float = 0.5,
-) -> Tensor:
-    """Refined NT-Xent: the batch's two views as rows and as keys, no queue, no mixed queries."""
-    views = F.normalize(torch.cat([view0, view1]), dim=1)
-    size = len(view0)
-    itself = torch.arange(2 * size, device=views.device)
-    own = itself.roll(size)
-    similarity = views @ views.T
-    with torch.no_grad():
-        labels = self_labels(
-            similarity[own], own, itself, temperature=temperature, sharpening=sharpening, confidence=confidence
-        ).refined
-    # A finite stand-in for minus infinity: labels are 0 there, and 0 * inf is not.
-    logits = similarity / temperature
-    logits = logits.scatter(1, itself[:, None], torch.finfo(logits.dtype).min)
-    one_hot_term = F.cross_entropy(logits, own)
-    return (1 - refined_weight) * one_hot_term + refined_weight * cross_entropy(logits, labels)
+def symmetric_slr_loss(view0: Tensor, view1: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Equation (9) for both directions: rows and keys are both views. Arguments as in :func:`slr_loss`; no queue."""
+    return slr_loss(view0, view1, None, *args, **kwargs, symmetric=True)

@@ -6,15 +6,17 @@ The theory's measure is the distance of the labels from the true soft labels: th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from slr_plugin.checks import check_float_tensor, check_index_tensor
-from slr_plugin.distributed import gather, rank
+from slr_plugin.distributed import gather
+from slr_plugin.key_sets import KeySet
 from slr_plugin.loss import SLRLoss
+from slr_plugin.queue import Enqueued
 
 
 class LabelQuality(NamedTuple):
@@ -110,15 +112,32 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
     )
 
 
+class Observer(Protocol):
+    """Follows every call of a loss; :class:`LabelMonitor` is one."""
+
+    def begin(self) -> None:
+        """A call begins, which may still raise."""
+
+    def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
+        """The loss is computed, the queue not advanced yet; ``labels()`` gives the dense labels over the key set."""
+
+    def enqueue(self, enqueued: Enqueued) -> None:
+        """The batch's keys entered the queue."""
+
+
 class LabelMonitor:
     """Watches a criterion's labels during training; knows the classes of the keys in its queue.
 
     Announce the classes of every batch; a batch that was not announced enters the queue with unknown ones. Labels are
     measured on the calls announced with ``measure``, before the loss of the same call, and cost one dense (s, K)
-    matrix; the other calls cost next to nothing.
+    matrix; the other calls cost next to nothing. Classes become unknown when a checkpoint or a reset replaces the
+    queue.
 
     Args:
         criterion: a :class:`slr_plugin.SLRLoss`.
+
+    Raises:
+        TypeError: ``criterion`` is no SLRLoss.
 
     >>> from slr_plugin import SLRLoss
     >>> criterion = SLRLoss(0.2, memory_bank_size=(16, 8))
@@ -132,26 +151,33 @@ class LabelMonitor:
     """
 
     def __init__(self, criterion: SLRLoss) -> None:
+        if not hasattr(criterion, "observers"):
+            raise TypeError(f"criterion must be a slr_plugin.SLRLoss, got {type(criterion).__name__}")
         self.criterion = criterion
-        bank = criterion.memory_bank.bank
-        self.queue_classes = torch.full((len(criterion.memory_bank),), -1, device=bank.device)
         self.measured: list[LabelQuality] = []
-        self._classes: Tensor | None = None
+        self._announced: Tensor | None = None  # of the next call
+        self._classes: Tensor | None = None  # of the call under way
         self._measures = False
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._hooks = (
-            criterion.register_forward_pre_hook(self._look, with_kwargs=True),
-            criterion.register_forward_hook(self._follow),
-        )
+        self._queue_classes, self._generation = self._unknown()
+        criterion.observers.append(self)
+
+    @property
+    def queue_classes(self) -> Tensor:
+        """The classes (n,) of the keys in the queue, -1 where unknown."""
+        if self._generation != self.criterion.memory_bank.generation:
+            self._queue_classes, self._generation = self._unknown()
+        return self._queue_classes
 
     def announce(self, classes: Tensor, measure: bool = True) -> None:
-        """The classes (s,) of the criterion's next call, -1 where unknown; whether to measure its labels.
+        """Tell the classes (s,) of the criterion's next call, -1 where unknown; whether to measure its labels.
+
+        Measuring gathers over processes where the criterion does: all of them must announce alike.
 
         Raises:
             TypeError: ``classes`` is no integer tensor.
         """
         check_index_tensor("classes", classes)
-        self._classes, self._measures = classes, measure
+        self._announced, self._measures = classes, measure
 
     def mean(self) -> LabelQuality:
         """The mean of what was measured since the last call of this method; not a number if nothing was."""
@@ -161,16 +187,16 @@ class LabelMonitor:
         return LabelQuality(*(torch.stack(values).nanmean() for values in zip(*measured, strict=True)))
 
     def remove(self) -> None:
-        """Let go of the criterion."""
-        for hook in self._hooks:
-            hook.remove()
+        """Let go of the criterion; a second time does nothing."""
+        if self in self.criterion.observers:
+            self.criterion.observers.remove(self)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the criterion's."""
         return {"queue_classes": self.queue_classes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, after the criterion did.
 
         Raises:
             ValueError: it comes from a queue of another length.
@@ -181,51 +207,41 @@ class LabelMonitor:
                 f"the checkpoint's queue_classes has {len(stored)} entries, the queue {len(self.queue_classes)} keys; "
                 "build the loss with the memory_bank_size of the checkpoint's run, or start a new monitor"
             )
-        self.queue_classes = stored.to(self.queue_classes)
+        self._queue_classes = stored.to(self.queue_classes)
 
-    def _look(self, criterion: SLRLoss, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the call: its keys are not in the queue yet."""
-        out0, out1 = (args[place] if len(args) > place else kwargs[name] for place, name in enumerate(("out0", "out1")))
+    # ---------------------------------------------------------- what the criterion calls, see Observer
+
+    def begin(self) -> None:
+        """Take the announcement, which belongs to this call even if it raises."""
+        self._classes, self._announced = self._announced, None
+
+    def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
+        """Measure the labels, if announced, while the queue still holds the keys that they spread over."""
+        size = len(key_set.positives)
+        device = key_set.positives.device
         if self._classes is None:  # nobody told
-            self._classes, self._measures = torch.full((len(out0),), -1), False
-        if self._classes.shape != (len(out0),):
+            self._classes, self._measures = torch.full((size,), -1, device=device), False
+        if self._classes.shape != (size,):
             raise ValueError(
-                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {len(out0)} "
+                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {size} "
                 "rows; announce one class per query, -1 where it is unknown"
             )
-        classes = self._classes.to(out0.device, torch.int64)
-        everyone = gather(classes) if criterion.gather_distributed else classes
+        local = self._classes.to(device, torch.int64)
+        self._classes = gather(local) if self.criterion.gather_distributed else local
         if self._measures:
-            self.measured.append(self._measure(criterion, out0, out1, classes, everyone))
-        self._before = (criterion.step.clone(), everyone)
+            rows, columns = key_set.column_classes(local, self._classes, self.queue_classes.to(device))
+            self.measured.append(label_quality(labels(), rows, columns, key_set.own_columns()))
 
-    def _follow(self, criterion: SLRLoss, args: Any, output: Any) -> None:
-        """After the call: where its keys went, if they did."""
-        if self._before is None:
-            return
-        (step, everyone), self._before, self._classes = self._before, None, None
-        if not len(self.queue_classes):
-            return
-        size = len(self.queue_classes)
-        newest = everyone[-size:]
-        end = criterion.memory_bank.bank_ptr.to(everyone.device)
-        places = (end - len(newest) + torch.arange(len(newest), device=everyone.device)) % size
-        # Without reading back: a call without update, or with keys that are not finite, enqueues nothing.
-        self.queue_classes = self.queue_classes.to(everyone.device)
-        written = torch.where((criterion.step > step).to(everyone.device), newest, self.queue_classes[places])
-        self.queue_classes = self.queue_classes.index_copy(0, places, written)
+    def enqueue(self, enqueued: Enqueued) -> None:
+        """Record the classes of the keys that were just enqueued."""
+        places, accepted = enqueued
+        assert self._classes is not None
+        classes = self.queue_classes
+        newest = self._classes[-len(places) :].to(classes.device)
+        places, accepted = places.to(classes.device), accepted.to(classes.device)
+        # Without reading back whether the keys were finite.
+        self._queue_classes = classes.index_copy(0, places, torch.where(accepted, newest, classes[places]))
 
-    def _measure(
-        self, criterion: SLRLoss, out0: Tensor, out1: Tensor, classes: Tensor, everyone: Tensor
-    ) -> LabelQuality:
-        labels = criterion.labels(out0, out1)
-        queue_classes = self.queue_classes.to(classes)
-        rows = torch.arange(len(classes), device=classes.device)
-        own = rows + rank() * len(classes) if criterion.gather_distributed else rows
-        if not len(queue_classes):  # rows and keys are the views, one after the other
-            own = torch.cat([own + len(everyone), own])
-            return label_quality(labels, classes.repeat(2), everyone.repeat(2), own)
-        if criterion.in_batch_keys:
-            return label_quality(labels, classes, torch.cat([everyone, queue_classes]), own)
-        key_classes = torch.cat([classes[:, None], queue_classes.expand(len(classes), -1)], dim=1)
-        return label_quality(labels, classes, key_classes, torch.zeros_like(rows))
+    def _unknown(self) -> tuple[Tensor, int]:
+        bank = self.criterion.memory_bank
+        return torch.full((len(bank),), -1, device=bank.bank.device), bank.generation

@@ -40,6 +40,14 @@ def gather(local: Tensor) -> Tensor:
     return gathered
 
 
+def broadcast(values: Tensor, device: torch.device) -> None:
+    """Overwrite ``values`` with those of process 0, exchanged on a device whose processes can talk to each other."""
+    if world_size() > 1:
+        sent = values.to(device)
+        dist.broadcast(sent, 0)
+        values.copy_(sent)
+
+
 def _check_equal_sizes(local: Tensor) -> None:
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(local)]))

@@ -1,41 +1,42 @@
-r"""The loss, equations (4) and (9), as a module that takes NTXentLoss's place."""
+r"""The loss, equation (9), as a module that takes NTXentLoss's place: settings, queue, schedule and statistics."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._inputs import check_views, checked_crops, unit_features
-from slr_plugin.checks import check_flag, check_integer, check_number
-from slr_plugin.contrast import Hidden, Met, contrast
-from slr_plugin.distributed import gather, rank
+from slr_plugin._inputs import checked_features
+from slr_plugin.checks import check_flag, check_integer
+from slr_plugin.distributed import broadcast, gather, rank, world_size
+from slr_plugin.key_sets import KeySet, choose
 from slr_plugin.mixup import Mix
-from slr_plugin.queue import KeyQueue, are_finite
-from slr_plugin.refinery import Labels, one_hot_labels, refine
-from slr_plugin.schedules import CosineConfidence
+from slr_plugin.objective import slr_objective
+from slr_plugin.queue import KeyQueue
+from slr_plugin.refinery import Labels
+from slr_plugin.settings import Confidence, HasSettings
 
-Confidence = float | Callable[[int], float]
-
-
-class Settings(NamedTuple):
-    """What the mathematics of one call needs besides tensors."""
-
-    temperature: float
-    sharpening: float
-    refined_weight: float
-    confidence: float | Tensor
-    refines: bool  # False only where the confidence is known to be 0; the estimator's pass is then skipped
-    bound: float  # the largest magnitude of a logit, features being of unit length
-    chunk_size: int | None
+if TYPE_CHECKING:
+    from slr_plugin.diagnostics import Observer
 
 
-class SLRLoss(nn.Module):
+class Call(NamedTuple):
+    """What one call computes with."""
+
+    key_set: KeySet
+    trained: Tensor
+    mixes: list[Mix]
+    entering: Tensor | None  # the keys that enter the queue, of all processes; None if nothing advances
+    entering_estimators: Tensor | None
+
+
+class SLRLoss(HasSettings):
     r"""Contrastive loss whose labels are refined during training; takes the place of lightly's NTXentLoss.
 
     .. math:: L = (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y'), \qquad
@@ -46,8 +47,11 @@ class SLRLoss(nn.Module):
     in its two views, both of which may be trained. Labels carry no gradient. Time is about that of two products of
     all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
 
+    All settings but the queue's may be assigned later and are checked then, as here.
+
     Args:
-        temperature: tau, not 0 (:math:`|\tau| \ge 10^{-8}`).
+        temperature: tau, not 0 (:math:`|\tau| \ge 10^{-8}`). A tensor with one value, such as a parameter, gets its
+            gradient; the labels take it as a constant.
         memory_bank_size: ``(n, d)``, the queue's length and dimension; 0 for none. A bare int n warns and takes d from
             the first batch.
         gather_distributed: gather the keys of all processes: the loss and DDP's gradient are those of one process with
@@ -59,13 +63,17 @@ class SLRLoss(nn.Module):
         refined_weight: lambda in [0, 1], the weight of the refined term.
         in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, the own positive and the queue;
             with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise.
+        symmetric: both views against both (only without a queue, and then the default), or False for one direction:
+            rows are ``out0``, keys are ``out1``.
+        estimator_dim: e, if calls bring features ``estimator`` (s, e) and there is a queue: a second queue holds them.
 
     Attributes:
         memory_bank: the queue; ``memory_bank.bank`` is its (n, d) buffer of unit rows.
         step: int64 buffer, the number of calls that advanced the queue and the schedule.
         stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
-            positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats).
+            positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator).
         chunk_size: keys per tile of the streaming pass; None chooses by device. Set it to trade memory for launches.
+        observers: objects that follow every call, see :class:`slr_plugin.diagnostics.Observer`.
 
     Raises:
         ValueError: an argument is out of range, or ``gather_distributed`` without a torch that has it.
@@ -80,10 +88,13 @@ class SLRLoss(nn.Module):
     """
 
     step: Tensor
+    _last_sum: Tensor | None  # of the keys that entered last
+    _labels: Labels | None  # of the last call
+    _confidence: float | Tensor
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float | Tensor = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
         *,
@@ -91,32 +102,33 @@ class SLRLoss(nn.Module):
         confidence: Confidence = 1.0,
         refined_weight: float = 0.5,
         in_batch_keys: bool = True,
+        symmetric: bool | None = None,
+        estimator_dim: int | None = None,
     ) -> None:
-        check_number("temperature", temperature)
-        if abs(temperature) < 1e-8:
-            raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {temperature}")
-        check_flag("gather_distributed", gather_distributed)
+        super().__init__()
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
         if gather_distributed and not dist.is_available():
             raise ValueError(
                 "gather_distributed=True needs a torch with torch.distributed; pass gather_distributed=False"
             )
-        check_number("sharpening", sharpening)
-        if not 0 < sharpening <= 1:
-            raise ValueError(f"sharpening must be in (0, 1], got {sharpening}")
-        if not callable(confidence):
-            check_number("confidence", confidence, low=0.0)
-        check_number("refined_weight", refined_weight, low=0.0, high=1.0)
-        check_flag("in_batch_keys", in_batch_keys)
-        super().__init__()
-        self.temperature = float(temperature)
-        self.gather_distributed = gather_distributed
-        self.sharpening = float(sharpening)
-        self.confidence = confidence if callable(confidence) else float(confidence)
-        self.refined_weight = float(refined_weight)
+        self.sharpening = sharpening
+        self.confidence = confidence
+        self.refined_weight = refined_weight
         self.in_batch_keys = in_batch_keys
-        self.memory_bank = KeyQueue(memory_bank_size)
-        self.chunk_size: int | None = None
-        self.stats: dict[str, Tensor] = {}
+        self.memory_bank = KeyQueue(memory_bank_size, estimator_dim)
+        if symmetric is not None:
+            check_flag("symmetric", symmetric)
+        if symmetric and len(self.memory_bank):
+            raise ValueError(
+                "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
+                "directions call one loss per direction"
+            )
+        self.symmetric = not len(self.memory_bank) if symmetric is None else symmetric
+        self.chunk_size = None
+        self._labels = None
+        self.observers: list[Observer] = []
+        self._last_sum = None
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
@@ -126,9 +138,11 @@ class SLRLoss(nn.Module):
         mixed: Tensor | Sequence[Tensor] | None = None,
         mix: Mix | Sequence[Mix] | None = None,
         *,
+        negatives: Tensor | None = None,
+        estimator: Tensor | None = None,
         update: bool | None = None,
     ) -> Tensor:
-        """The loss, a scalar; afterwards the positives enter the queue.
+        """Compute the loss, a scalar; afterwards the positives enter the queue.
 
         Args:
             out0: (s, d) queries: outputs of the trained network. Any float dtype, any length: they are normalised here.
@@ -136,99 +150,64 @@ class SLRLoss(nn.Module):
             out1: (s, d) positives (keys): outputs of the momentum network, or without a queue of the trained one.
             mixed: (s, d) outputs of the trained network for mixed queries, or a list for several crops.
             mix: what :class:`slr_plugin.MomentumMixup` returned with them; one per crop.
-            update: whether the queue and the schedule advance. None: if ``out0`` requires a gradient.
+            negatives: (m, d) further keys that are nobody's positive, such as mined ones. They may be trained, and do
+                not enter the queue. With ``gather_distributed`` all processes bring equally many.
+            estimator: (s, e) other features of the samples, which estimate the labels in the positives' place.
+            update: whether the queue and the schedule advance. None: if a gradient is recorded for ``out0``.
 
         Raises:
             ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
             TypeError: an argument is not a tensor, or not of a float dtype.
-            RuntimeError: a second or a forward-mode derivative is asked for.
+            RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing repeats the
+                call after the queue or the schedule moved on.
         """
-        check_views(out0, out1)
-        self._check_dim(out0)
-        crops, mixes = checked_crops(out0, mixed, mix)
-        if mixes and not self.in_batch_keys:
-            raise ValueError(
-                "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
-                "without mixed and mix"
-            )
-        if update is not None:
-            check_flag("update", update)
-        advances = out0.requires_grad if update is None else update
-        confidence = self._confidence_now()
-        settings = Settings(
-            self.temperature,
-            self.sharpening,
-            self.refined_weight,
-            confidence,
-            refines=callable(self.confidence) or self.confidence > 0,
-            bound=1 / (abs(self.temperature) * self.sharpening),
-            chunk_size=self.chunk_size,
-        )
-
+        for observer in self.observers:
+            observer.begin()
+        call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
+        repeated = self._is_repeated(call.entering)
+        moved_on = repeated and (len(self.memory_bank) > 0 or self._mu is None)
+        settings = self.settings_at(self.step, call.key_set.rows.dtype)._replace(stale=moved_on)
         with torch.autocast(out0.device.type, enabled=False):
-            trained, positives = unit_features(out0, out1, crops)
-            if len(self.memory_bank):
-                # Gathered before the queue is touched: it raises where processes bring batches of different sizes.
-                entering = positives if self.in_batch_keys else positives.detach()
-                if self.in_batch_keys or advances:
-                    entering = self._gather(entering)
-                self._ensure_queue(out0)
-                batch_keys = entering if self.in_batch_keys else entering[:0]
-                loss, labels = self._with_queue(trained, positives, batch_keys, mixes, settings)
-            else:
-                views = self._gather_views(trained[: len(positives)], positives)
-                entering = views[len(views) // 2 :]
-                loss, labels = self._without_queue(trained, positives, views, mixes, settings)
-
-        self.stats = _stats(labels, confidence)
-        if advances:
-            self._advance(entering)
+            loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
+        self._labels, self._confidence = labels, settings.confidence
+        for observer in self.observers:
+            observer.compare(call.key_set, lambda: dense.labels(call.key_set, settings))
+        if not repeated:
+            self._advance(call)
         return loss
 
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Detached scalars of the last call, see above; empty before the first."""
+        if self._labels is None:
+            return {}
+        means = self._labels.means()
+        # No copy from the host, which a CUDA graph could not record.
+        mu = (means["alpha"].new_zeros(1) + self._confidence)[0]
+        return means | {"mu": mu}
+
     @torch.no_grad()
-    def labels(self, out0: Tensor, out1: Tensor) -> Tensor:
-        r"""The refined labels :math:`\bar y` over the current keys, dense, for looking at. Nothing advances.
+    def labels(
+        self, out0: Tensor, out1: Tensor, *, negatives: Tensor | None = None, estimator: Tensor | None = None
+    ) -> Tensor:
+        r"""Compute the refined labels :math:`\bar y` over the current keys, dense, for looking at. Nothing advances.
+
+        With ``gather_distributed`` all processes must call it, since it gathers the keys.
 
         Args:
             out0: (s, d) queries.
             out1: (s, d) positives.
+            negatives: as in :meth:`forward`.
+            estimator: as in :meth:`forward`.
 
         Returns:
-            Rows that sum to 1. With a queue (s, K): the minibatch's keys, then the queue (``in_batch_keys=False``: the
-            own positive, then the queue). Without, (2s, 2s): rows and keys are ``out0`` then ``out1``, and a row's own
-            view has label 0. With ``gather_distributed`` the columns are those of all processes.
+            Rows that sum to 1. With a queue (s, K): the minibatch's keys (``in_batch_keys=False``: the own positive),
+            then ``negatives``, then the queue. Without, (2s, 2s + m): rows and keys are ``out0`` then ``out1``, and a
+            row's own view has label 0. With ``gather_distributed`` the columns are those of all processes.
         """
-        check_views(out0, out1)
-        self._check_dim(out0)
-        confidence = self._confidence_now()
+        call = self._prepare(out0, out1, None, None, negatives, estimator, update=False)
         with torch.autocast(out0.device.type, enabled=False):
-            queries, positives = unit_features(out0, out1)
-            size, offset = len(queries), self._offset(queries)
-            rows, hidden = torch.arange(size, device=queries.device), None
-            if not len(self.memory_bank):
-                # Each row is labelled by its partner, the other view of its image; see _symmetric below.
-                estimator = torch.cat([positives, queries])
-                keys = self._gather_views(queries, positives)
-                own = torch.cat([rows + offset + len(keys) // 2, rows + offset])
-                hidden = own.roll(size)
-                similarity = estimator @ keys.T
-            elif self.in_batch_keys:
-                own, keys = rows + offset, self._gather(positives)
-                self._ensure_queue(out0)
-                similarity = positives @ torch.cat([keys, self.memory_bank.bank.to(keys)]).T
-            else:
-                own = torch.zeros_like(rows)
-                self._ensure_queue(out0)
-                similarity = positives @ self.memory_bank.bank.to(positives).T
-                similarity = torch.cat([positives.square().sum(1, keepdim=True), similarity], dim=1)
-            return dense.self_labels(
-                similarity,
-                own,
-                hidden,
-                temperature=self.temperature,
-                sharpening=self.sharpening,
-                confidence=confidence,
-            ).refined
+            return dense.labels(call.key_set, self.settings_at(self.step, call.key_set.rows.dtype))
 
     @torch.no_grad()
     def set_step(self, step: int) -> None:
@@ -245,10 +224,25 @@ class SLRLoss(nn.Module):
         check_integer("step", step, low=0)
         self.step.fill_(step)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start again: a fresh random queue, step 0. Called after ``to_empty``, which leaves no values."""
+        self.memory_bank.reset_parameters()
+        self.step.zero_()
+        self._last_sum = None
+
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
         names = ("temperature", "sharpening", "confidence", "refined_weight", "in_batch_keys", "gather_distributed")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SLRLoss:
+        """Move or convert; the step starts at 0 where it leaves the meta device, as the queue starts afresh."""
+        had_values = not self.step.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not had_values and not self.step.is_meta:
+            self.step.zero_()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Tolerate a checkpoint without step count, NTXentLoss's: its absence matters to schedules only."""
@@ -262,188 +256,73 @@ class SLRLoss(nn.Module):
             state_dict = state_dict | {prefix + "step": self.step}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _with_queue(
-        self, trained: Tensor, positives: Tensor, keys: Tensor, mixes: list[Mix], settings: Settings
-    ) -> tuple[Tensor, Labels]:
-        """Queries, mixed queries and positives against {batch} u queue, or {own positive} u queue."""
-        met, labels, targets = _meet(trained, positives, keys, self.memory_bank.bank, self._offset(positives), settings)
-        if mixes:
-            size = len(positives)
-            losses = met.above(_logits(trained, torch.cat([positives, _mixed_targets(targets, mixes)]), settings))
-            one_hot_loss, refined_loss = torch.split(losses, [size, len(losses) - size])
-            return torch.lerp(one_hot_loss.mean(), refined_loss.mean(), settings.refined_weight), labels
-        one_hot_loss = met.above(_logits(trained, positives, settings))
-        if not self.in_batch_keys:
-            one_hot_loss = _with_own(one_hot_loss)
-        return _softened(one_hot_loss, trained, positives, targets, settings), labels
-
-    def _without_queue(
-        self, trained: Tensor, positives: Tensor, keys: Tensor, mixes: list[Mix], settings: Settings
-    ) -> tuple[Tensor, Labels]:
-        """Both views against both; mixed queries against the second views, which estimate their labels."""
-        if not mixes:
-            return self._symmetric(trained, positives, keys, settings)
-        size = len(positives)
-        one_hot_loss, _ = self._symmetric(trained[:size], positives, keys, settings._replace(refines=False))
-        mixed, second = trained[size:], keys[len(keys) // 2 :]
-        met, labels, targets = _meet(mixed, positives, second, None, self._offset(positives), settings)
-        refined_loss = met.above(_logits(mixed, _mixed_targets(targets, mixes), settings)).mean()
-        return torch.lerp(one_hot_loss, refined_loss, settings.refined_weight), labels
-
-    def _symmetric(self, queries: Tensor, positives: Tensor, keys: Tensor, settings: Settings) -> tuple[Tensor, Labels]:
-        """Both views as rows and as keys (SimCLR's key set); one Gram product serves logits and estimator.
-
-        Each row is stacked as ``[view 0; view 1]`` and its partner, the other view of its image, is s rows on. A row
-        sees all keys but itself; its peers are the keys that are neither itself nor its partner. The label of a row is
-        estimated by its partner, over the same peers.
-        """
-        size, total, offset = len(queries), len(keys) // 2, self._offset(queries)
-        # In one process the rows are the keys: the same tensor twice, by which contrast knows that half the logits do.
-        views = keys if len(keys) == 2 * size else torch.cat([queries, positives])
-        # Of view 0 and of view 1: the row itself and its partner.
-        hidden = [Hidden(row, key + offset, size) for row in (0, size) for key in (0, total)]
-        scales = [1 / self.temperature]
-        if settings.refines and self.sharpening != 1:
-            scales.append(1 / (self.temperature * self.sharpening))
-        bound, chunk_size = settings.bound, settings.chunk_size
-        met = contrast(views, keys, scales=scales, bound=bound, hidden=hidden, chunk_size=chunk_size)
-        peers, sharp_peers = met.at(0), met.at(-1)
-        partners = views.roll(size, 0)
-        one_hot_loss = _with_own(peers.above(_logits(views, partners, settings)))
-        if not settings.refines:
-            return one_hot_loss.mean(), one_hot_labels(views)
-        labels = _estimate(views, sharp_peers, settings)
-        targets = labels.target(views, sharp_peers.mean).roll(size, 0)
-        return _softened(one_hot_loss, views, partners, targets, settings), labels
-
-    def _gather(self, local: Tensor) -> Tensor:
-        return gather(local) if self.gather_distributed else local
-
-    def _gather_views(self, queries: Tensor, positives: Tensor) -> Tensor:
-        """Of all processes, (2S, d), the first views before the second ones; one exchange for both."""
-        if not self.gather_distributed:
-            return torch.cat([queries, positives])
-        return torch.cat(gather(torch.cat([queries, positives], 1)).chunk(2, 1))
-
-    def _offset(self, local: Tensor) -> int:
-        """The number of this process's first key among the gathered ones."""
-        return rank() * len(local) if self.gather_distributed else 0
-
-    def _confidence_now(self) -> float | Tensor:
-        schedule = self.confidence
-        if not callable(schedule):
-            return schedule
-        if isinstance(schedule, CosineConfidence):
-            return schedule(self.step)
-        confidence = schedule(int(self.step))
-        check_number(f"confidence({int(self.step)})", confidence, low=0.0)
-        return confidence
-
-    def _check_dim(self, features: Tensor) -> None:
-        dim = self.memory_bank.dim
-        if len(self.memory_bank) and dim not in (0, features.shape[1]):
+    def _prepare(
+        self,
+        out0: Tensor,
+        out1: Tensor,
+        mixed: Any,
+        mix: Any,
+        negatives: Tensor | None,
+        estimator: Tensor | None,
+        update: bool | None,
+    ) -> Call:
+        """Check a call and find its key set. Gathering comes before the queue is touched, since it may raise."""
+        features = checked_features(out0, out1, mixed, mix, negatives, estimator)
+        if update is None:
+            update = out0.requires_grad and torch.is_grad_enabled()
+        check_flag("update", update)
+        if features.mixes and not self.in_batch_keys:
             raise ValueError(
-                f"out0 and out1 have shape {tuple(features.shape)} but the queue has shape "
-                f"{tuple(self.memory_bank.bank.shape)}; set memory_bank_size=({len(self.memory_bank)}, "
-                f"{features.shape[1]})"
+                "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
+                "without mixed and mix"
             )
+        bank = self.memory_bank
+        bank.check(out0, estimator)
+        if self.step.is_meta and not out0.is_meta:
+            raise RuntimeError(
+                "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
+            )
+        if not len(bank) and not self.symmetric and not self.in_batch_keys and negatives is None:
+            raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
+        gathers = self.gather_distributed and world_size() > 1
+        key_set = choose(
+            features.trained[: len(out0)],
+            features.positives,
+            features.negatives,
+            features.estimator,
+            in_batch_keys=self.in_batch_keys,
+            symmetric=self.symmetric,
+            gather=gather if gathers else None,
+            offset=rank() * len(out0) if gathers else 0,
+        )
+        entering = key_set.entering(gather if gathers else None) if update else (None, None)
+        if len(bank):
+            bank.set_dim(out0.shape[1])
+            if gathers:
+                bank.share(functools.partial(broadcast, device=out0.device))
+            key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
+        return Call(key_set, features.trained, features.mixes, *entering)
 
-    def _ensure_queue(self, features: Tensor) -> None:
-        if len(self.memory_bank) and not self.memory_bank.dim:
-            self.memory_bank.set_dim(features.shape[1])
+    def _is_repeated(self, entering: Tensor | None) -> bool:
+        """Whether activation checkpointing repeats, in the backward, the call by which the queue advanced last."""
+        if torch.compiler.is_compiling() or entering is None or self._last_sum is None:
+            return False
+        return torch._C._current_graph_task_id() != -1 and bool(entering.detach().sum() == self._last_sum)
 
     @torch.no_grad()
-    def _advance(self, keys: Tensor) -> None:
+    def _advance(self, call: Call) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
-        accepted = self.memory_bank.enqueue(keys) if len(self.memory_bank) else are_finite(keys)
+        if call.entering is None:
+            return
+        total = call.entering.sum()
+        accepted = total.abs() < torch.inf  # as it is where all keys are finite, since they have unit length
+        if len(self.memory_bank):
+            enqueued = self.memory_bank.enqueue(call.entering, call.entering_estimators, accepted)
+            for observer in self.observers:
+                observer.enqueue(enqueued)
         accepted = accepted.to(self.step.device)
         if torch.compiler.is_compiling():
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:
             self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
-
-
-def _meet(
-    trained: Tensor,
-    positives: Tensor,
-    keys: Tensor,
-    queue: Tensor | None,
-    offset: int,
-    settings: Settings,
-) -> tuple[Met, Labels, Tensor]:
-    """All rows meet all keys, once: the trained rows for their log-sum-exp, the positives as estimators of the labels.
-
-    Returns:
-        What the trained rows met, the labels and their target centroids (s, d).
-    """
-    size = len(positives)
-    rows, hidden = trained, []
-    if settings.refines:
-        # Divided by tau', so that the common scale 1 / tau makes their logits those of 1 / (tau tau').
-        rows = torch.cat([trained, positives.detach() / settings.sharpening])
-        hidden = [Hidden(len(trained), offset, size)] if len(keys) else []
-    met = contrast(
-        rows,
-        keys,
-        queue,
-        scales=[1 / settings.temperature],
-        bound=settings.bound,
-        hidden=hidden,
-        chunk_size=settings.chunk_size,
-    ).at(0)
-    if not settings.refines:
-        return met, one_hot_labels(positives), positives
-    met, peers = met.split(len(trained))
-    labels = _estimate(positives, peers, settings)
-    return met, labels, labels.target(positives, peers.mean)
-
-
-@torch.no_grad()
-def _estimate(estimator: Tensor, peers: Met, settings: Settings) -> Labels:
-    """Equation (5) for unit estimators (s, d) and what they met in the keys other than their own."""
-    sharp = settings.temperature * settings.sharpening
-    margin = -peers.above(_dot(estimator, estimator) / sharp)
-    q_entropy = peers.above(_dot(estimator, peers.mean) / sharp)  # E_q[-log q] = l - E_q[logit]
-    return refine(margin, peers.peak, q_entropy, settings.confidence)
-
-
-def _logits(rows: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-    """Of each row with its target centroid t = sum_k y_k b_k; the log-sum-exp above it is equation (4) of the row."""
-    return _dot(rows, targets) / settings.temperature
-
-
-def _with_own(others: Tensor) -> Tensor:
-    """From the log-sum-exp over the other keys to that over all, both above the own logit."""
-    return torch.logaddexp(others, torch.zeros_like(others))
-
-
-def _softened(one_hot_loss: Tensor, rows: Tensor, positives: Tensor, targets: Tensor, settings: Settings) -> Tensor:
-    r"""Equation (9) of rows that are not mixed, from their one-hot loss.
-
-    .. math:: L_c(x, y) = L_c(x, \mathrm{onehot}) + \langle f, g - t \rangle / \tau, \quad\text{so}\quad
-              L = L_c(x, \mathrm{onehot}) + \lambda \langle f, g - t \rangle / \tau
-    """
-    if not settings.refines:
-        return one_hot_loss.mean()
-    moved = _dot(rows, positives - targets) * (settings.refined_weight / settings.temperature)
-    return (one_hot_loss + moved).mean()
-
-
-def _mixed_targets(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
-    """Equation (8) for labels, crop after crop: mixing labels is mixing their centroids."""
-    return torch.cat([targets[partner].lerp(targets, theta.to(targets)[:, None]) for theta, partner in mixes])
-
-
-def _stats(labels: Labels, confidence: float | Tensor) -> dict[str, Tensor]:
-    positive_weight, alpha, beta, entropy = torch.stack([labels.own, labels.alpha, labels.beta, labels.entropy]).mean(1)
-    return {
-        "positive_weight": positive_weight,
-        "alpha": alpha,
-        "beta": beta,
-        "mu": confidence.to(alpha) if isinstance(confidence, Tensor) else alpha.new_full((), confidence),
-        "label_entropy": entropy,
-    }
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1)
+            self._last_sum = total

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +23,18 @@ class MomentumMixup:
 
     .. math:: x'_i = \theta_i x_i + (1 - \theta_i) \tilde x_{\pi(i)}, \qquad \theta_i \sim \mathrm{Beta}(\kappa, \kappa)
 
-    The partner :math:`\pi` is a random permutation of the minibatch. That the second view is the *positive* (what the
-    momentum network sees) separates momentum mixup from vanilla mixup. Give ``mixed`` to the trained network and its
-    output, with ``mix``, to :class:`slr_plugin.SLRLoss`.
+    The partner :math:`\pi` is a random permutation of the minibatch, which may leave some samples in their place.
+    Momentum mixup differs from vanilla mixup in that the second view is the *positive*, what the momentum network sees.
+    Give ``mixed`` to the trained network, and its output together with ``mix`` to :class:`slr_plugin.SLRLoss`.
 
     Args:
-        kappa: > 0. The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
+        kappa: in [1e-8, 1e8]. The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
         mode: ``"elem"`` draws one theta per sample, ``"batch"`` one per minibatch.
-        generator: source of randomness; ``None`` is torch's global one. Under DDP all processes often share their seed:
-            give each its own generator, else all mix alike.
+        generator: source of randomness; ``None`` is the global one of the samples' device. Another device's generator
+            draws there and the draws are copied. Under DDP all processes often share their seed: give each its own
+            generator, else all mix alike.
+
+    All three are attributes that may be assigned later, which checks them again.
 
     Raises:
         ValueError: ``kappa`` or ``mode`` is out of range.
@@ -45,16 +49,20 @@ class MomentumMixup:
     """
 
     def __init__(self, kappa: float = 1.0, mode: str = "elem", generator: torch.Generator | None = None) -> None:
-        check_number("kappa", kappa)
-        if kappa <= 0:
-            raise ValueError(f"kappa must be > 0, got {kappa}")
-        if mode not in ("elem", "batch"):
-            raise ValueError(f'mode must be "elem" or "batch", got {mode!r}')
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
         self.kappa = kappa
         self.mode = mode
         self.generator = generator
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a setting, here and wherever it is assigned later."""
+        if name == "kappa":
+            check_number("kappa", value, low=1e-8, high=1e8)
+            value = float(value)
+        elif name == "mode" and value not in ("elem", "batch"):
+            raise ValueError(f'mode must be "elem" or "batch", got {value!r}')
+        elif name == "generator" and not isinstance(value, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(value).__name__}")
+        super().__setattr__(name, value)
 
     def __call__(
         self,
@@ -63,7 +71,7 @@ class MomentumMixup:
         theta: Tensor | float | None = None,
         partner: Tensor | None = None,
     ) -> tuple[Tensor, Mix]:
-        """Mix two views of the same minibatch.
+        """Mix two views of the same minibatch; one sample alone is its own partner, and its two views are mixed.
 
         Args:
             queries: (s, ...) floating point tensor of any kind: images, audio, EEG, tabular.
@@ -79,8 +87,8 @@ class MomentumMixup:
             ValueError: shapes differ, the batch is empty, or ``theta`` or ``partner`` does not fit.
             TypeError: a tensor has the wrong dtype.
         """
-        check_float_tensor("queries", queries)
-        check_float_tensor("positives", positives)
+        _check_view("queries", queries)
+        _check_view("positives", positives)
         if queries.shape != positives.shape:
             raise ValueError(
                 f"queries and positives must have one shape, got {tuple(queries.shape)} and {tuple(positives.shape)}; "
@@ -106,10 +114,15 @@ class MomentumMixup:
     def _draw_theta(self, queries: Tensor) -> Tensor:
         count = len(queries) if self.mode == "elem" else 1
         device = queries.device if self.generator is None else self.generator.device
-        # What torch.distributions.Beta calls, which takes no generator. float64: at kappa 0.1 both gamma variates of a
-        # float32 draw can underflow to 0 / 0.
-        concentration = torch.full((count, 2), self.kappa, dtype=torch.float64, device=device)
-        return torch._sample_dirichlet(concentration, self.generator)[:, 0].expand(len(queries))
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        u, v = torch.rand(2, count, generator=self.generator, device=device, dtype=dtype)
+        # With n = 2 kappa, T = sqrt(n (u^(-2/n) - 1)) cos(2 pi v) has Student's t distribution of n degrees of freedom
+        # (Bailey, "Polar generation of random variates with the t-distribution", 1994). With x = T / sqrt(n),
+        # (1 + x / sqrt(1 + x^2)) / 2 is then Beta(n/2, n/2), and its logit is 2 asinh(x). Where kappa is small, the
+        # usual ratio of gamma variates is 0 / 0; here x becomes large, which makes theta 0 or 1.
+        stretch = torch.expm1(-torch.log1p(-u) / self.kappa).clamp(max=torch.finfo(dtype).max)  # no inf * 0 below
+        x = stretch.sqrt() * torch.cos(2 * math.pi * v)
+        return torch.sigmoid(2 * torch.asinh(x)).expand(len(queries))
 
     def _draw_partner(self, queries: Tensor) -> Tensor:
         device = queries.device if self.generator is None else self.generator.device
@@ -129,6 +142,15 @@ def check_mix(mix: Mix, size: int, name: str = "") -> None:
             raise ValueError(f"{name}{field} must have shape ({size},), one per sample, got {tuple(value.shape)}")
     check_values(f"{name}theta", theta, 0.0, 1.0)
     check_values(f"{name}partner", partner, 0, size - 1)
+
+
+def _check_view(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and not value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} must be a view of the samples with a floating point dtype, got {value.dtype} of shape "
+            f"{tuple(value.shape)}; call .float() on whole-number samples, but class labels are not mixed"
+        )
+    check_float_tensor(name, value)
 
 
 def _as_theta(theta: Tensor | float, queries: Tensor) -> Tensor:

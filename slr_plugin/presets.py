@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from slr_plugin.checks import check_integer, check_number
 from slr_plugin.loss import SLRLoss
 from slr_plugin.mixup import MomentumMixup
 from slr_plugin.schedules import CosineConfidence
@@ -14,7 +15,11 @@ from slr_plugin.schedules import CosineConfidence
 
 @dataclass(frozen=True)
 class Preset:
-    """One column of the paper's table of settings.
+    """Holds one column of the paper's table of settings; ``dataclasses.replace`` makes another.
+
+    Raises:
+        ValueError: a setting is out of its range. SLRLoss and MomentumMixup check theirs when they are built.
+        TypeError: a setting is of the wrong type.
 
     >>> from slr_plugin import presets
     >>> criterion = presets.CIFAR10.loss(dim=128, total_steps=2000 * 195)
@@ -35,6 +40,14 @@ class Preset:
     momentum: float
     weight_decay: float
     epochs: int
+
+    def __post_init__(self) -> None:
+        for name in ("queue_size", "batch_size", "epochs"):
+            check_integer(name, getattr(self, name), low=1)
+        for name in ("learning_rate", "momentum", "weight_decay"):
+            check_number(name, getattr(self, name), low=0.0)
+        if not isinstance(self.confidence, tuple | list) or len(self.confidence) != 2:
+            raise ValueError(f"confidence must be (m1, m2), its start and its end, got {self.confidence!r}")
 
     def loss(self, dim: int, total_steps: int, **overrides: Any) -> SLRLoss:
         """The :class:`slr_plugin.SLRLoss` for features of ``dim`` dimensions and a run of ``total_steps`` steps."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slr_plugin.checks import check_integer
+
+
+class Enqueued(NamedTuple):
+    """Where a batch of keys went: ``keys[-len(places):]`` stand at ``places``, if they were accepted."""
+
+    places: Tensor  # (min(s, n),) int64
+    accepted: Tensor  # () bool: whether all keys are finite
 
 
 class KeyQueue(nn.Module):
@@ -23,6 +30,11 @@ class KeyQueue(nn.Module):
 
     Args:
         size: ``(n, d)``; 0 or ``(0, d)`` for no queue. A bare positive int n takes d from the first batch.
+        estimator_dim: e, for a second ring ``estimator_bank`` (n, e) beside the first, which holds other features of
+            the same keys; None for none.
+
+    Attributes:
+        generation: how often all keys were replaced at once, by a checkpoint or a reset.
 
     Raises:
         ValueError: a negative entry, a missing dimension, or d = 0.
@@ -31,14 +43,23 @@ class KeyQueue(nn.Module):
 
     bank: Tensor
     bank_ptr: Tensor
+    estimator_bank: Tensor | None
 
-    def __init__(self, size: int | Sequence[int] = 0) -> None:
+    def __init__(self, size: int | Sequence[int] = 0, estimator_dim: int | None = None) -> None:
         super().__init__()
         self.size, dim = _parse_size(size)
+        if estimator_dim is not None:
+            check_integer("estimator_dim", estimator_dim, low=1)
+            if not self.size:
+                raise ValueError("estimator_dim is the width of a second queue: set memory_bank_size, or leave it out")
+        self.generation = 0
+        self._is_shared = False
         # Without a queue the buffers are empty and not saved, as in NTXentLoss(memory_bank_size=0).
         persistent = self.size > 0
         self.register_buffer("bank", _random_keys(self.size, dim), persistent=persistent)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=persistent)
+        ring = None if estimator_dim is None else _random_keys(self.size, estimator_dim)
+        self.register_buffer("estimator_bank", ring)
 
     def __len__(self) -> int:
         return self.size
@@ -48,32 +69,84 @@ class KeyQueue(nn.Module):
         """The dimension d of the keys; 0 while it is not known."""
         return self.bank.shape[1]
 
+    def check(self, features: Tensor, estimators: Tensor | None = None) -> None:
+        """Raise unless features (s, d), and (s, e), could enter the queue, or there is none."""
+        if not self.size:
+            return
+        if self.dim not in (0, features.shape[1]):
+            raise ValueError(
+                f"out0 and out1 have shape {tuple(features.shape)} but the queue has shape {tuple(self.bank.shape)}; "
+                f"set memory_bank_size=({self.size}, {features.shape[1]})"
+            )
+        width = None if self.estimator_bank is None else self.estimator_bank.shape[1]
+        given = None if estimators is None else estimators.shape[1]
+        if width != given:
+            raise ValueError(
+                f"estimator must have shape (s, e) with e = estimator_dim of the loss, which is {width}, got "
+                f"{None if estimators is None else tuple(estimators.shape)}"
+            )
+        if self.bank.is_meta and not features.is_meta:
+            raise RuntimeError(
+                "the queue is on the meta device, which holds no values: call criterion.to_empty(device=...)"
+            )
+
     def set_dim(self, dim: int) -> None:
         """Fill a queue whose dimension was left open with random keys of dimension ``dim``."""
-        with torch.inference_mode(False):  # else no later training could write to it
-            self.bank = _random_keys(self.size, dim).to(self.bank)
+        if not self.dim:
+            with torch.inference_mode(False):  # else no later training could write to it
+                self.bank = _random_keys(self.size, dim).to(self.bank)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> Tensor:
-        """Write (s, d) unit keys over the oldest ones; of more than n keys the newest n stay.
+    def reset_parameters(self) -> None:
+        """Start again: fresh random unit rows, pointer 0. ``to_empty`` and FSDP call this after a meta device."""
+        for ring in (self.bank, self.estimator_bank):
+            if ring is not None:
+                ring.copy_(_random_keys(*ring.shape))
+        self.bank_ptr.zero_()
+        self.generation += 1
+        self._is_shared = False
 
-        A batch with a non-finite key leaves the queue as it is (without reading the values back to the host).
+    @torch.no_grad()
+    def share(self, broadcast: Callable[[Tensor], None]) -> None:
+        """Give all processes the first queue of process 0, once; theirs differ where their seeds do."""
+        if not self._is_shared:
+            for ring in (self.bank, self.bank_ptr, self.estimator_bank):
+                if ring is not None:
+                    broadcast(ring)
+            self._is_shared = True
 
-        Returns:
-            Whether the batch was written, as a bool tensor of shape ().
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, estimators: Tensor | None = None, accepted: Tensor | None = None) -> Enqueued:
+        """Write (s, d) unit keys, and their (s, e) other features, over the oldest ones; the newest n stay.
+
+        A batch that is not ``accepted``, a bool tensor of shape (), leaves the queue as it is, without reading values
+        back to the host. None accepts finite keys.
         """
-        finite = are_finite(keys)
-        newest = keys[-self.size :]
-        start = self.bank_ptr + (len(keys) - len(newest))
-        places = (start + torch.arange(len(newest), device=self.bank.device)) % self.size
-        accepted = finite.to(self.bank.device)
-        self.bank.index_copy_(0, places, torch.where(accepted, newest.to(self.bank), self.bank[places]))
+        if accepted is None:
+            accepted = keys.isfinite().all()
+        if estimators is not None:
+            accepted = accepted & estimators.isfinite().all()
+        accepted = accepted.to(self.bank.device)
+        newest = min(len(keys), self.size)
+        start = self.bank_ptr + (len(keys) - newest)
+        places = (start + torch.arange(newest, device=self.bank.device)) % self.size
+        for ring, rows in ((self.bank, keys), (self.estimator_bank, estimators)):
+            if ring is not None and rows is not None:
+                ring.index_copy_(0, places, torch.where(accepted, rows[-newest:].to(ring), ring[places]))
         self.bank_ptr.add_(len(keys) * accepted).remainder_(self.size)
-        return finite
+        return Enqueued(places, accepted)
 
     def extra_repr(self) -> str:
         """The size, for print(module)."""
         return f"size={self.size}, dim={self.dim or 'from the first batch'}" if self.size else "no queue"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyQueue:
+        """Move or convert the buffers; those that leave the meta device, where they had no values, start afresh."""
+        had_values = not self.bank.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not had_values and not self.bank.is_meta:
+            self.reset_parameters()
+        return self
 
     def _load_from_state_dict(
         self,
@@ -85,46 +158,49 @@ class KeyQueue(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [prefix + "bank", prefix + "bank_ptr"]
-        found = [name for name in names if name in state_dict]
-        stored = state_dict.get(names[0])
+        own = {prefix + name: value for name, value in self._buffers.items() if value is not None}
+        bank, pointer, second = (prefix + name for name in ("bank", "bank_ptr", "estimator_bank"))
+        stored = state_dict.get(bank)
+        local = dict(state_dict)
         if not self.size:
-            if found:
+            if bank in local or pointer in local:
                 warnings.warn(
                     f"the checkpoint holds a queue of shape {tuple(stored.shape) if stored is not None else '?'}, this "
                     "loss has none: the checkpoint's queue is dropped; set memory_bank_size to keep it",
                     stacklevel=2,
                 )
-            local = {name: value for name, value in state_dict.items() if name not in names}
+            local = {name: value for name, value in local.items() if name not in (bank, pointer, second)}
         elif stored is None or stored.numel() == 0:
             warnings.warn(
-                f"the checkpoint holds no queue ({names[0]!r}): the queue in place is kept, its first "
+                f"the checkpoint holds no queue ({bank!r}): the queue in place is kept, its first "
                 f"{self.size} keys are not those of the checkpoint's run",
                 stacklevel=2,
             )
-            local = dict(state_dict)
-            local.update({names[0]: self.bank, names[1]: self.bank_ptr})
+            local.update(own)
         else:
-            if len(found) < len(names):
-                missing_keys.append(names[1])
-            dim = self.dim or stored.shape[-1]
-            if stored.shape != (self.size, dim):
+            if pointer not in local:
+                missing_keys.append(pointer)
+            if stored.shape != (self.size, self.dim or stored.shape[-1]):
                 error_msgs.append(
-                    f"{names[0]}: the checkpoint's queue has shape {tuple(stored.shape)}, this loss's "
+                    f"{bank}: the checkpoint's queue has shape {tuple(stored.shape)}, this loss's "
                     f"({self.size}, {self.dim or 'any'}); build the loss with "
-                    f"memory_bank_size={tuple(stored.shape)}, or delete {names[0]!r} from the checkpoint to start a "
+                    f"memory_bank_size={tuple(stored.shape)}, or delete {bank!r} from the checkpoint to start a "
                     "fresh queue"
                 )
                 return
-            if not self.dim:
-                self.set_dim(dim)
-            local = state_dict
+            self.set_dim(stored.shape[-1])
+            if second not in local and second in own:
+                warnings.warn(
+                    f"the checkpoint holds no {second!r}: the estimator's features in place are kept, which are not "
+                    "those of the queue's keys",
+                    stacklevel=2,
+                )
+                local[second] = own[second]
+            elif second in local and second not in own:
+                warnings.warn(f"{second!r} of the checkpoint is dropped: this loss has no estimator_dim", stacklevel=2)
+                del local[second]
+            self.generation += 1
         super()._load_from_state_dict(local, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-def are_finite(keys: Tensor) -> Tensor:
-    """Whether all of (s, d) unit keys are finite, which is when their sum is; a bool tensor of shape ()."""
-    return keys.sum().abs() < torch.inf
 
 
 def _random_keys(size: int, dim: int) -> Tensor:
@@ -142,7 +218,8 @@ def _parse_size(size: int | Sequence[int]) -> tuple[int, int]:
         return 0, 0
     if len(numbers) == 1 and isinstance(size, Integral):
         warnings.warn(
-            f"memory_bank_size={size} leaves the dimension to the first batch; write memory_bank_size=({size}, d)",
+            f"memory_bank_size={size} leaves the dimension to the first batch, so a copy made before it (for weight "
+            f"averaging, or an exponential moving average) cannot follow; write memory_bank_size=({size}, d)",
             stacklevel=4,
         )
         return numbers[0], 0

@@ -1,8 +1,7 @@
 r"""Self-labeling refinery, equation (5): how much of each label stays on the positive, and where the rest points.
 
 A refined label over K keys is never written out. With :math:`s_{ii}` the logit of the estimator with its own key and
-:math:`\ell_i, \mathrm{peak}_i, a_i` its log-sum-exp, largest softmax weight and weighted mean over the *other* keys
-(:mod:`slr_plugin.contrast`),
+:math:`\ell_i, \mathrm{peak}_i, a_i` its softmax statistics over the *other* keys (:mod:`slr_plugin.streaming`),
 
 .. math::
     p_{ii} = \sigma(s_{ii} - \ell_i), \quad
@@ -26,43 +25,54 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slr_plugin.streaming import SoftmaxStats
+
 
 class Labels(NamedTuple):
-    """Refined labels in closed form; every field is (s,) and constant to autograd."""
+    """Refined labels in closed form; every field is (r,) and constant to autograd."""
 
     own: Tensor  # w, the weight left on the positive
     rest: Tensor  # v = 1 - w, the weight that q spreads over the other keys
     alpha: Tensor  # the share of p
     beta: Tensor  # the share of q
-    entropy: Tensor  # of the whole label, in nats
+    q_entropy: Tensor  # of q, in nats
 
-    def target(self, positives: Tensor, peers: Tensor) -> Tensor:
-        """The target centroid t, (s, d), from the positives g and the q-weighted means a of the other keys."""
-        return torch.lerp(positives, peers, self.rest[:, None])
+    def targets(self, own_keys: Tensor, means: Tensor) -> Tensor:
+        """The target centroids t, (r, d), from the own keys g and the q-weighted means a of the other keys."""
+        return torch.lerp(own_keys, means, self.rest[:, None])
+
+    def means(self) -> dict[str, Tensor]:
+        """The means of own, alpha, beta and of the entropy of the whole label, by the names of ``SLRLoss.stats``."""
+        # H(q) is l - E_q[logit]: minus infinity without other keys, and below 0 by the rounding of large logits.
+        entropy = (
+            self.rest * self.q_entropy.clamp(min=0.0) + torch.special.entr(self.own) + torch.special.entr(self.rest)
+        )
+        names = ("positive_weight", "alpha", "beta", "label_entropy")
+        return dict(zip(names, torch.stack([self.own, self.alpha, self.beta, entropy]).mean(1), strict=True))
 
 
 @torch.no_grad()
-def refine(margin: Tensor, peak: Tensor, q_entropy: Tensor, confidence: float | Tensor) -> Labels:
-    r"""Equation (5) from the estimator's view of its keys.
+def estimate(stats: SoftmaxStats, own_logit: Tensor, mean_logit: Tensor | None, confidence: Tensor | float) -> Labels:
+    r"""Equation (5) from the estimators' softmax statistics over the keys other than their own.
 
     Args:
-        margin: (s,) :math:`s_{ii} - \ell_i`, the logit with the own key over the log-sum-exp of the others.
-        peak: (s,) :math:`\max_k q_{ik}`; 0 where there are no other keys, and the label is then one-hot.
-        q_entropy: (s,) the entropy of q.
+        stats: of r estimators; a label is one-hot where there are no other keys.
+        own_logit: (r,) :math:`s_{ii}`.
+        mean_logit: (r,) :math:`\sum_k q_{ik} s_{ik}`, for the entropy; None leaves that not a number.
         confidence: the prior confidence mu >= 0.
     """
+    margin, q_max = -stats.logsumexp_minus(own_logit), stats.peak
     p_own, p_others = torch.sigmoid(margin), torch.sigmoid(-margin)  # never 1 - p, which cancels
-    p_max = torch.maximum(p_own, p_others * peak)
-    shares = confidence * torch.stack([p_max, peak])
+    p_max = torch.maximum(p_own, p_others * q_max)
+    shares = confidence * torch.stack([p_max, q_max])
     z = 1 + shares.sum(0)
     alpha, beta = shares / z
     own, rest = 1 / z + alpha * p_own, alpha * p_others + beta
-    q_entropy = q_entropy.clamp(min=0.0)  # -inf without other keys; below 0 by rounding of large logits
-    entropy = rest * q_entropy + torch.special.entr(own) + torch.special.entr(rest)
-    return Labels(own, rest, alpha, beta, entropy)
+    q_entropy = torch.full_like(own, torch.nan) if mean_logit is None else stats.logsumexp_minus(mean_logit)
+    return Labels(own, rest, alpha, beta, q_entropy)
 
 
-def one_hot_labels(positives: Tensor) -> Labels:
+def one_hot(positives: Tensor) -> Labels:
     """The labels at confidence 0: all weight on the positive."""
     ones = positives.new_ones(len(positives))
     zeros = torch.zeros_like(ones)

@@ -9,22 +9,23 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from slr_plugin.checks import check_integer, check_number
+from slr_plugin.checks import check_confidence, check_integer, check_number
 
 
 @dataclass(frozen=True)
 class CosineConfidence:
-    r"""Prior confidence that moves from ``start`` to ``end`` along half a cosine, then stays.
+    r"""Moves the prior confidence from ``start`` to ``end`` along half a cosine, then holds it.
 
     .. math:: \mu_t = m_2 - (m_2 - m_1) (\cos(\pi t / T) + 1) / 2, \qquad \mu_t = m_2 \text{ for } t \ge T
 
     Args:
-        start: m1 >= 0, the confidence at step 0. The paper takes 0 on CIFAR-10 and 0.5 on ImageNet.
-        end: m2 >= 0, the confidence from step ``total_steps`` on. The paper takes 1 and 10.
+        start: m1 in [0, 1e38], the confidence at step 0. The paper takes 0 on CIFAR-10 and 0.5 on ImageNet.
+        end: m2 in [0, 1e38], the confidence from step ``total_steps`` on; may be below ``start``. The paper takes 1
+            and 10.
         total_steps: T >= 1, usually the number of optimiser steps of the run.
 
     Raises:
-        ValueError: an argument is out of its range, or the step is a negative int (a negative tensor counts as 0).
+        ValueError: an argument is out of its range, or the step is a negative number (in a tensor it counts as 0).
         TypeError: an argument is not a number.
 
     >>> confidence = CosineConfidence(start=0.0, end=1.0, total_steps=100)
@@ -37,20 +38,27 @@ class CosineConfidence:
     total_steps: int
 
     def __post_init__(self) -> None:
-        check_number("start", self.start, low=0.0)
-        check_number("end", self.end, low=0.0)
+        check_confidence("start", self.start)
+        check_confidence("end", self.end)
         check_integer("total_steps", self.total_steps, low=1)
+        # Plain numbers: numpy's scalars would keep their own precision.
+        plain = {"start": float(self.start), "end": float(self.end), "total_steps": int(self.total_steps)}
+        self.__dict__.update(plain)  # the dataclass is frozen
 
     @overload
-    def __call__(self, step: int) -> float: ...
+    def __call__(self, step: float) -> float: ...
     @overload
     def __call__(self, step: Tensor) -> Tensor: ...
-    def __call__(self, step: int | Tensor) -> float | Tensor:
-        """The confidence at ``step``: a float for an int, a float64 tensor (no device synchronisation) for a tensor."""
+    def __call__(self, step: float | Tensor) -> float | Tensor:
+        """Return the confidence at ``step``.
+
+        Returns:
+            A float for a number. For a tensor of steps a tensor, computed on its device without synchronisation:
+            float64 from float64, else float32 (Apple's GPUs have no float64), within 5e-7 of the larger of ``start``
+            and ``end`` at every step.
+        """
         if isinstance(step, Tensor):
-            progress = (step.double() / self.total_steps).clamp(0.0, 1.0)
-            return self.end - (self.end - self.start) * (torch.cos(math.pi * progress) + 1) / 2
-        if step < 0:
-            raise ValueError(f"step must be >= 0, got {step}")
-        progress_ = min(step / self.total_steps, 1.0)
-        return self.end - (self.end - self.start) * (math.cos(math.pi * progress_) + 1) / 2
+            progress = step.to(torch.promote_types(step.dtype, torch.float32)) / self.total_steps
+            return self.end - (self.end - self.start) * (torch.cos(math.pi * progress.clamp(0.0, 1.0)) + 1) / 2
+        check_number("step", step, low=0.0)
+        return self.end - (self.end - self.start) * (math.cos(math.pi * min(step / self.total_steps, 1.0)) + 1) / 2

@@ -1,4 +1,4 @@
-"""Compiles the kernels of slr_plugin/fused.py for GPUs that need not be here, and prints what each takes, as JSON."""
+"""Compiles the kernels of slr_plugin/streaming/triton.py for GPUs that need not be here; prints JSON of their sizes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slr_plugin import fused
+from slr_plugin.streaming import triton as kernels
 
 POINTERS = {"unseen": "*i32"}  # the others are *fp32
 NUMBERS = {"count": "i32", "width": "i32", "first": "i32", "span": "i32", "scale": "fp32"}
@@ -18,7 +18,7 @@ NUMBERS = {"count": "i32", "width": "i32", "first": "i32", "span": "i32", "scale
 
 def compiled(kernel, tiles, capability, dim, slots, **constants):
     """Registers spilled, bytes of shared memory and instructions of tensor cores."""
-    constants = fused._sizes(tiles, dim)[1] | {"SLOTS": slots} | constants
+    constants = kernels._sizes(tiles, dim, dim)[1] | {"SLOTS": slots} | constants
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     signature = {
         name: "constexpr" if name in constants else NUMBERS.get(name) or POINTERS.get(name, "*fp32")
@@ -56,10 +56,10 @@ def main():
     for capability in (80, 90):
         for dim in (128, 256):
             for slots, numbers in ((1, "tf32"), (1, "bf16"), (2, "tf32")):
-                kernel = fused._forward_kernel
-                found.append(compiled(kernel, fused.FORWARD, capability, dim, slots, NUMBERS=numbers))
-            kernel = fused._keys_backward_kernel
-            found.append(compiled(kernel, fused.BACKWARD, capability, dim, 2, NUMBERS="tf32"))
+                kernel = kernels._forward_kernel
+                found.append(compiled(kernel, kernels.FORWARD, capability, dim, slots, NUMBERS=numbers, APART=False))
+            kernel = kernels._keys_backward_kernel
+            found.append(compiled(kernel, kernels.BACKWARD, capability, dim, 2, NUMBERS="tf32"))
     print(json.dumps(found, indent=1))
 
 

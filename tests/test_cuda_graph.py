@@ -5,7 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
-from slr_plugin import contrast as contrast_module
+from slr_plugin.streaming import Diagonal, tiled
+from slr_plugin.streaming.stats import Plan, Source
 
 aten = torch.ops.aten
 SETTINGS = {"sharpening": 0.7, "confidence": CosineConfidence(0.5, 2.0, total_steps=4)}
@@ -40,21 +41,22 @@ def test_a_step_stays_on_the_device(confidence, size, mixed, pretended_gpu):
 @pytest.mark.parametrize("bound", [5.0, 100.0])
 @pytest.mark.parametrize("size", [300, 0])
 def test_so_does_the_pass_inside_the_operator(size, bound, pretended_gpu):
-    forward, backward = (op._init_fn for op in (contrast_module._contrast, contrast_module._keys_backward))
+    plan = Plan(5.0, bound, [Diagonal(16, 0, 8)], False, 0)
     with pretended_gpu, torch.no_grad():
         rows, keys, queue = (torch.empty(n, 16, device="cuda") for n in (24, 8, size))
         with OnTheDevice():
-            reference, excess, _, mean = forward(rows, keys, queue if size else None, [5.0], bound, [16, 0, 8], 0)
-            gradient = backward(rows, keys, reference + excess, excess, mean, [5.0], bound, [16, 0, 8], 0)
+            stats = tiled.forward(rows, [Source(keys, keys), Source(queue, queue)], plan)
+            gradient = tiled.keys_backward(rows, keys, stats.reference + stats.offset, stats.mean, plan)
     assert gradient.device.type == "cuda"
 
 
-def test_so_does_mixing(pretended_gpu):
+@pytest.mark.parametrize("mode", ["elem", "batch"])
+@pytest.mark.parametrize("theta", [None, 0.3])
+def test_so_does_mixing(theta, mode, pretended_gpu):
     with pretended_gpu:
         images, others = torch.empty(2, 8, 3, 16, 16, device="cuda")
         with OnTheDevice():
-            partner = torch.arange(8, device="cuda")  # drawing asks for a real GPU's generator
-            mixed, mix = MomentumMixup(2.0)(images, others, theta=0.3, partner=partner)
+            mixed, mix = MomentumMixup(2.0, mode)(images, others, theta=theta)
     assert {mixed.device.type, mix.theta.device.type, mix.partner.device.type} == {"cuda"}
 
 

@@ -373,7 +373,7 @@ def test_two_processes(tmp_path):
         ({"mixup": True, "in_batch_keys": False}, ValueError, "add mixup=False"),
         ({"knn_k": 0}, ValueError, "knn_k must be >= 1"),
         ({"ema_momentum": 1.5}, ValueError, "ema_momentum must be between"),
-        ({"confidence": -1.0}, ValueError, "confidence must be >= 0"),
+        ({"confidence": -1.0}, ValueError, "confidence must be between 0"),
         ({"feature_dim": 0}, ValueError, "feature_dim must be >= 1"),
         ({"mixup": 1}, TypeError, "mixup must be True or False"),
         ({"preset": {"tau": 1}}, TypeError, "tau"),

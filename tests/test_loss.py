@@ -23,6 +23,8 @@ def test_signature_begins_with_ntxents():
         "confidence": 1.0,
         "refined_weight": 0.5,
         "in_batch_keys": True,
+        "symmetric": None,
+        "estimator_dim": None,
     }
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[3:])
 

@@ -96,7 +96,7 @@ def test_the_oracle_sets_the_purity_and_nothing_else():
     setup = objectives.Setup((20, 5), 1, torch.Generator())
     oracle = objectives.Oracle(setup, 0.75, 0.05)
     oracle.classes = torch.tensor([0, 1, 2, 0])
-    oracle.monitor.queue_classes = torch.arange(20) % 4
+    oracle.monitor.load_state_dict({"queue_classes": torch.arange(20) % 4})
     key_classes = torch.cat([oracle.classes, oracle.monitor.queue_classes])
     similarity = torch.randn(4, 24, dtype=torch.float64)
     label, plain = (labeler(similarity, torch.arange(4), 0.0) for labeler in (oracle.label, baselines.sce()))

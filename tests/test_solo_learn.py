@@ -1,6 +1,7 @@
 """The solo-learn adapter where no clone of solo-learn is needed; test_solo_learn_clone.py has the rest."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_defaults_are_the_papers(dataset, preset):
     before = settings.copy()
     add_defaults(settings, dataset)
     assert settings == before
-    check(settings, num_small_crops=0)
+    check(settings, num_large_crops=2, num_small_crops=0)
 
 
 def test_what_is_set_stays():
@@ -139,9 +140,16 @@ def test_what_is_set_stays():
     ("settings", "small_crops", "error", "message"),
     [
         ({"queue_size": 0}, 0, ValueError, r"method_kwargs.queue_size must be >= 1, got 0"),
+        ({"queue_size": None}, 0, TypeError, r"method_kwargs.queue_size must be an integer, got None"),
+        ({"proj_output_dim": 0}, 0, ValueError, r"method_kwargs.proj_output_dim must be >= 1, got 0"),
+        ({"temperature": 0}, 0, ValueError, r"method_kwargs.temperature"),
+        ({"sharpening": 0}, 0, ValueError, r"method_kwargs.sharpening must be in \(0, 1\], got 0"),
+        ({"kappa": 0}, 0, ValueError, r"method_kwargs.kappa must be between .*, got 0"),
+        ({"kappa": True}, 0, TypeError, r"method_kwargs.kappa must be a number, got True"),
+        ({"confidence": False}, 0, TypeError, r"method_kwargs.confidence must be a number, got False"),
         ({"proj_output_dim": "many"}, 0, TypeError, r"method_kwargs.proj_output_dim must be an integer"),
         ({"confidence": [0, 1, 2]}, 0, ValueError, r"confidence must be \[m1, m2\] or a number"),
-        ({"confidence": [0, -1]}, 0, ValueError, r"method_kwargs.confidence must be >= 0"),
+        ({"confidence": [0, -1]}, 0, ValueError, r"method_kwargs.confidence must be between 0"),
         ({"confidence": "high"}, 0, TypeError, r"method_kwargs.confidence must be a number, got 'high'"),
         ({"label_quality_every": 0}, 0, ValueError, r"method_kwargs.label_quality_every must be >= 1, got 0"),
         ({"strong_crops": 1}, 2, TypeError, r"method_kwargs.strong_crops must be True or False"),
@@ -155,7 +163,45 @@ def test_bad_settings(settings, small_crops, error, message):
     settings = OmegaConf.create(settings)
     add_defaults(settings, "cifar10")
     with pytest.raises(error, match=message):
-        check(settings, small_crops)
+        check(settings, 2, small_crops)
+
+
+# What of the odd values below is accepted.
+FINE = {
+    "strong_crops": [True, False],
+    "in_batch_keys": [True],
+    "kappa": [False, None],
+    "label_quality_every": [False, None],
+}
+KNOWN = OmegaConf.create({})
+add_defaults(KNOWN, "cifar10")
+
+
+@pytest.mark.parametrize("name", list(KNOWN))
+def test_an_odd_value_works_or_is_refused_by_its_settings_name(name):
+    for value in [True, False, None, "text", "0.5", -1, [0.5], [[0, 1], 2], [], {"a": 1}, math.nan, math.inf]:
+        settings = OmegaConf.create({name: value})
+        add_defaults(settings, "cifar10")
+        if value in FINE.get(name, []):
+            check(settings, num_large_crops=2, num_small_crops=2)
+            assert settings[name] is (None if name in ("kappa", "label_quality_every") else value)  # off, as null
+            continue
+        with pytest.raises((TypeError, ValueError), match=rf"^method_kwargs\.{name}\b"):
+            check(settings, num_large_crops=2, num_small_crops=2)
+
+
+@pytest.mark.parametrize("settings", [5, True, "kappa", OmegaConf.create(["kappa"])])
+def test_settings_that_are_no_mapping_are_refused(settings):
+    with pytest.raises(TypeError, match=r"method_kwargs must hold names and values, such as kappa: 2.0, got "):
+        add_defaults(settings, "cifar10")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_another_number_of_large_crops_than_two_is_refused(count):
+    with pytest.raises(
+        ValueError, match=rf"data.num_large_crops=2, got {count}: set num_crops: 2 .*crop_size: \[224\]"
+    ):
+        check(KNOWN, num_large_crops=count, num_small_crops=0)
 
 
 @pytest.mark.parametrize(
@@ -219,23 +265,7 @@ def test_names_of_configurations_differ():
 
 def test_settings_of_the_configurations_are_known():
     for name in NAMES:
-        settings = composed(name).method_kwargs
-        known = OmegaConf.create({})
-        add_defaults(known, "cifar10")
-        assert set(settings) <= set(known)
-
-
-def test_write_configs(tmp_path, capsys):
-    launcher.main(["--write-configs", str(tmp_path / "mine")])
-    written = {path.relative_to(tmp_path / "mine") for path in (tmp_path / "mine").rglob("*.*")}
-    assert written == {path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml")}
-    assert f"--config-path {tmp_path / 'mine'} --config-name sane-cifar10" in capsys.readouterr().out
-    (tmp_path / "mine" / "sane-cifar10.yaml").write_text("edited")
-    with pytest.raises(SystemExit, match=r"exists already; nothing was written"):
-        launcher.main(["--write-configs", str(tmp_path / "mine")])
-    assert (tmp_path / "mine" / "sane-cifar10.yaml").read_text() == "edited"
-    with pytest.raises(SystemExit, match="needs one argument"):
-        launcher.main(["--write-configs"])
+        assert set(composed(name).method_kwargs) <= set(KNOWN)
 
 
 # --- the launcher, with a stand-in that has solo-learn's names; the real one: test_solo_learn_clone.py
@@ -334,7 +364,7 @@ def test_the_scripts_arguments_and_help_are_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "--write-configs DIR"),
+        ([], 2, "SCRIPT.py"),
         (["--help"], 0, "SCRIPT.py"),
         (
             ["nowhere/main_pretrain.py"],

@@ -28,7 +28,9 @@ from _solo_learn import BATCH, CLASSES, CLONE, Record, build, config, loader, mo
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from solo.args.pretrain import parse_cfg
+from solo.data.pretrain_dataloader import prepare_dataloader
 from solo.methods import METHODS
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from slr_plugin import CosineConfidence
 from slr_plugin.adapters.solo_learn import SANE, register
@@ -89,15 +91,17 @@ def test_bad_settings_are_refused_when_the_method_is_built():
         build(method_kwargs={"confidence": [0, 1, 2]})
     with pytest.raises(ValueError, match="needs augmentation pipelines after the first"):
         build(method_kwargs={"strong_crops": True})
-    with pytest.raises(ValueError, match="kappa must be > 0"):
+    with pytest.raises(ValueError, match=r"method_kwargs\.kappa must be between"):
         build(method_kwargs={"kappa": 0})
     with pytest.raises(ValueError, match=r"did you mean method_kwargs\.sharpening"):
         build(method_kwargs={"sharpning": 0.5})
+    with pytest.raises(ValueError, match=r"data.num_large_crops=2, got 3"):
+        build(data={"num_large_crops": 3})
 
 
 def test_settings_may_be_left_empty():
     expected = build(method_kwargs={"queue_size": 64}).cfg.method_kwargs
-    for kwargs in (None, {}):
+    for kwargs in (None, "None", {}):  # "None": solo-learn's other way to write null
         cfg = config()
         cfg.method_kwargs = kwargs
         got = SANE.add_and_assert_specific_cfg(cfg).method_kwargs
@@ -136,7 +140,7 @@ def test_it_is_mocov2plus_without_confidence_and_mixup(folder):
     ("small", "settings"),
     [
         ([], {}),
-        ([], {"kappa": None}),
+        ([], {"kappa": False}),
         ([(24, 2), (16, 1)], {}),
         ([(24, 2)], {"kappa": None}),
         ([([32], 1), (16, 1)], {"strong_crops": True}),
@@ -169,23 +173,83 @@ def test_trains(folder, small, settings, monkeypatch):
         assert not torch.equal(criterion.memory_bank.bank, model.criteria[1 - view].memory_bank.bank)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_confidence_follows_the_optimizer_steps(folder, accumulate):
+@pytest.mark.parametrize(
+    ("accumulate", "steps"),
+    [(1, range(10)), (2, [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]), (4, [0, 0, 0, 0, 1, 2, 2, 2, 2, 3])],
+)
+def test_confidence_follows_the_optimizer_steps(folder, accumulate, steps):
+    """Of 5 batches the last steps by itself; the schedule ends with the run all the same."""
     model = build(method_kwargs={"confidence": [0.5, 3.0]})
     record = Record("train_slr_mu")
     trainer = train(model, loader(model.cfg, folder / "train"), [record], accumulate_grad_batches=accumulate)
-    total = int(trainer.estimated_stepping_batches)
-    assert total == trainer.global_step == {1: 10, 2: 6}[accumulate]
-    schedule = CosineConfidence(0.5, 3.0, total)
-    # Of 5 batches the last steps alone.
-    steps = range(10) if accumulate == 1 else [0, 0, 1, 1, 2, 3, 3, 4, 4, 5]
+    assert trainer.global_step == steps[-1] + 1
+    schedule = CosineConfidence(0.5, 3.0, trainer.global_step)
     assert [mu for (mu,) in record.values] == pytest.approx([schedule(step) for step in steps])
+    assert {criterion.confidence for criterion in model.criteria} == {schedule}
 
 
-def test_a_run_without_end_needs_a_constant_confidence(folder):
-    options = {"max_epochs": -1, "limit_train_batches": 1}
+def test_confidence_begins_with_the_run_and_goes_on_from_a_checkpoint_alone(folder, tmp_path):
+    def new():
+        return build(method_kwargs={"confidence": [0.5, 3.0]})
+
+    def confidences(model, **options):
+        record = Record("train_slr_mu")
+        train(model, batches, [record], **options)
+        return [mu for (mu,) in record.values]
+
+    batches = loader(config(), folder / "train")
+    model, loaded = new(), new()
+    train(model, batches, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    loaded.load_state_dict(model.state_dict())
+    anew, goes_on = (CosineConfidence(0.5, 3.0, steps) for steps in (5, 10))
+    for begins in (model, loaded):
+        assert confidences(begins, max_epochs=1) == pytest.approx([anew(step) for step in range(5)])
+        assert begins.criteria[1].step == 5
+    resumed = confidences(new(), max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed == pytest.approx([goes_on(step) for step in range(5, 10)])
+
+
+def test_a_compiled_loss_is_not_compiled_anew_while_the_confidence_grows(folder):
+    graphs, counts = [], []
+
+    class Count(_solo_learn.Callback):
+        def on_train_batch_end(self, *args):
+            counts.append(len(graphs))
+
+    model = build(method_kwargs={"confidence": [0.5, 3.0]})
+    for criterion in model.criteria:
+        criterion.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    train(model, loader(model.cfg, folder / "train"), [Count()], max_epochs=1)
+    assert 0 < counts[0] == counts[-1]
+
+
+class Stream(IterableDataset):
+    """Batches without a length."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def test_a_run_without_a_known_end_needs_a_constant_confidence(folder):
+    batches = loader(config(), folder / "train")
+    unending = build(scheduler={"name": "none"})
     with pytest.raises(ValueError, match="set max_epochs or max_steps"):
-        train(build(scheduler={"name": "none"}), loader(config(), folder / "train"), **options)
+        train(unending, batches, max_epochs=-1, limit_train_batches=1)
+    with pytest.raises(ValueError, match="max_steps if the data has no length"):
+        train(unending, DataLoader(Stream(batches), batch_size=None))
+    constant = build(scheduler={"name": "none"}, method_kwargs={"confidence": 0.5})
+    assert train(constant, DataLoader(Stream(batches), batch_size=None), max_epochs=1).global_step == 5
+
+
+def test_fewer_images_than_a_batch_are_an_error(folder):
+    few = Subset(loader(config(), folder / "train").dataset, range(BATCH - 1))
+    batches = prepare_dataloader(few, batch_size=BATCH, num_workers=0)
+    with pytest.raises(ValueError, match=f"nothing was trained: .*optimizer.batch_size={BATCH}, .*set a smaller"):
+        train(build(), batches)
+    train(build(), batches, limit_train_batches=0)  # asked for
 
 
 def test_images_without_classes(folder, tmp_path):
@@ -331,18 +395,26 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.mark.parametrize(
     ("how", "devices", "overrides"),
     [
-        ((), 1, []),
+        ((), 1, ["--config-dir", ".", "--config-name", "mine"]),
         ((), 2, ["+method_kwargs.label_quality_every=1"]),
         (LAUNCHER, 2, ["~hydra.callbacks.slr"]),
         (TORCHRUN, 2, []),
         ((*TORCHRUN, *LAUNCHER), 2, ["~hydra.callbacks.slr"]),
     ],
-    ids=["one process", "two, callback", "two, launcher", "torchrun, callback", "torchrun, launcher"],
+    ids=[
+        "one process, own configuration",
+        "two, callback",
+        "two, launcher",
+        "torchrun, callback",
+        "torchrun, launcher",
+    ],
 )
 def test_main_pretrain(folder, how, devices, overrides):
+    Path("mine.yaml").write_text("defaults: [sane-cifar10, _self_]\nmethod_kwargs: {kappa: 0.5}")
     finish(start("main_pretrain.py", pretrain(folder, *overrides, devices=devices), how))
     saved = checkpoint()[1]
     state = saved["state_dict"]
+    assert saved["slr_plugin_method_kwargs"]["kappa"] == (0.5 if "mine" in overrides else 2.0)
     watched = [name for name in saved["callbacks"] if "LabelQuality" in name]
     assert len(watched) == any("label_quality" in setting for setting in overrides)
     steps = 40 // (BATCH * devices)

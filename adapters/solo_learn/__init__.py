@@ -1,11 +1,11 @@
-"""SANE as a method of solo-learn: ``method: "sane"`` in a configuration, in the scripts of an unmodified clone.
+"""Adds SANE to solo-learn: ``method: "sane"`` in a configuration of an unmodified clone.
 
-Two ways in. A configuration that names the callback, as those in ``configs`` do, needs nothing else:
+A configuration that names the callback :class:`RegisterSANE` needs nothing else, and those in ``configs`` do:
 
     python main_pretrain.py --config-path pkg://slr_plugin.adapters.solo_learn.configs --config-name sane-cifar10
 
-and ``python -m slr_plugin.adapters.solo_learn SCRIPT.py ...`` runs any script with the method in it. To import this,
-solo-learn itself is not needed, which is a clone of scripts, no package to install; to use :class:`SANE` it is.
+Scripts without Hydra, such as main_knn.py, run by ``python -m slr_plugin.adapters.solo_learn SCRIPT.py ...``. Importing
+this module does not need solo-learn, which is a clone of scripts and no package; using :class:`SANE` does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["SANE", "RegisterSANE", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "SANE":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _require_solo_learn()
-    from slr_plugin.adapters.solo_learn.method import SANE
+    if name == "SANE":
+        _require_solo_learn()
+        from slr_plugin.adapters.solo_learn.method import SANE
 
-    return SANE
+        return SANE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,11 @@
-"""Run a script of a solo-learn clone, unmodified, with the method "sane" in it, or copy the configurations.
+"""Run a script of a solo-learn clone, unmodified, with the method "sane" in it.
 
 python -m slr_plugin.adapters.solo_learn SCRIPT.py [the script's own arguments]
-python -m slr_plugin.adapters.solo_learn --write-configs DIR
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +14,12 @@ from slr_plugin.adapters.solo_learn.registry import CLONE, SoloLearnMissingError
 
 # Lightning starts DDP's further processes as ``python -m`` this module with the script's arguments alone.
 _SCRIPT = "SLR_PLUGIN_SOLO_LEARN_SCRIPT"
-_CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Do what the command line says."""
     first, *rest = arguments or ("",)
-    if first == "--write-configs":
-        write_configs(rest)
-    elif first.endswith(".py"):
+    if first.endswith(".py"):
         run(Path(first), rest)
     elif _SCRIPT in os.environ and first not in ("-h", "--help"):
         run(Path(os.environ[_SCRIPT]), arguments)
@@ -54,23 +49,6 @@ def run(path: Path, arguments: Sequence[str]) -> None:
     script = sys.modules["__main__"]
     script.__file__ = str(path)
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec", dont_inherit=True), script.__dict__)
-
-
-def write_configs(arguments: Sequence[str]) -> None:
-    """Copy the configurations that come with the package to the folder named; what lies there stays."""
-    if len(arguments) != 1:
-        raise SystemExit("--write-configs needs one argument, the folder to write to")
-    folder = Path(arguments[0])
-    sources = sorted(_CONFIGS.rglob("*.yaml"))
-    targets = [folder / source.relative_to(_CONFIGS) for source in sources]
-    for target in targets:
-        if target.exists():
-            raise SystemExit(f"{target} exists already; nothing was written: remove it, or name another folder")
-    for source, target in zip(sources, targets, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        print(target)
-    print(f"use them with: python main_pretrain.py --config-path {folder.resolve()} --config-name sane-cifar10")
 
 
 if __name__ == "__main__":

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from solo.methods.base import BaseMomentumMethod
+from solo.utils.misc import omegaconf_select
 from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 from slr_plugin.adapters._random import seed_mixing
 from slr_plugin.adapters.lightning import LabelQualityCallback
-from slr_plugin.adapters.solo_learn.settings import add_defaults, check, start_and_end
+from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 
 _SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
@@ -27,30 +28,30 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
 
     .. math:: L = \tfrac12 \sum_{v \in \{0, 1\}} L^{(9)}(f(x_v), g(x_{1-v}), f(x'_v))
 
-    Each large crop is the query once and the key once; either direction has its own queue and its own
-    :class:`slr_plugin.SLRLoss`, equation (9). What is mixed, theta x query + (1 - theta) x another image's positive:
+    Each large crop is the query once and the key once. Either direction has its own queue and its own
+    :class:`slr_plugin.SLRLoss`, equation (9). A mixed image is theta x query + (1 - theta) x another image's positive:
 
-    - two large crops alone: each with the other;
-    - small crops, if there are any, in place of the large ones: each with the large crop that is its direction's
-      positive, resized. They serve the two directions in turn, and the directions weigh alike: of five crops the three
-      of the first direction count a sixth each, the two of the second a quarter. A small crop of full size is written
-      ``crop_size: [224]``: solo-learn then does not count it as a large one, of which it allows two;
-    - ``strong_crops: true``: small crops are the positives that are mixed in, the large ones, resized, the queries. So
-      strong augmentation never reaches the keys or the labels.
+    - With two large crops alone, each is mixed with the other.
+    - Small crops are mixed in place of the large ones, each with its direction's positive, a large crop, resized. They
+      serve the two directions in turn. The directions weigh alike: of five small crops the three of the first count a
+      sixth each, the two of the second a quarter. A small crop of full size is written ``crop_size: [224]``, since
+      solo-learn counts crops as large by their size.
+    - With ``strong_crops: true`` small crops are the positives that are mixed in, and the large ones, resized, the
+      queries. So strong augmentation never reaches the keys or the labels.
 
-    Settings, ``method_kwargs`` (defaults: the paper's, of ``presets.CIFAR10`` for CIFAR and ``presets.IMAGENET`` else):
+    ``method_kwargs`` (defaults: the paper's, of ``presets.CIFAR10`` for CIFAR and ``presets.IMAGENET`` else):
 
-    - ``proj_hidden_dim``, ``proj_output_dim``: of the projector, 2048 and 256 by default; two layers, as mocov2plus;
-    - ``temperature``, ``queue_size``: tau and the length of either queue, for any batch size;
+    - ``proj_hidden_dim``, ``proj_output_dim``: of the two-layer projector, 2048 and 256 as in mocov2plus;
+    - ``temperature``, ``queue_size``: tau > 0, and the length of either queue, for any batch size;
     - ``sharpening``: tau' in (0, 1];
     - ``confidence``: ``[m1, m2]``, mu grows from m1 to m2 over the run; a number is constant, 0 means one-hot labels;
     - ``refined_weight``: lambda in [0, 1];
-    - ``kappa``: > 0, theta ~ Beta(kappa, kappa); null: nothing is mixed, labels are refined all the same;
+    - ``kappa``: > 0, theta ~ Beta(kappa, kappa); null or false: nothing is mixed, labels are refined all the same;
     - ``strong_crops``: see above, false by default;
     - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
       crops. With ``confidence: 0`` the loss is then mocov2plus's;
-    - ``label_quality_every``: n >= 1 compares the labels with the classes at every n-th step, which training never
-      sees, and logs what :class:`slr_plugin.adapters.lightning.LabelQualityCallback` does; null, the default, does not.
+    - ``label_quality_every``: at every n-th step, n >= 1, logs what
+      :class:`slr_plugin.adapters.lightning.LabelQualityCallback` finds by the classes; null, the default, does not.
 
     Raises:
         ValueError: a setting is out of range, is misspelt, or contradicts another.
@@ -60,24 +61,18 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         settings = cfg.method_kwargs
-        check(settings, self.num_small_crops)
+        check(settings, self.num_large_crops, self.num_small_crops)
         self.confidence = start_and_end(settings.confidence)
         self.strong_crops: bool = settings.strong_crops
 
         self.projector = self._new_projector(settings)
         self.momentum_projector = self._new_projector(settings)
         initialize_momentum_params(self.projector, self.momentum_projector)
+        options = {name: settings[name] for name in LOSS_SETTINGS}
+        queue = (settings.queue_size, settings.proj_output_dim)
         # By view of the query. No submodule may be called backbone or encoder: main_linear.py renames by these words.
-        self.criteria = nn.ModuleList(
-            SLRLoss(
-                settings.temperature,
-                (settings.queue_size, settings.proj_output_dim),
-                gather_distributed=True,
-                sharpening=settings.sharpening,
-                confidence=self.confidence[0],
-                refined_weight=settings.refined_weight,
-                in_batch_keys=settings.in_batch_keys,
-            )
+        self.criteria: Any = nn.ModuleList(
+            SLRLoss(memory_bank_size=queue, gather_distributed=True, confidence=self.confidence[0], **options)
             for _ in range(2)
         )
         # Its own generator, as Lightning seeds all processes alike: they would all mix alike.
@@ -87,7 +82,7 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
         """Add the defaults of ``method_kwargs`` to ``cfg``, in place, and return it."""
-        if cfg.get("method_kwargs") is None:  # absent, or written without anything below it
+        if omegaconf_select(cfg, "method_kwargs") is None:  # absent, or written without anything below it
             cfg.method_kwargs = {}
         cfg = super(SANE, SANE).add_and_assert_specific_cfg(cfg)
         add_defaults(cfg.method_kwargs, cfg.data.dataset)
@@ -123,9 +118,33 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         return [] if every is None else [LabelQualityCallback(every)]
 
     def on_train_start(self) -> None:
-        """Seed the mixing: by the global seed, the process, and where a resumed run goes on."""
+        """Seed the mixing, by the global seed, the process, and where a resumed run goes on; lay out the confidence."""
         super().on_train_start()
         seed_mixing(self._mixing, self.trainer.global_step)
+        start, end = self.confidence
+        if start == end:
+            return
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < float("inf"):  # -1 for a loader without a length
+            raise ValueError(
+                "the confidence grows to the end of the run, which is unknown: set max_epochs or max_steps, "
+                "max_steps if the data has no length"
+            )
+        for criterion in self.criteria:
+            criterion.confidence = CosineConfidence(start, end, total_steps=int(steps))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Place the schedule at the optimizer's step, of which several batches may make one."""
+        for criterion in self.criteria:
+            criterion.set_step(self.trainer.global_step)
+
+    def on_fit_end(self) -> None:
+        """Raise where there was nothing to train on, about which Lightning ends without an error."""
+        if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
+            raise ValueError(
+                f"nothing was trained: the images of a process do not fill one batch of optimizer.batch_size="
+                f"{self.batch_size}, and solo-learn drops a batch that is not full; set a smaller optimizer.batch_size"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings."""
@@ -160,13 +179,9 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         if not small:
             projections = [self.multicrop_forward(image)["z"] for image in images]
 
-        confidence = self._confidence_now()
-        criteria = cast("list[SLRLoss]", list(self.criteria))
-        for criterion in criteria:
-            criterion.confidence = confidence
-        loss = symmetric_loss(criteria, queries, out["momentum_z"], projections, mixes)
+        loss = symmetric_loss(self.criteria, queries, out["momentum_z"], projections, mixes)
         self.log("train_slr_loss", loss, on_epoch=True, sync_dist=True)
-        first, second = (criterion.stats for criterion in criteria)
+        first, second = (criterion.stats for criterion in self.criteria)
         self.log_dict({f"train_slr_{name}": (first[name] + second[name]) / 2 for name in first})
 
         # Without any class its mean is 0 / 0 = NaN. Its gradient is 0 all the same, which DDP waits for.
@@ -189,12 +204,3 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
 
     def _with_projection(self, out: dict[str, Tensor], projector: nn.Module) -> dict[str, Tensor]:
         return out | {"z": F.normalize(projector(out["feats"]), dim=-1)}
-
-    def _confidence_now(self) -> float:
-        start, end = self.confidence
-        if start == end:
-            return start
-        steps = self.trainer.estimated_stepping_batches
-        if not steps < float("inf"):
-            raise ValueError("the confidence grows to the end of the run, which has none: set max_epochs or max_steps")
-        return CosineConfidence(start, end, total_steps=max(1, int(steps)))(int(self.trainer.global_step))

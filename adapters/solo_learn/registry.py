@@ -1,9 +1,8 @@
-"""How solo-learn learns of the method."""
+"""Adds the method to solo-learn's METHODS, and says what to do where there is no solo-learn."""
 
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ class SoloLearnMissingError(ImportError):
 
 def require_solo_learn() -> None:
     """Raise SoloLearnMissingError unless solo-learn's main branch can be imported."""
-    if find_spec("solo") is None:
+    spec = find_spec("solo")
+    if spec is None:
         raise SoloLearnMissingError(
             f"solo-learn is not importable: get it with {CLONE}, then run its scripts, or add the clone to PYTHONPATH",
             name="solo",
@@ -28,13 +28,15 @@ def require_solo_learn() -> None:
         importlib.import_module("solo.methods")
         importlib.import_module("solo.utils.misc").omegaconf_select  # noqa: B018  # PyPI's release has no such function
     except (ImportError, AttributeError) as error:
-        missing = getattr(error, "name", None)
-        if _is_pypi_release():
+        # PyPI has one release; where pip installed it, its metadata lies beside it.
+        places = spec.submodule_search_locations or ()
+        if any(Path(place).with_name("solo_learn-1.0.2.dist-info").exists() for place in places):
             raise SoloLearnMissingError(
                 "the solo-learn installed here is PyPI's release of 2021, which today's Lightning cannot load: "
                 f"pip uninstall solo-learn, then {CLONE} and run its scripts",
                 name="solo",
             ) from error
+        missing = getattr(error, "name", None)
         if missing and find_spec(missing.partition(".")[0]) is None:
             raise SoloLearnMissingError(
                 f'solo-learn needs {missing}, which is not installed: pip install "slr-plugin[solo]"', name=missing
@@ -70,15 +72,3 @@ class RegisterSANE(Callback):
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
         """Called by Hydra before the script's main function."""
         register()
-
-
-def _is_pypi_release() -> bool:
-    """Whether ``solo`` is what pip installed, not a clone found before it; that is PyPI's one release."""
-    spec = find_spec("solo")
-    try:
-        installed = metadata.distribution("solo-learn")
-    except metadata.PackageNotFoundError:
-        return False
-    places = spec.submodule_search_locations if spec else None
-    folder = Path(str(installed.locate_file("solo"))).resolve()
-    return installed.version == "1.0.2" and folder in [Path(place).resolve() for place in places or ()]

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+from slr_plugin import MomentumMixup, SLRLoss
 from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.presets import CIFAR10, IMAGENET
 
@@ -17,6 +18,9 @@ _ELSEWHERE = {
     "label_quality": "it is method_kwargs.label_quality_every",
 }
 
+LOSS_SETTINGS = ("temperature", "sharpening", "refined_weight", "in_batch_keys")  # what SLRLoss takes as it is
+_OPTIONAL = ("kappa", "label_quality_every")  # off if null, which solo-learn also writes "None", or false
+
 
 def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
     """Add what is not set, in place: the paper's values, for CIFAR or for ImageNet, and mocov2plus's projector.
@@ -24,7 +28,10 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
     Raises:
         ValueError: a name that is nearly one of ours, or what another adapter calls it. Others are ignored, as
             everywhere in solo-learn.
+        TypeError: ``settings`` holds no names.
     """
+    if not isinstance(settings, MutableMapping):
+        raise TypeError(f"method_kwargs must hold names and values, such as kappa: 2.0, got {settings}")
     preset = CIFAR10 if dataset in ("cifar10", "cifar100") else IMAGENET
     defaults = {
         "proj_hidden_dim": 2048,
@@ -49,19 +56,30 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
     for name, default in defaults.items():
         if name not in settings:
             settings[name] = default
-        elif settings[name] == "None":  # solo-learn's other way to write null
+        elif settings[name] == "None" or (settings[name] is False and name in _OPTIONAL):
             settings[name] = None
 
 
-def check(settings: MutableMapping[str, Any], num_small_crops: int) -> None:
-    """Raise ValueError or TypeError, naming the setting, where SLRLoss would not, or by another name."""
+def check(settings: MutableMapping[str, Any], num_large_crops: int, num_small_crops: int) -> None:
+    """Raise ValueError or TypeError, naming the setting, for what cannot be trained with."""
     for name in ("proj_hidden_dim", "proj_output_dim", "queue_size"):
         check_integer(f"method_kwargs.{name}", settings[name], low=1)
-    for name in ("strong_crops", "in_batch_keys"):
-        check_flag(f"method_kwargs.{name}", settings[name])
+    check_flag("method_kwargs.strong_crops", settings["strong_crops"])
     if settings["label_quality_every"] is not None:
         check_integer("method_kwargs.label_quality_every", settings["label_quality_every"], low=1)
-    start_and_end(settings["confidence"])
+    check_number("method_kwargs.temperature", settings["temperature"], low=0.0)
+    try:
+        for confidence in start_and_end(settings["confidence"]):
+            SLRLoss(confidence=confidence, **{name: settings[name] for name in LOSS_SETTINGS})
+        if settings["kappa"] is not None:
+            MomentumMixup(settings["kappa"])
+    except (TypeError, ValueError) as error:  # its message begins with the argument's name
+        raise type(error)(f"method_kwargs.{error}") from None
+    if num_large_crops != 2:
+        raise ValueError(
+            f"sane needs data.num_large_crops=2, got {num_large_crops}: set num_crops: 2 in the first pipeline of "
+            "augmentations, and write the crop_size of a further one of its size as a list, crop_size: [224]"
+        )
     if settings["strong_crops"] and not num_small_crops:
         raise ValueError(
             "method_kwargs.strong_crops=True needs augmentation pipelines after the first, of another crop_size; "
@@ -76,11 +94,9 @@ def check(settings: MutableMapping[str, Any], num_small_crops: int) -> None:
         )
 
 
-def start_and_end(confidence: Any) -> tuple[float, float]:
+def start_and_end(confidence: Any) -> tuple[Any, Any]:
     """The confidence as (m1, m2), of that or of one number."""
     pair = confidence if isinstance(confidence, Sequence) and not isinstance(confidence, str) else [confidence] * 2
     if len(pair) != 2:
-        raise ValueError(f"method_kwargs.confidence must be [m1, m2] or a number, got {confidence}")
-    for value in pair:
-        check_number("method_kwargs.confidence", value, low=0.0)
+        raise ValueError(f"confidence must be [m1, m2] or a number, got {confidence}")
     return pair[0], pair[1]

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, Mix, dense
+from slr_plugin.diagnostics import Observer
+from slr_plugin.key_sets import batch_and_queue
 from slr_plugin.queue import KeyQueue
 
 # (similarity (s, K), the column of each positive (s,), prior confidence) -> labels (s, K)
@@ -43,21 +45,29 @@ class SoftLabelLoss(nn.Module):
         self.temperature = temperature
         self.confidence = confidence
         self.refined_weight = refined_weight
+        self.observers: list[Observer] = []
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(self, out0: Tensor, out1: Tensor, mixed: Tensor | None = None, mix: Mix | None = None) -> Tensor:
         """As :meth:`slr_plugin.SLRLoss.forward`."""
+        for observer in self.observers:
+            observer.begin()
         queries, positives = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        key_set = batch_and_queue(queries, positives, positives).with_queue(self.memory_bank.bank, None)
         keys = torch.cat([positives, self.memory_bank.bank])
-        labels = self.labels(out0, out1)
+        labels = unmixed = self.labels(out0, out1)
         logits = queries @ keys.T / self.temperature
-        one_hot_term = F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
+        one_hot_term = F.cross_entropy(logits, key_set.own_columns())
         if mixed is not None and mix is not None:
             theta, partner = mix
             labels = theta[:, None] * labels + (1 - theta[:, None]) * labels[partner]
             logits = F.normalize(mixed, dim=1) @ keys.T / self.temperature
         loss = torch.lerp(one_hot_term, dense.cross_entropy(logits, labels), self.refined_weight)
-        self.memory_bank.enqueue(positives)
+        for observer in self.observers:
+            observer.compare(key_set, lambda: unmixed)
+        enqueued = self.memory_bank.enqueue(positives)
+        for observer in self.observers:
+            observer.enqueue(enqueued)
         self.step += 1
         return loss
 

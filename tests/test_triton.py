@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_contrast import HIDDEN, dense, parts
+from _streaming import HIDDEN, dense, parts
 from test_oracle import MODES, SETTINGS, assert_equals_oracle, batch_of, settings_of
 
-from slr_plugin import contrast as contrast_module
-from slr_plugin.contrast import Hidden, contrast
+from slr_plugin.streaming import Diagonal, op, softmax_stats, tiled
+from slr_plugin.streaming.op import resolve
+from slr_plugin.streaming.stats import Plan, Source
 
 pytest.importorskip("triton")
-from slr_plugin import fused
+from slr_plugin.streaming import triton as kernels
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -27,20 +28,15 @@ TOLERANCE = 1e-2 if GPU else 2e-5
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Send float32 passes through the kernels, and count them."""
-    passes = []
-
-    def runs_fused(rows, chunk):
-        passes.append(rows.shape)
-        return rows.dtype == torch.float32
-
-    monkeypatch.setattr(contrast_module, "_runs_fused", runs_fused)
+def exact_products(monkeypatch):
     monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "high")
     if not GPU:
-        monkeypatch.setattr(fused, "BATCH", "float32")
-        monkeypatch.setattr(fused, "QUEUE_AT_MEDIUM", "float32")
-    return passes
+        monkeypatch.setattr(kernels, "BATCH", "float32")
+        monkeypatch.setattr(kernels, "QUEUE_AT_MEDIUM", "float32")
+
+
+def stats_of(*tensors, **options):
+    return softmax_stats(*tensors, backend="triton", **options)
 
 
 def tensors(rows, keys, queue, dim):
@@ -53,61 +49,72 @@ def tensors(rows, keys, queue, dim):
 @pytest.mark.parametrize(
     ("rows", "keys", "queue", "dim"), [(9, 14, 11, 3), (9, 14, 0, 64), (33, 40, 1, 200), (260, 90, 300, 20)]
 )
-@pytest.mark.parametrize("scales", [(3.0,), (3.0, 7.5), (-2.0,)])
-def test_equals_the_dense_formulas_with_gradients(rows, keys, queue, dim, scales, kernels):
+@pytest.mark.parametrize("scale", [3.0, -2.0])
+@pytest.mark.parametrize("width", [None, 5, 40])
+def test_equals_the_dense_formulas_with_gradients(rows, keys, queue, dim, scale, width):
     inputs = tensors(rows, keys, queue, dim)
-    single = parts(contrast(*inputs[:2], inputs[2].detach(), hidden=HIDDEN, scales=scales))
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    exact = dense(*doubles, scales)
+    apart = [] if width is None else [tensor.detach() for tensor in tensors(rows, keys, queue, width)[1:]]
+    doubles_apart = [tensor.double() for tensor in apart]
+    if apart:
+        apart[0].requires_grad_()
+        doubles_apart[0].requires_grad_()
+    names = dict(zip(("values", "queue_values"), apart, strict=False))
+    single = parts(stats_of(*inputs[:2], inputs[2].detach(), hidden=HIDDEN, scale=scale, **names))
+    exact = dense(*doubles, scale, HIDDEN, *doubles_apart)
     for got, want in zip(single, exact, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
-    weights = [torch.randn_like(exact[0]), torch.randn_like(exact[2])]
+    weights = [torch.randn_like(exact[0]) * (not apart), torch.randn_like(exact[2])]
     ours, theirs = (
         torch.autograd.grad(
-            (outputs[0] * weights[0].to(outputs[0])).sum() + (outputs[2] * weights[1].to(outputs[2])).sum(), leaves[:2]
+            (outputs[0] * weights[0].to(outputs[0])).sum() + (outputs[2] * weights[1].to(outputs[2])).sum(), leaves
         )
-        for outputs, leaves in ((single, inputs), (exact, doubles))
+        for outputs, leaves in (
+            (single, apart[:1] or inputs[:2]),
+            (exact, doubles_apart[:1] or doubles[:2]),
+        )
     )
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
-    assert len(kernels) == 2  # forward and backward
 
 
 @pytest.mark.skipif(GPU, reason="the oracle's tolerance is that of float32 products")
 @pytest.mark.parametrize("mode", MODES)
-def test_value_and_gradients_of_the_loss_equal_the_equations(mode, kernels):
+def test_value_and_gradients_of_the_loss_equal_the_equations(mode, monkeypatch):
+    monkeypatch.setattr(
+        op, "resolve", lambda backend, rows, *args: "triton" if rows.dtype == torch.float32 else "tiled"
+    )
     batch = batch_of(mode, 5, 3, dtype=torch.float32)
     for settings in random.Random(mode).sample(SETTINGS, 6):
         assert_equals_oracle(batch, settings_of(mode, **settings), 1e-5)
-    assert kernels
 
 
 def test_a_row_without_keys_is_empty_not_nan():
     rows, keys, _ = tensors(2, 1, 0, 3)
-    met = contrast(rows, keys, hidden=[Hidden(0, 0, 1)])
-    assert met.excess[0, 0] == -torch.inf
-    assert met.peak[0, 0] == 0
-    assert torch.equal(met.mean[0, 0], torch.zeros_like(rows[0]))
-    torch.logaddexp(met.reference[0] + met.excess[0], torch.zeros_like(met.excess[0])).sum().backward()
+    stats = stats_of(rows, keys, hidden=[Diagonal(0, 0, 1)])
+    assert stats.offset[0] == -torch.inf
+    assert stats.peak[0] == 0
+    assert torch.equal(stats.mean[0], torch.zeros_like(rows[0]))
+    torch.logaddexp(stats.reference + stats.offset, torch.zeros_like(stats.offset)).sum().backward()
     assert torch.equal(rows.grad[0], torch.zeros_like(rows[0]))
     assert keys.grad.isfinite().all()
 
 
 def test_without_any_key():
     rows, keys, _ = tensors(2, 0, 0, 3)
-    met = contrast(rows, keys)
-    assert (met.excess == -torch.inf).all()
-    assert (met.peak == 0).all()
-    assert (met.mean == 0).all()
+    stats = stats_of(rows, keys)
+    assert (stats.offset == -torch.inf).all()
+    assert (stats.peak == 0).all()
+    assert (stats.mean == 0).all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_extreme_logits_stay_finite_and_exact(scale):
     rows, keys, queue = (tensor.detach() * scale for tensor in tensors(9, 14, 40, 4))
-    met = contrast(rows, keys, queue, hidden=HIDDEN)
-    expected = dense(rows.double(), keys.double(), queue.double(), (1.0,))
-    torch.testing.assert_close(parts(met)[0].double(), expected[0], rtol=TOLERANCE, atol=TOLERANCE)
-    assert met.mean.isfinite().all()
+    stats = stats_of(rows, keys, queue, hidden=HIDDEN)
+    expected = dense(rows.double(), keys.double(), queue.double(), 1.0)
+    torch.testing.assert_close(parts(stats)[0].double(), expected[0], rtol=TOLERANCE, atol=TOLERANCE)
+    assert stats.mean.isfinite().all()
 
 
 def test_not_a_number_is_seen():
@@ -115,9 +122,9 @@ def test_not_a_number_is_seen():
     queue[2, 1] = torch.nan
     rows.requires_grad_()
     keys.requires_grad_()
-    met = contrast(rows, keys, queue)
-    assert met.excess.isnan().all()
-    met.excess.sum().backward()
+    stats = stats_of(rows, keys, queue)
+    assert stats.offset.isnan().all()
+    stats.offset.sum().backward()
     assert rows.grad.isnan().all()
     assert keys.grad.isnan().all()
 
@@ -150,7 +157,7 @@ def multiply_as_a_gpu(monkeypatch, precision):
         InterpreterBuilder, "create_dot", lambda self, a, b, *rest: exactly(self, factor(a), factor(b), *rest)
     )
     monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: precision)
-    monkeypatch.setattr(fused, "BATCH", "tf32")
+    monkeypatch.setattr(kernels, "BATCH", "tf32")
 
 
 @pytest.mark.skipif(GPU, reason="rounds as a GPU would")
@@ -158,13 +165,13 @@ def multiply_as_a_gpu(monkeypatch, precision):
 def test_rounding_costs_no_more_than_in_dense_products(precision, bits, monkeypatch):
     multiply_as_a_gpu(monkeypatch, precision)
     rows, keys, queue = (torch.nn.functional.normalize(tensor.detach(), dim=1) for tensor in tensors(64, 0, 2000, 128))
-    ours = parts(contrast(rows, keys, queue, scales=[5.0]))
-    exact = dense(rows.double(), keys.double(), queue.double(), (5.0,), hidden=[])
+    ours = parts(stats_of(rows, keys, queue, scale=5.0))
+    exact = dense(rows.double(), keys.double(), queue.double(), 5.0, hidden=[])
     logits = rough(5 * rows, bits) @ rough(queue, bits).T
     weights = logits.softmax(1)
     products = logits.logsumexp(1), weights.amax(1), rough(weights, bits) @ rough(queue, bits)
     for got, dense_value, want in zip(ours, products, exact, strict=True):
-        error, dense_error = (got[0] - want[0]).norm(), (dense_value - want[0]).norm()
+        error, dense_error = (got - want).norm(), (dense_value - want).norm()
         assert 1e-6 < error <= 1.25 * dense_error  # the rounding was seen; the rest is chance
 
 
@@ -174,7 +181,7 @@ def test_nor_in_the_gradient_of_the_keys(monkeypatch):
     rows, keys, _ = (
         torch.nn.functional.normalize(tensor.detach().abs(), dim=1) for tensor in tensors(2000, 64, 0, 128)
     )
-    contrast(rows, keys.requires_grad_(), scales=[5.0]).excess.sum().backward()
+    stats_of(rows, keys.requires_grad_(), scale=5.0).offset.sum().backward()
     weights = (5 * rows.double() @ keys.detach().double().T).softmax(1)
     exact = weights.T @ (5 * rows.double())
     logits = rough(5 * rows, 10) @ rough(keys.detach(), 10).T
@@ -191,16 +198,16 @@ def test_only_the_queue_is_met_in_half_precision(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **sizes: met.append(sizes["NUMBERS"])
 
-    monkeypatch.setattr(fused, "_forward_kernel", Watched())
+    monkeypatch.setattr(kernels, "_forward_kernel", Watched())
     rows, keys, queue = (tensor.detach() for tensor in tensors(4, 4, 40, 16))
     for precision in ("high", "medium"):
         monkeypatch.setattr("torch.get_float32_matmul_precision", lambda precision=precision: precision)
-        fused.forward(rows, keys, queue, [1.0], [])
+        kernels.forward(rows, [Source(keys, keys), Source(queue, queue, may_be_low=True)], Plan(1.0, 5.0, [], False, 0))
     assert met == ["tf32", "tf32", "tf32", "bf16"]
 
 
 @pytest.mark.skipif(
-    tuple(map(int, fused.triton.__version__.split(".")[:2])) < (3, 3),
+    tuple(map(int, kernels.triton.__version__.split(".")[:2])) < (3, 3),
     reason="an older Triton's compiler is called otherwise",
 )
 def test_kernels_compile_for_gpus_without_spilling_registers():
@@ -222,8 +229,8 @@ def test_kernels_compile_for_gpus_without_spilling_registers():
 
 @pytest.mark.skipif(GPU, reason="pretends that there is a GPU")
 @pytest.mark.parametrize("queue", [300, 0])
-@pytest.mark.parametrize("runs", [True, False])
-def test_a_pass_does_not_wait_for_the_gpu(runs, queue, monkeypatch, pretended_gpu):
+@pytest.mark.parametrize("backend", [kernels, tiled])
+def test_a_pass_does_not_wait_for_the_gpu(backend, queue, monkeypatch, pretended_gpu):
     class Launch:
         def __init__(self):
             self.grids = []
@@ -233,19 +240,19 @@ def test_a_pass_does_not_wait_for_the_gpu(runs, queue, monkeypatch, pretended_gp
             return lambda *args, **kwargs: None
 
     launches = Launch(), Launch()
-    monkeypatch.setattr(fused, "_forward_kernel", launches[0])
-    monkeypatch.setattr(fused, "_keys_backward_kernel", launches[1])
-    monkeypatch.setattr(fused, "_processors", lambda device: 132)
+    monkeypatch.setattr(kernels, "_forward_kernel", launches[0])
+    monkeypatch.setattr(kernels, "_keys_backward_kernel", launches[1])
+    monkeypatch.setattr(kernels, "_processors", lambda device: 132)
     monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
-    monkeypatch.setattr(contrast_module, "_runs_fused", lambda rows, chunk: runs)
-    forward, backward = (op._init_fn for op in (contrast_module._contrast, contrast_module._keys_backward))
+    plan = Plan(5.0, 5.0, [Diagonal(512, 0, 256)], False, 0)
     with pretended_gpu, torch.no_grad():
         rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
-        reference, excess, _, mean = forward(rows, keys, table if queue else None, [5.0], 5.0, [512, 0, 256], 0)
-        gradient = backward(rows, keys, reference + excess, excess, mean, [5.0], 5.0, [512, 0, 256], 0)
+        sources = [Source(keys, keys), *([Source(table, table, True)] if queue else [])]
+        stats = backend.forward(rows, sources, plan)
+        gradient = backend.keys_backward(rows, keys, stats.reference + stats.offset, stats.mean, plan)
     assert gradient.shape == keys.shape
     assert gradient.device.type == "cuda"
-    grids = [[(6, 8), *([(6, 10)] if queue else [])], [(4,)]] if runs else [[], []]
+    grids = [[(6, 8), *([(6, 10)] if queue else [])], [(4,)]] if backend is kernels else [[], []]
     assert [launch.grids for launch in launches] == grids
 
 
@@ -255,30 +262,31 @@ def test_a_pass_does_not_wait_for_the_gpu(runs, queue, monkeypatch, pretended_gp
     [(1, 132), (6, 22), (67, 3), (132, 1), (133, 4), (1000, 1)],
 )
 def test_keys_are_split_until_the_processors_are_busy(blocks, splits):
-    assert fused._splits(blocks, 132) == splits
+    assert kernels._splits(blocks, 132) == splits
 
 
 # --- when the kernels are used
 
 
-def test_the_chunked_pass_stays_the_rule(monkeypatch, pretended_gpu):
-    monkeypatch.undo()
-
-    def asked(dtype=torch.float32, dim=128, chunk=0, device="cuda", precision="high", switch="1"):
-        monkeypatch.setenv("SLR_PLUGIN_FUSED", switch)
+def test_the_tiled_pass_stays_the_rule(monkeypatch, pretended_gpu):
+    def asked(dtype=torch.float32, dim=128, chunk=None, device="cuda", precision="high"):
         monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: precision)
         with pretended_gpu:
-            return contrast_module._runs_fused(torch.empty(2, dim, dtype=dtype, device=device), chunk)
+            return resolve(None, torch.empty(2, dim, dtype=dtype, device=device), dim, chunk)
 
-    assert asked()
-    assert asked(precision="medium")
-    assert not asked(switch="0")
-    assert not asked(dtype=torch.float64)
-    assert not asked(dim=257)
-    assert not asked(chunk=1024)
-    assert not asked(device="cpu")
+    assert asked() == "tiled"
+    monkeypatch.setattr(op, "DEFAULT_BACKEND", "triton")
+    assert asked() == asked(precision="medium") == "triton"
+    for odd in ({"dtype": torch.float64}, {"dim": 257}, {"chunk": 1024}, {"device": "cpu"}):
+        assert asked(**odd) == "tiled", odd
     with pytest.warns(UserWarning, match='set_float32_matmul_precision."high".'):
-        assert not asked(precision="highest")
-    monkeypatch.delenv("SLR_PLUGIN_FUSED")
-    with pretended_gpu:
-        assert not contrast_module._runs_fused(torch.empty(2, 2, device="cuda"), 0)
+        assert asked(precision="highest") == "tiled"
+
+
+@pytest.mark.parametrize(("value", "backend"), [("1", "triton"), ("0", "tiled"), (None, "tiled")])
+def test_an_environment_variable_sets_the_default(value, backend):
+    environment = {name: text for name, text in os.environ.items() if name != "SLR_PLUGIN_FUSED"}
+    environment |= {} if value is None else {"SLR_PLUGIN_FUSED": value}
+    script = "from slr_plugin.streaming import op; print(op.DEFAULT_BACKEND)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert result.stdout.strip() == backend

@@ -1,9 +1,9 @@
-r"""The pass of :mod:`slr_plugin.contrast` as Triton kernels: one launch where the chunked pass needs seven for a tile.
+r"""The streaming pass as Triton kernels: one launch where the tiled pass needs seven for a tile.
 
-The same sums, in bits as there. A program holds a block of rows and walks along a part of the keys, whose logits never
-leave the chip. There are few rows and many keys (768 and 65,536), so the keys are split until all processors of the GPU
-have work, and what the splits found is put together afterwards. With the largest logit :math:`m_s` of split s,
-its sum of weights :math:`t_s` and its sum of weighted keys :math:`u_s`,
+The same sums, in bits as in ``tiled.py``. A program holds a block of rows and walks along a part of the keys, whose
+logits never leave the chip. There are few rows and many keys (768 and 65,536), so the keys are split until all
+processors of the GPU have work, and the sums of the splits are joined afterwards. With the largest logit :math:`m_s` of
+split s, its sum of weights :math:`t_s` and its sum of weighted values :math:`u_s`,
 
 .. math::
     m = \max_s m_s, \qquad
@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
+
 LN2 = math.log(2)
 NO_KEY = -1
 # The numbers of a product's factors: "tf32", "bf16", or "float32", which is exact in the interpreter and only there.
@@ -48,13 +50,14 @@ BACKWARD = {128: Tile(32, 64, 4), 256: Tile(16, 32, 4)}
 STAGES = 2
 
 
-class Source(NamedTuple):
-    """One table of keys, and how the pass goes through it."""
+class Splits(NamedTuple):
+    """One source of keys, and how the pass goes through it."""
 
-    table: Tensor  # (n, d)
+    keys: Tensor  # (n, d)
+    values: Tensor  # (n, v)
     first: int  # the number of its first key among all keys
     numbers: str  # of a product's factors
-    splits: int
+    parts: int
     span: int  # keys per split
 
 
@@ -97,10 +100,11 @@ def _sees(unseen, row, key, first, count, width, SLOTS: tl.constexpr):
 def _forward_kernel(
     rows,
     keys,
+    values,  # (width, VALUE_DIM), not read unless APART
     unseen,  # (SLOTS, count) the keys that each row does not see
     largest,  # (splits, count)
     total,  # (splits, count)
-    mean,  # (splits, count, DIM)
+    mean,  # (splits, count, VALUE_DIM)
     count,
     width,
     first,
@@ -109,18 +113,21 @@ def _forward_kernel(
     SLOTS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     NUMBERS: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """What a block of rows learns from one split of the keys."""
+    """Accumulate one split of the keys into largest logit, sum of weights and weighted values of a block of rows."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, BLOCK_DIM)
+    column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
     split = tl.program_id(1)
     part = _rounded(_load(rows, row, column, count, DIM, BLOCK_DIM) * scale, NUMBERS)
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_ROWS], tl.float32)
-    sums = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_VALUE_DIM], tl.float32)
     stop = tl.minimum(split * span + span, width)
     for left in range(split * span, stop, BLOCK_KEYS):
         key = left + tl.arange(0, BLOCK_KEYS)
@@ -134,10 +141,13 @@ def _forward_kernel(
         decay = tl.exp2(previous - shift)
         weights = tl.exp2(logits - shift[:, None])
         weight = weight * decay + tl.sum(weights, 1)
+        if APART:
+            block = _load(values, key, value_column, width, VALUE_DIM, BLOCK_VALUE_DIM).to(tl.float32)
+            block = _rounded(block, NUMBERS)
         sums = tl.dot(_rounded(weights, NUMBERS), block, sums * decay[:, None], input_precision="tf32")
     tl.store(largest + split * count + row, top, mask=row < count)
     tl.store(total + split * count + row, weight, mask=row < count)
-    _store(mean + split.to(tl.int64) * count * DIM, row, column, count, sums, DIM)
+    _store(mean + split.to(tl.int64) * count * VALUE_DIM, row, value_column, count, sums, VALUE_DIM)
 
 
 @triton.jit
@@ -146,23 +156,25 @@ def _keys_backward_kernel(
     keys,
     unseen,
     logsumexp,  # (count,) in bits
-    values,  # (count, DIM)
-    gradient,  # (width, DIM)
+    values,  # (count, VALUE_DIM), of the rows
+    gradient,  # (width, VALUE_DIM)
     count,
     width,
     scale,
     SLOTS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):
     """Add ``sum_i s_ik value_i`` to the gradient of a block of keys."""
     key = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    column = tl.arange(0, BLOCK_DIM)
+    column, value_column = tl.arange(0, BLOCK_DIM), tl.arange(0, BLOCK_VALUE_DIM)
     block = _rounded(_load(keys, key, column, width, DIM, BLOCK_DIM) * scale, NUMBERS)
-    sums = _load(gradient, key, column, width, DIM, BLOCK_DIM)
+    sums = _load(gradient, key, value_column, width, VALUE_DIM, BLOCK_VALUE_DIM)
     for start in range(0, count, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         part = _rounded(_load(rows, row, column, count, DIM, BLOCK_DIM), NUMBERS)
@@ -172,107 +184,93 @@ def _keys_backward_kernel(
         # At most 1, where rounding says otherwise.
         bits = tl.minimum(logits - shift[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
         weights = tl.where(seen, tl.exp2(bits), 0.0)
-        value = _rounded(_load(values, row, column, count, DIM, BLOCK_DIM), NUMBERS)
+        value = _rounded(_load(values, row, value_column, count, VALUE_DIM, BLOCK_VALUE_DIM), NUMBERS)
         sums = tl.dot(_rounded(weights, NUMBERS), value, sums, input_precision="tf32")
-    _store(gradient, key, column, width, sums, DIM)
+    _store(gradient, key, value_column, width, sums, VALUE_DIM)
 
 
-def forward(
-    rows: Tensor, keys: Tensor, queue: Tensor | None, scales: Sequence[float], hidden: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of :class:`slr_plugin.contrast.Contrast`.
+def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats:
+    """Compute the statistics of (r, d) rows over all keys of all sources; d at most 256.
 
-    Args:
-        rows: (r, d) float32, d at most 256.
-        keys: (b, d) float32.
-        queue: (n, d), or None.
-        scales: factors on the similarities; each takes a pass of its own.
-        hidden: diagonals, three numbers each (:class:`slr_plugin.contrast.Hidden`).
+    The plan's ``bound`` and ``symmetric`` would save nothing here, and ``chunk`` is ignored.
     """
-    rows, (count, dim) = rows.contiguous(), rows.shape
-    unseen, (tile, sizes) = _unseen(rows, hidden), _sizes(FORWARD, dim)
-    sources = list(_sources(rows, keys, queue, tile))
-    found = sum(source.splits for source in sources)
-    largest = rows.new_full((len(scales), max(found, 1), count), -torch.inf)
+    rows, (count, dim), value_dim = rows.contiguous(), rows.shape, sources[0].values.shape[1]
+    unseen, (tile, sizes) = _unseen(rows, plan.hidden), _sizes(FORWARD, dim, value_dim)
+    tables = list(_split(rows, sources, tile))
+    found = sum(table.parts for table in tables)
+    largest = rows.new_full((max(found, 1), count), -torch.inf)
     total = torch.zeros_like(largest)
-    sums = rows.new_zeros(*largest.shape, dim)
-    for j, scale in enumerate(scales):
-        at = 0
-        for source in sources:
-            with torch.cuda.device_of(rows):  # Triton launches on the current one
-                _forward_kernel[triton.cdiv(count, tile.rows), source.splits](
-                    rows,
-                    source.table,
-                    unseen,
-                    largest[j, at:],
-                    total[j, at:],
-                    sums[j, at:],
-                    count,
-                    len(source.table),
-                    source.first,
-                    source.span,
-                    scale / LN2,
-                    SLOTS=len(unseen),
-                    NUMBERS=source.numbers,
-                    **sizes,
-                )
-            at += source.splits
-    return _together(largest, total, sums)
-
-
-def keys_backward(
-    rows: Tensor, keys: Tensor, logsumexp: Tensor, values: Tensor, scales: Sequence[float], hidden: Sequence[int]
-) -> Tensor:
-    r"""The gradient :math:`\sum_i s_{ik} v_i` of the keys, summed over scales.
-
-    Args:
-        rows: (r, d) float32, as in :func:`forward`.
-        keys: (b, d) float32.
-        logsumexp: (m, r), finite, of every scale.
-        values: (m, r, d), the :math:`v_i` of every scale.
-        scales: as in :func:`forward`.
-        hidden: as in :func:`forward`.
-    """
-    rows, keys, (count, dim) = rows.contiguous(), keys.contiguous(), rows.shape
-    unseen, (tile, sizes) = _unseen(rows, hidden), _sizes(BACKWARD, dim)
-    gradient = torch.zeros_like(keys)
-    for j, scale in enumerate(scales if len(keys) else ()):
-        with torch.cuda.device_of(rows):
-            _keys_backward_kernel[(triton.cdiv(len(keys), tile.keys),)](
+    sums = rows.new_zeros(*largest.shape, value_dim)
+    at = 0
+    for table in tables:
+        with torch.cuda.device_of(rows):  # Triton launches on the current one
+            _forward_kernel[triton.cdiv(count, tile.rows), table.parts](
                 rows,
-                keys,
+                table.keys,
+                table.values,
                 unseen,
-                logsumexp[j] / LN2,
-                values[j].contiguous(),
-                gradient,
+                largest[at:],
+                total[at:],
+                sums[at:],
                 count,
-                len(keys),
-                scale / LN2,
+                len(table.keys),
+                table.first,
+                table.span,
+                plan.scale / LN2,
                 SLOTS=len(unseen),
-                NUMBERS=BATCH,
+                NUMBERS=table.numbers,
+                APART=table.values is not table.keys,
                 **sizes,
             )
+        at += table.parts
+    return _joined(largest, total, sums)
+
+
+def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, plan: Plan) -> Tensor:
+    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' log-sum-exp (r,), finite, and their values u (r, v)."""
+    rows, keys, (count, dim), value_dim = rows.contiguous(), keys.contiguous(), rows.shape, row_values.shape[1]
+    unseen, (tile, sizes) = _unseen(rows, plan.hidden), _sizes(BACKWARD, dim, value_dim)
+    gradient = rows.new_zeros(len(keys), value_dim)
+    if not len(keys):
+        return gradient
+    with torch.cuda.device_of(rows):
+        _keys_backward_kernel[(triton.cdiv(len(keys), tile.keys),)](
+            rows,
+            keys,
+            unseen,
+            logsumexp / LN2,
+            row_values.contiguous(),
+            gradient,
+            count,
+            len(keys),
+            plan.scale / LN2,
+            SLOTS=len(unseen),
+            NUMBERS=BATCH,
+            **sizes,
+        )
     return gradient
 
 
-def _together(largest: Tensor, total: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the splits found, (m, splits, r) each, put together (the equations at the top of this module)."""
-    top = largest.amax(1)
-    shift = top.masked_fill(top == -torch.inf, 0.0)  # a row that saw no key
-    share = (largest - shift[:, None]).exp2_()
-    weight = (share * total).sum(1)
-    excess = weight.log()
+def _joined(largest: Tensor, total: Tensor, sums: Tensor) -> SoftmaxStats:
+    """The statistics from the sums of all splits, (splits, r) each (equations at the top of this module)."""
+    top = largest.amax(0)
+    shift = top.masked_fill(top == -torch.inf, 0.0)  # a row that sees no key
+    share = (largest - shift).exp2_()
+    weight = (share * total).sum(0)
+    offset = weight.log()
     weight.masked_fill_(weight == 0, 1.0)
-    mean = sums.mul_(share[..., None]).sum(1) / weight[..., None]  # not a product, which TF32 would round
-    return LN2 * shift, excess, (top - shift).exp2_() / weight, mean
+    mean = sums.mul_(share[..., None]).sum(0) / weight[..., None]  # not a product, which TF32 would round
+    return SoftmaxStats(LN2 * shift, offset, (top - shift).exp2_() / weight, mean)
 
 
-def _sizes(tiles: dict[int, Tile], dim: int) -> tuple[Tile, dict[str, int]]:
-    """The tile for a dimension, and the sizes that a kernel is compiled for."""
-    tile = next(tile for widest, tile in tiles.items() if dim <= widest)
+def _sizes(tiles: dict[int, Tile], dim: int, value_dim: int) -> tuple[Tile, dict[str, int]]:
+    """The tile for two dimensions, and the sizes that a kernel is compiled for."""
+    tile = next(tile for widest, tile in tiles.items() if max(dim, value_dim) <= widest)
     return tile, {
         "DIM": dim,
         "BLOCK_DIM": max(16, triton.next_power_of_2(dim)),  # a product takes no less
+        "VALUE_DIM": value_dim,
+        "BLOCK_VALUE_DIM": max(16, triton.next_power_of_2(value_dim)),
         "BLOCK_ROWS": tile.rows,
         "BLOCK_KEYS": tile.keys,
         "num_warps": tile.warps,
@@ -280,18 +278,21 @@ def _sizes(tiles: dict[int, Tile], dim: int) -> tuple[Tile, dict[str, int]]:
     }
 
 
-def _sources(rows: Tensor, keys: Tensor, queue: Tensor | None, tile: Tile) -> Iterator[Source]:
-    """The tables that hold keys, each split so that all processors of the GPU have work."""
+def _split(rows: Tensor, sources: Sequence[Source], tile: Tile) -> Iterator[Splits]:
+    """The sources that hold keys, each split so that all processors of the GPU have work."""
     medium = torch.get_float32_matmul_precision() == "medium"
     first = 0
-    for table, numbers in ((keys, BATCH), (queue, QUEUE_AT_MEDIUM if medium else BATCH)):
-        if table is None or not len(table):
+    for source in sources:
+        width = len(source.keys)
+        if not width:
             continue
-        tiles = triton.cdiv(len(table), tile.keys)
         splits = _splits(triton.cdiv(len(rows), tile.rows), _processors(rows.device))
-        span = tile.keys * triton.cdiv(tiles, splits)
-        yield Source(table.to(rows.device).contiguous(), first, numbers, triton.cdiv(len(table), span), span)
-        first += len(table)
+        span = tile.keys * triton.cdiv(triton.cdiv(width, tile.keys), splits)
+        keys = source.keys.to(rows.device).contiguous()
+        values = keys if source.values is source.keys else source.values.to(rows.device).contiguous()
+        numbers = QUEUE_AT_MEDIUM if medium and source.may_be_low else BATCH
+        yield Splits(keys, values, first, numbers, triton.cdiv(width, span), span)
+        first += width
 
 
 def _splits(blocks: int, processors: int) -> int:
@@ -306,14 +307,17 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _unseen(rows: Tensor, hidden: Sequence[int]) -> Tensor:
+def _unseen(rows: Tensor, hidden: Sequence[Diagonal]) -> Tensor:
     """For each row the keys that it does not see, (slots, r) int32; ``NO_KEY`` where there is none."""
-    slots: list[list[tuple[int, int, int]]] = []
-    for row, key, length in zip(hidden[::3], hidden[1::3], hidden[2::3], strict=True):
-        slot = next((slot for slot in slots if all(row + length <= r or r + n <= row for r, _, n in slot)), None)
+    slots: list[list[Diagonal]] = []
+    for one in hidden:
+        free = (
+            slot for slot in slots if all(one.row + one.length <= d.row or d.row + d.length <= one.row for d in slot)
+        )
+        slot = next(free, None)
         if slot is None:
             slots.append(slot := [])
-        slot.append((row, key, length))
+        slot.append(one)
     unseen = torch.full((len(slots), len(rows)), NO_KEY, dtype=torch.int32, device=rows.device)
     for line, diagonals in zip(unseen, slots, strict=True):
         for row, key, length in diagonals:

@@ -1,0 +1,94 @@
+"""The loss as a pure function: no module, no state, nothing advances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slr_plugin._inputs import checked_features
+from slr_plugin.checks import check_float_tensor
+from slr_plugin.key_sets import choose
+from slr_plugin.mixup import Mix
+from slr_plugin.objective import slr_objective
+from slr_plugin.settings import Settings, check_setting
+
+
+def slr_loss(
+    queries: Tensor,
+    positives: Tensor,
+    queue: Tensor | None = None,
+    mixed: Tensor | Sequence[Tensor] | None = None,
+    mix: Mix | Sequence[Mix] | None = None,
+    *,
+    negatives: Tensor | None = None,
+    temperature: float | Tensor = 0.5,
+    sharpening: float = 1.0,
+    confidence: float = 1.0,
+    refined_weight: float = 0.5,
+    in_batch_keys: bool = True,
+    symmetric: bool | None = None,
+) -> Tensor:
+    r"""Compute equation (9): contrastive loss with refined labels.
+
+    .. math:: L = (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y')
+
+    Equals :func:`slr_plugin.dense.slr_loss` (or ``dense.symmetric_slr_loss``) with the same arguments, without storing
+    logits or labels.
+
+    Args:
+        queries: (s, d) trained features; normalised here, as are all others but the queue.
+        positives: (s, d) keys, one per query.
+        queue: (n, d) further keys of unit length, without gradient; None for none.
+        mixed: (s, d) trained features of mixed queries, or a list for several crops.
+        mix: what :class:`slr_plugin.MomentumMixup` returned with them; one per crop.
+        negatives: (m, d) further keys that are nobody's positive; they may be trained.
+        temperature: tau, a number or a tensor with one value, which gets its gradient.
+        sharpening: tau' in (0, 1].
+        confidence: mu >= 0.
+        refined_weight: lambda in [0, 1].
+        in_batch_keys: whether a query sees the other queries' positives.
+        symmetric: True: both views are compared with both, which needs no queue. False: rows are the queries, keys the
+            positives. None: True without a queue.
+
+    Returns:
+        A scalar, float64 if queries or positives are, else float32.
+
+    Raises:
+        ValueError: shapes, devices or numbers do not fit.
+        TypeError: an argument has the wrong type.
+
+    >>> queries, positives = torch.eye(2), torch.eye(2)
+    >>> round(slr_loss(queries, positives, temperature=1.0, confidence=0.0, symmetric=False).item(), 4)  # log(1 + 1/e)
+    0.3133
+    """
+    names = ("queries", "positives")
+    features = checked_features(queries, positives, mixed, mix, negatives, names=names)
+    if queue is not None:
+        check_float_tensor("queue", queue)
+        if queue.ndim != 2 or queue.shape[1] != queries.shape[1]:
+            raise ValueError(f"queue must have shape (n, {queries.shape[1]}), got {tuple(queue.shape)}")
+    if symmetric and queue is not None:
+        raise ValueError("symmetric=True compares both views with both and takes no queue: pass queue=None")
+    if features.mixes and not in_batch_keys:
+        raise ValueError("mixed queries need labels over the batch's keys: pass in_batch_keys=True")
+    confidence = check_setting("confidence", confidence)
+    settings = Settings(
+        check_setting("temperature", temperature),
+        check_setting("sharpening", sharpening),
+        check_setting("refined_weight", refined_weight),
+        confidence,
+        refines=confidence > 0,
+    )
+    key_set = choose(
+        features.trained[: len(queries)],
+        features.positives,
+        features.negatives,
+        in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
+        symmetric=queue is None if symmetric is None else symmetric,
+    )
+    if queue is not None:
+        key_set = key_set.with_queue(queue.detach(), None)
+    with torch.autocast(queries.device.type, enabled=False):
+        return slr_objective(key_set, features.trained, features.mixes, settings)[0]

@@ -1,0 +1,189 @@
+"""Which keys each row sees, which one is its own, and what the columns are called: the one place that knows.
+
+A *row* is a trained feature with a positive, its *own* key. Every key set hides a row's own key in the streaming pass;
+the objective adds it back. To add a key set, add a constructor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slr_plugin.streaming import Diagonal
+
+
+class KeySet(NamedTuple):
+    """Rows and the keys that they see. All features have unit length.
+
+    Rows come in blocks of equal size, one per view. The columns of every dense matrix, such as labels, are ``keys`` and
+    then ``queue``; where the own keys are not among ``keys``, the own key of each row stands before them.
+    """
+
+    rows: Tensor  # (r, d), trained
+    positives: Tensor  # (s, d), one per sample
+    keys: Tensor  # (b, d) keys of this step, which may be trained: the batch's, then further negatives
+    queue: Tensor | None  # (n, d) constants
+    batch: int  # how many of ``keys`` are the batch's
+    own: tuple[int, ...]  # of each block: the key that is its first row's own; () if none of ``keys`` is
+    itself: tuple[int, ...] = ()  # of each block: the key that is its first row itself, which no row sees
+    estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
+
+    @property
+    def blocks(self) -> int:
+        """The number of views that are rows."""
+        return max(1, len(self.own))
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the rows are keys too: both views against both."""
+        return bool(self.itself)
+
+    def own_keys(self) -> Tensor:
+        """The own key (r, d) of each row, which also estimates its label."""
+        return self.rows.roll(len(self.positives), 0) if self.is_symmetric else self.positives
+
+    def hidden(self, first: int = 0) -> list[Diagonal]:
+        """The keys that the pass leaves out, for rows (or their estimators) that begin at row ``first`` of the pass."""
+        size = len(self.positives)
+        starts = [(block, start) for of in (self.own, self.itself) for block, start in enumerate(of)]
+        return [Diagonal(first + block * size, start, size) for block, start in starts]
+
+    def with_queue(self, queue: Tensor, estimator_queue: Tensor | None) -> KeySet:
+        """The key set and these further keys, and their features that estimate labels if there is an estimator."""
+        estimator = self.estimator and self.estimator._replace(queue=estimator_queue)
+        return self._replace(queue=queue, estimator=estimator)
+
+    def entering(self, gather: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor | None]:
+        """The positives of all processes and their estimators, which enter the queue."""
+        if not self.batch:
+            keys = gather(self.positives.detach()) if gather else self.positives
+        else:
+            keys = self.keys[self.batch // 2 if self.is_symmetric else 0 : self.batch]
+        return keys, self.estimator and self.estimator.entering(gather)[0]
+
+    def for_mixed(self) -> KeySet:
+        """The key set of mixed queries: of both views these see the second ones only, which estimate their labels."""
+        if not self.is_symmetric:
+            return self
+        second = self.batch // 2
+        keys = self.keys[second:]
+        estimator = self.estimator and self.estimator.for_mixed()
+        return KeySet(self.rows[:0], self.positives, keys, None, second, (self.itself[0],), estimator=estimator)
+
+    # ------------------------------------------------------------------------- dense matrices, for looking at and tests
+
+    def similarity(self, features: Tensor) -> Tensor:
+        """The cosines (r, K) of features (r, d), one per row, with the row's columns."""
+        table = self.keys if self.queue is None else torch.cat([self.keys, self.queue.to(self.keys)])
+        cosines = features @ table.T
+        if self.own:
+            return cosines
+        return torch.cat([(features * self.own_keys()).sum(1, keepdim=True), cosines], dim=1)
+
+    def own_columns(self) -> Tensor:
+        """The column (r,) of each row's own key."""
+        rows = torch.arange(len(self.positives), device=self.positives.device)
+        return torch.cat([rows + start for start in self.own]) if self.own else torch.zeros_like(rows)
+
+    def itself_columns(self) -> Tensor | None:
+        """The column (r,) that each row does not see, or None."""
+        return self._replace(own=self.itself).own_columns() if self.itself else None
+
+    def column_classes(self, local: Tensor, everyone: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+        """The classes of rows, (r,), and of columns, (K,) or (r, K), from those of samples; -1 for further negatives.
+
+        Args:
+            local: (s,) classes of this process's samples.
+            everyone: (S,) of the samples of all processes.
+            queue: (n,) of the queue's keys.
+        """
+        batch = everyone.repeat(self.batch // len(everyone))
+        columns = torch.cat([batch, batch.new_full((len(self.keys) - self.batch,), -1), queue])
+        if not self.own:
+            columns = torch.cat([local[:, None], columns.expand(len(local), -1)], dim=1)
+        return local.repeat(self.blocks), columns
+
+
+def batch_and_queue(
+    queries: Tensor, positives: Tensor, batch: Tensor, negatives: Tensor | None = None, offset: int = 0
+) -> KeySet:
+    """The paper's key set: all positives of the batch, further negatives, the queue. Without a queue: one direction.
+
+    Args:
+        queries: (s, d), the rows.
+        positives: (s, d), their own keys.
+        batch: (S, d), the positives of all processes.
+        negatives: (m, d), keys that are nobody's own.
+        offset: the number of ``positives[0]`` in ``batch``.
+    """
+    return KeySet(queries, positives, _with(batch, negatives), None, len(batch), (offset,))
+
+
+def own_positive_and_queue(queries: Tensor, positives: Tensor, negatives: Tensor | None = None) -> KeySet:
+    """MoCo's key set: the own positive, further negatives, the queue."""
+    return KeySet(queries, positives, positives[:0] if negatives is None else negatives, None, 0, ())
+
+
+def both_views(
+    rows: Tensor, positives: Tensor, batch: Tensor, negatives: Tensor | None = None, offset: int = 0
+) -> KeySet:
+    """SimCLR's key set: both views are rows and keys; a row sees all keys but itself, its other view is its own key.
+
+    Args:
+        rows: (2s, d), the first views and then the second ones.
+        positives: (s, d), the second views.
+        batch: (2S, d), the views of all processes; ``rows`` itself in one process.
+        negatives: (m, d), keys that are nobody's own.
+        offset: the number of ``rows[0]`` in ``batch``.
+    """
+    second = len(batch) // 2
+    keys = _with(batch, negatives)
+    return KeySet(rows, positives, keys, None, len(batch), (second + offset, offset), (offset, second + offset))
+
+
+def choose(
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+    estimator: Tensor | None = None,
+    *,
+    in_batch_keys: bool,
+    symmetric: bool,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    offset: int = 0,
+) -> KeySet:
+    """The key set of these settings, before its queue.
+
+    Args:
+        queries: (s, d).
+        positives: (s, d).
+        negatives: (m, d).
+        estimator: (s, e), other features of the samples, which estimate the labels.
+        in_batch_keys: whether the batch's other keys are seen.
+        symmetric: whether both views are rows.
+        gather: brings the features of all processes; None where there is one.
+        offset: the number of this process's first sample among them.
+    """
+    if negatives is not None and gather:
+        negatives = gather(negatives)
+    if symmetric:
+        batch = rows = torch.cat([queries, positives])
+        if gather:
+            both = gather(torch.cat([queries, positives], dim=1))  # one exchange
+            batch = torch.cat(both.chunk(2, dim=1))
+        key_set = both_views(rows, positives, batch, negatives, offset)
+    elif in_batch_keys:
+        key_set = batch_and_queue(queries, positives, gather(positives) if gather else positives, negatives, offset)
+    else:
+        key_set = own_positive_and_queue(queries, positives, negatives)
+    if estimator is None:
+        return key_set
+    same = choose(estimator, estimator, in_batch_keys=in_batch_keys, symmetric=symmetric, gather=gather, offset=offset)
+    return key_set._replace(estimator=same)
+
+
+def _with(keys: Tensor, negatives: Tensor | None) -> Tensor:
+    return keys if negatives is None else torch.cat([keys, negatives])

@@ -1,0 +1,163 @@
+r"""Equations (4) and (9) for every key set: a row's loss is its log-sum-exp minus the logit of its target.
+
+Equation (4) needs a label only through its target centroid :math:`t_i = \sum_k y_{ik} \bar b_k`, since labels sum to 1:
+
+.. math::
+    L_c(x_i, y_i) = \log \sum_k e^{\langle f_i, \bar b_k \rangle / \tau} - \langle f_i, t_i \rangle / \tau .
+
+Three targets occur, and mixing labels (8) or averaging the two terms of (9) is mixing their centroids:
+
+=====================  =======================================================================================
+row                    target
+=====================  =======================================================================================
+one-hot                the own key :math:`g_i`
+refined, not mixed     :math:`(1 - \lambda) g_i + \lambda t_i`, with the refinery's :math:`t_i = w_i g_i + v_i a_i`
+mixed                  :math:`\theta_i t_i + (1 - \theta_i) t_k`
+=====================  =======================================================================================
+
+A row's own key is hidden in the pass and added back here, as
+:math:`\ell_i - s_{ii} = \log(1 + e^{\ell_i^{\text{others}} - s_{ii}})`, which is exact where the own logit is large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slr_plugin import refinery
+from slr_plugin.key_sets import KeySet
+from slr_plugin.mixup import Mix
+from slr_plugin.refinery import Labels
+from slr_plugin.settings import Settings
+from slr_plugin.streaming import Diagonal, SoftmaxStats, softmax_stats
+
+
+def slr_objective(key_set: KeySet, trained: Tensor, mixes: Sequence[Mix], settings: Settings) -> tuple[Tensor, Labels]:
+    """Compute equation (9), and the refined labels in it.
+
+    Args:
+        key_set: rows (r, d) and their keys.
+        trained: unit features of the (s, d) queries and, for each of c crops, of (s, d) mixed queries.
+        mixes: how each of the crops was mixed.
+        settings: the numbers.
+    """
+    rows = key_set.rows
+    if not mixes:
+        stats, labels, targets = _compare(key_set, rows, settings)
+        own_keys = key_set.own_keys()
+        losses = _own_key_added(stats.logsumexp_minus(_logits(rows, own_keys, settings)))
+        if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
+            losses = losses + settings.refined_weight * _logits(rows, own_keys - targets, settings)
+        return losses.mean(), labels
+    if key_set.is_symmetric:  # mixed queries see other keys than the rows: a pass of their own
+        one_hot, _ = slr_objective(key_set, rows, (), settings._replace(refines=False))
+        key_set, mixed = key_set.for_mixed(), trained[len(rows) // 2 :]
+        stats, labels, targets = _compare(key_set, mixed, settings, has_own=False)
+        refined = stats.logsumexp_minus(_logits(mixed, _mixed(targets, mixes), settings))
+    else:
+        stats, labels, targets = _compare(key_set, trained, settings)
+        every_target = torch.cat([key_set.positives, _mixed(targets, mixes)])
+        losses = stats.logsumexp_minus(_logits(trained, every_target, settings))
+        losses, refined = torch.split(losses, [len(rows), len(losses) - len(rows)])
+        one_hot = _own_key_added(losses).mean()
+    return torch.lerp(one_hot, refined.mean(), settings.refined_weight), labels
+
+
+def _compare(
+    key_set: KeySet, rows: Tensor, settings: Settings, has_own: bool = True
+) -> tuple[SoftmaxStats, Labels, Tensor]:
+    """The softmax statistics of rows over their keys, and the labels and target centroids of the key set's rows.
+
+    ``rows`` begins with those of the key set, whose own keys are left out, unless ``has_own`` is False. Mixed queries
+    follow, which see all keys.
+    """
+    temperature, sharp = settings.temperature, settings.sharpening
+    hidden = key_set.hidden() if has_own else []
+    if not settings.refines:
+        stats = _pass(rows, key_set, temperature, hidden, settings)
+        return stats, refinery.one_hot(rows), key_set.positives
+    if key_set.estimator is None and not key_set.is_symmetric:
+        # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
+        both, hidden = torch.cat([rows, key_set.positives.detach() / sharp]), hidden + key_set.hidden(len(rows))
+        stats = _pass(both, key_set, temperature, hidden, settings, longest=1 / sharp)
+        stats, estimates = stats.split(len(rows))
+        return stats, *_refined(key_set.positives, estimates, settings)
+    stats = _pass(rows, key_set, temperature, hidden, settings)
+    constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    estimator = key_set.estimator
+    if estimator is not None:
+        estimating = estimator.own_keys()
+        estimates = _pass(estimating, estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
+        return stats, *_refined(key_set.own_keys(), estimates, settings, estimating)
+    # Both views: a row is estimated by its other view, a row too, and so estimates the label of its other view.
+    estimates = stats
+    if sharp != 1 or isinstance(temperature, Tensor):
+        estimates = _pass(rows.detach(), key_set, constant * sharp, hidden, settings)
+    labels, targets = _refined(rows, estimates, settings)
+    return stats, labels, targets.roll(len(rows) // 2, 0)
+
+
+def _pass(
+    rows: Tensor,
+    key_set: KeySet,
+    temperature: float | Tensor,
+    hidden: list[Diagonal],
+    settings: Settings,
+    longest: float = 1.0,
+    values: KeySet | None = None,
+) -> SoftmaxStats:
+    """Pass over a key set with rows of at most the length ``longest``; averages its keys, or those of ``values``."""
+    scale, bound = 1.0, math.inf
+    if isinstance(temperature, Tensor):
+        compared = rows / temperature
+    else:
+        compared, scale, bound = rows, 1 / temperature, longest / abs(temperature)
+    return softmax_stats(
+        compared,
+        key_set.keys,
+        key_set.queue,
+        values=None if values is None else values.keys,
+        queue_values=None if values is None else values.queue,
+        scale=scale,
+        bound=bound,
+        hidden=hidden,
+        symmetric=key_set.keys is key_set.rows and compared is rows,
+        chunk_size=settings.chunk_size,
+        stale=settings.stale,
+    )
+
+
+def _refined(
+    own_keys: Tensor, estimates: SoftmaxStats, settings: Settings, estimators: Tensor | None = None
+) -> tuple[Labels, Tensor]:
+    """The labels and target centroids (r, d) of rows, from what estimates them: their own keys or other features."""
+    with torch.no_grad():
+        sharp = settings.temperature * settings.sharpening
+        estimating = own_keys if estimators is None else estimators
+        own_logit = _dot(estimating, estimating) / sharp
+        # Means of other values say nothing of the estimators' logits.
+        mean_logit = _dot(estimating, estimates.mean) / sharp if estimators is None else None
+    labels = refinery.estimate(estimates, own_logit, mean_logit, settings.confidence)
+    return labels, labels.targets(own_keys, estimates.mean)
+
+
+def _mixed(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
+    """Equation (8) for labels, crop after crop."""
+    return torch.cat([targets[partner].lerp(targets, theta.to(targets)[:, None]) for theta, partner in mixes])
+
+
+def _own_key_added(others: Tensor) -> Tensor:
+    """The log-sum-exp over all keys from that over the others, both less the own logit: log(1 + exp(others))."""
+    return F.softplus(others, threshold=40.0)  # beyond which nothing is left of the 1 in float64
+
+
+def _logits(rows: Tensor, targets: Tensor, settings: Settings) -> Tensor:
+    return _dot(rows, targets) / settings.temperature
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1)

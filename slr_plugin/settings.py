@@ -1,0 +1,136 @@
+"""The numbers of the loss, and what each of them may be: checked wherever one is given or assigned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slr_plugin.checks import check_confidence, check_flag, check_integer, check_number
+from slr_plugin.schedules import CosineConfidence
+
+Confidence = float | Callable[[int], float]
+
+
+class Settings(NamedTuple):
+    """The numbers of equation (9) in one call."""
+
+    temperature: float | Tensor  # a tensor may be trained
+    sharpening: float
+    refined_weight: float
+    confidence: float | Tensor
+    refines: bool  # False only where the confidence is known to be 0: the labels need no pass then
+    chunk_size: int | None = None
+    stale: bool = False  # see softmax_stats
+
+
+def check_setting(name: str, value: Any) -> Any:
+    """Return the value as the loss keeps it, or raise ValueError or TypeError that names the setting."""
+    if name == "temperature":
+        return _checked_temperature(value)
+    if name == "confidence" and callable(value):
+        return value
+    if name == "confidence":
+        check_confidence(name, value)
+    elif name == "sharpening":
+        check_number(name, value)
+        if not 1e-8 <= value <= 1:
+            raise ValueError(
+                f"sharpening must be in {'(0, 1]' if value <= 0 or value > 1 else '[1e-8, 1]'}, got {value}"
+            )
+    elif name == "refined_weight":
+        check_number(name, value, low=0.0, high=1.0)
+    elif name == "chunk_size":
+        if value is None:
+            return value
+        check_integer(name, value, low=1)
+        return int(value)
+    else:
+        check_flag(name, value)
+        return value
+    return float(value)
+
+
+class HasSettings(nn.Module):
+    """A module whose settings are checked whenever they are assigned."""
+
+    temperature: float | Tensor
+    sharpening: float
+    confidence: Confidence
+    refined_weight: float
+    in_batch_keys: bool
+    gather_distributed: bool
+    chunk_size: int | None
+    _NAMES = (
+        "temperature",
+        "sharpening",
+        "confidence",
+        "refined_weight",
+        "in_batch_keys",
+        "gather_distributed",
+        "chunk_size",
+    )
+    _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
+    _refines = True
+    _was_compiled = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a setting, here and wherever it is assigned later."""
+        if name in self._NAMES:
+            value = check_setting(name, value)
+            if name == "confidence":
+                self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
+                self._refines = callable(value) or value > 0
+            if name == "temperature":
+                if self._was_compiled and isinstance(value, float):
+                    warnings.warn(
+                        "torch.compile compiles the loss anew for every new temperature that is a Python number: "
+                        "assign a tensor, criterion.temperature = torch.tensor(...)",
+                        stacklevel=2,
+                    )
+                if not isinstance(value, nn.Parameter):
+                    self._parameters.pop(name, None)
+        super().__setattr__(name, value)
+
+    def settings_at(self, step: Tensor, dtype: torch.dtype) -> Settings:
+        """Return the settings of a call at a step () of the schedule, for features of a dtype."""
+        if torch.compiler.is_compiling():
+            self._was_compiled = True
+        mu: float | Tensor
+        if isinstance(self.confidence, CosineConfidence):
+            mu = self.confidence(step.to(dtype))
+        elif self._mu is None:
+            mu = self._called_schedule(step)
+        else:
+            mu = self._mu if torch.compiler.is_compiling() else self.confidence  # type: ignore[assignment]
+        return Settings(self.temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size)
+
+    def _called_schedule(self, step: Tensor) -> Tensor:
+        assert callable(self.confidence)
+        mu = self.confidence(int(step))
+        check_confidence(f"confidence({int(step)})", mu)
+        return torch.tensor(mu, dtype=torch.float64, device="cpu")
+
+    # As by torch.compiler.disable, since a Python function of a Python int cannot be traced. That decorator itself
+    # would make importing this package import torch's compiler, which takes seconds.
+    _called_schedule._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _checked_temperature(value: Any) -> float | Tensor:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.dtype.is_floating_point:
+            raise ValueError(
+                f"temperature must be a number or a floating point tensor with one value, got {value.dtype} of shape "
+                f"{tuple(value.shape)}"
+            )
+        # Read on the CPU only: elsewhere it would wait for the device whenever it is assigned.
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            _checked_temperature(value.item())
+        return value
+    check_number("temperature", value)
+    if abs(value) < 1e-8:
+        raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {value}")
+    return float(value)

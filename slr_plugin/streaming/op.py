@@ -1,0 +1,210 @@
+"""The streaming pass as a ``torch.library`` operator: its arguments, its gradient, and which backend computes it.
+
+As an operator the pass is one node for ``torch.compile``, without a graph break, and one entry that selective
+activation checkpointing can save.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from slr_plugin.streaming import tiled
+from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
+
+# Which backend computes a pass that asks for none: "tiled", or "triton" wherever its kernels can.
+DEFAULT_BACKEND = "triton" if os.environ.get("SLR_PLUGIN_FUSED") == "1" else "tiled"
+WIDEST_TRITON = 256  # dimensions that the registers of a GPU hold
+
+_PLAN = "float scale, float bound, SymInt[] hidden, bool symmetric, SymInt chunk, str backend"
+
+
+def softmax_stats(
+    rows: Tensor,
+    keys: Tensor,
+    queue: Tensor | None = None,
+    *,
+    values: Tensor | None = None,
+    queue_values: Tensor | None = None,
+    scale: float = 1.0,
+    bound: float = math.inf,
+    hidden: Sequence[Diagonal] = (),
+    symmetric: bool = False,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+    stale: bool = False,
+) -> SoftmaxStats:
+    """Compute the softmax statistics of every row over its keys in one pass (equations in ``stats.py``).
+
+    Args:
+        rows: (r, d) float32 or float64.
+        keys: (b, d) of the same dtype and device; b may be 0.
+        queue: (n, d) further keys, numbered after ``keys``, without gradient. They are a source of their own, so that
+            they are neither copied nor converted as a whole: any float dtype, any device.
+        values: (b, v), what is averaged, where that is not the keys. The weights then count as constants: only
+            ``values`` gets a gradient.
+        queue_values: (n, v), likewise for ``queue``.
+        scale: the factor c on the similarities.
+        bound: no logit is larger in magnitude. A small bound saves the running maximum.
+        hidden: pairs of rows and keys that are left out.
+        symmetric: ``keys`` is ``rows`` and the hidden pairs are symmetric: half of the logits are then enough.
+        chunk_size: keys per tile; None chooses by device.
+        backend: ``"tiled"`` or ``"triton"``; None takes ``DEFAULT_BACKEND`` as far as it can compute the pass.
+        stale: the keys are not those of the first forward, which activation checkpointing repeats: computing the pass
+            raises. Selective checkpointing, which saved its output, does not compute it.
+
+    Returns:
+        The :class:`SoftmaxStats`. Where the values are the keys, ``offset`` has gradients for rows and keys, and
+        ``mean`` has one for the keys alone: its weights count as constants, because they serve as labels.
+
+    Raises:
+        RuntimeError: a second derivative or a forward-mode derivative is asked for, or the keys are stale; the result
+            would be wrong.
+        ValueError: an unknown ``backend``.
+    """
+    if not torch.compiler.is_compiling() and (_has_tangent(rows) or _has_tangent(keys)):
+        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")
+    if values is not None:
+        rows, keys = rows.detach(), keys.detach()
+    averaged = keys if values is None else values
+    flat = [number for diagonal in hidden for number in diagonal]
+    name = resolve(backend, rows, max(rows.shape[1], averaged.shape[1]), chunk_size)
+    reference, offset, peak, mean = _forward(
+        rows, keys, queue, values, queue_values, stale, scale, bound, flat, symmetric, chunk_size or 0, name
+    )
+    # Autograd follows all outputs of an operator; cut off here, the others cost nothing in the backward.
+    return SoftmaxStats(
+        reference.detach(),
+        offset if values is None else offset.detach(),
+        peak.detach(),
+        mean if averaged.requires_grad else mean.detach(),
+    )
+
+
+def resolve(backend: str | None, rows: Tensor, dim: int, chunk_size: int | None) -> str:
+    """Choose the backend that computes a pass over at most ``dim`` dimensions."""
+    if backend not in (None, "tiled", "triton"):
+        raise ValueError(f'backend must be "tiled", "triton" or None, got {backend!r}')
+    if backend is not None or DEFAULT_BACKEND == "tiled":
+        return backend or "tiled"
+    if rows.device.type != "cuda" or rows.dtype != torch.float32 or chunk_size or dim > WIDEST_TRITON:
+        return "tiled"
+    if torch.get_float32_matmul_precision() == "highest":
+        warnings.warn(
+            'SLR_PLUGIN_FUSED=1 has no effect at torch\'s default precision of products, "highest": call '
+            'torch.set_float32_matmul_precision("high")',
+            stacklevel=3,
+        )
+        return "tiled"
+    return "triton"
+
+
+@torch.library.custom_op(
+    "slr_plugin::softmax_stats",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, bool stale, "
+    f"{_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(
+    rows: Tensor,
+    keys: Tensor,
+    queue: Tensor | None,
+    values: Tensor | None,
+    queue_values: Tensor | None,
+    stale: bool,
+    *plan: Any,
+) -> tuple[Tensor, ...]:
+    if stale:
+        raise RuntimeError(
+            "activation checkpointing computes SLRLoss again after its queue or schedule moved on, so its gradient "
+            "would be wrong: checkpoint the encoder without the loss, or save the loss's pass by context_fn="
+            "functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, "
+            "[torch.ops.slr_plugin.softmax_stats.default])"
+        )
+    sources = [Source(keys, keys if values is None else values)]
+    if queue is not None:
+        sources.append(Source(queue, queue if queue_values is None else queue_values, may_be_low=True))
+    return tuple(_backend(plan).forward(rows, sources, _planned(plan)))
+
+
+@torch.library.custom_op(
+    "slr_plugin::softmax_stats_keys_backward",
+    mutates_args=(),
+    schema=f"(Tensor rows, Tensor keys, Tensor logsumexp, Tensor row_values, {_PLAN}) -> Tensor",
+)
+def _keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, *plan: Any) -> Tensor:
+    r""":math:`\sum_i s_{ik} u_i` of every key k, for row values u (r, v), with the weights s computed anew."""
+    finite = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)  # of a row that sees no key
+    gradient: Tensor = _backend(plan).keys_backward(rows, keys, finite, row_values, _planned(plan))
+    return gradient
+
+
+@_forward.register_fake
+def _(rows: Tensor, keys: Tensor, queue: Any, values: Tensor | None, *args: Any) -> Any:
+    count, width = rows.shape[0], (keys if values is None else values).shape[1]
+    return *(rows.new_empty(count) for _ in range(3)), rows.new_empty(count, width)
+
+
+@_keys_backward.register_fake
+def _(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, *args: Any) -> Tensor:
+    return row_values.new_empty(keys.shape[0], row_values.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    rows, keys, _, _, _, _, *ctx.plan = inputs
+    reference, offset, _, mean = output
+    ctx.save_for_backward(rows, keys, reference + offset, mean)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    r"""Rows get :math:`c \dot\ell_i a_i`, keys get :math:`\sum_i s_{ik} (c \dot\ell_i r_i + \dot a_i)`.
+
+    Values that are not the keys get the second part of the latter.
+    """
+    if torch.is_grad_enabled():  # under create_graph=True only
+        raise RuntimeError("SLRLoss has no second derivative: its gradient is in closed form; drop create_graph=True")
+    _, grad_offset, _, grad_mean = grad_outputs
+    rows, keys, logsumexp, mean = ctx.saved_tensors
+    grad_rows = grad_keys = grad_values = None
+    if ctx.needs_input_grad[3]:  # values that are not the keys: the weights are constants
+        if grad_mean is not None:
+            grad_values = _keys_backward(rows, keys, logsumexp, grad_mean, *ctx.plan)
+    else:
+        row_values = grad_mean
+        if grad_offset is not None:
+            factor = ctx.plan[0] * grad_offset[:, None]
+            grad_rows = factor * mean if ctx.needs_input_grad[0] else None
+            row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
+        if ctx.needs_input_grad[1] and row_values is not None:
+            grad_keys = _keys_backward(rows, keys, logsumexp, row_values, *ctx.plan)
+    return grad_rows, grad_keys, None, grad_values, *[None] * 8
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+def _planned(plan: Sequence[Any]) -> Plan:
+    scale, bound, flat, symmetric, chunk, _ = plan
+    return Plan(scale, bound, [Diagonal(*flat[i : i + 3]) for i in range(0, len(flat), 3)], symmetric, chunk)
+
+
+def _backend(plan: Sequence[Any]) -> ModuleType:
+    if plan[-1] == "tiled":
+        return tiled
+    from slr_plugin.streaming import triton  # torch brings Triton along on Linux; elsewhere there may be none
+
+    return triton
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way, which an operator drops silently."""
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

@@ -1,0 +1,70 @@
+r"""What the streaming pass computes.
+
+For rows :math:`r_i`, keys :math:`b_k` with values :math:`v_k`, a scale :math:`c` (an inverse temperature) and the keys
+:math:`V_i` that row i sees,
+
+.. math::
+    \ell_i = \log \sum_{k \in V_i} e^{c \langle r_i, b_k \rangle}, \qquad
+    s_{ik} = e^{c \langle r_i, b_k \rangle - \ell_i}, \qquad
+    \mathrm{peak}_i = \max_{k \in V_i} s_{ik}, \qquad
+    a_i = \sum_{k \in V_i} s_{ik} v_k .
+
+This is attention with its statistics; the values are usually the keys themselves. Online softmax gathers the sums tile
+by tile, so memory is O(rows * d + one tile) and no ``rows x K`` matrix exists. The gradient of the log-sum-exp needs
+nothing more: :math:`\partial \ell_i / \partial r_i = c\, a_i` where the values are the keys.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Diagonal(NamedTuple):
+    """A run of hidden pairs: row ``row + t`` does not see key ``key + t``, for every ``t < length``."""
+
+    row: int
+    key: int
+    length: int
+
+
+class Source(NamedTuple):
+    """A table of keys and the values that are averaged with their weights."""
+
+    keys: Tensor  # (n, d)
+    values: Tensor  # (n, v), often the keys themselves
+    may_be_low: bool = False  # whether its products may be in bfloat16
+
+
+class Plan(NamedTuple):
+    """How the backends compute a pass; the arguments of ``softmax_stats``."""
+
+    scale: float
+    bound: float
+    hidden: list[Diagonal]
+    symmetric: bool
+    chunk: int  # 0: chosen by device
+
+
+class SoftmaxStats(NamedTuple):
+    r"""Softmax statistics of r rows, each over the keys that it sees.
+
+    The log-sum-exp comes in two parts, because every use subtracts a logit x from it:
+    :math:`(\rho_i - x) + (\ell_i - \rho_i)` keeps digits that :math:`\ell_i - x` loses.
+    """
+
+    reference: Tensor  # (r,) rho, without gradient
+    offset: Tensor  # (r,) l - rho, with the gradient of l; -inf where a row sees no key
+    peak: Tensor  # (r,) the largest softmax weight, without gradient; 0 where a row sees no key
+    mean: Tensor  # (r, v) the weighted mean of the values; 0 where a row sees no key
+
+    def logsumexp_minus(self, logit: Tensor) -> Tensor:
+        """The log-sum-exp minus a logit (r,): large numbers are subtracted first."""
+        return (self.reference - logit) + self.offset
+
+    def split(self, count: int) -> tuple[SoftmaxStats, SoftmaxStats]:
+        """The statistics of the first ``count`` rows, and of the others."""
+        first, others = zip(*(torch.split(x, [count, len(x) - count]) for x in self), strict=True)
+        return SoftmaxStats(*first), SoftmaxStats(*others)

@@ -1,0 +1,202 @@
+r"""The streaming pass with torch's own operations, tile by tile, on any device.
+
+Logits are kept in bits, :math:`c \langle r_i, b_k \rangle / \ln 2`: as exact, and torch's ``exp2`` takes a third of the
+time of its ``exp`` on the CPU. The factor rides on the matrix product for nothing.
+
+Overflow forbids to do without a running maximum, except where logits are known to be small (``bound``). Where the keys
+are the rows, the logits are a symmetric matrix: a tile then serves its mirror image too, and half the tiles are enough.
+
+After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *queue* through bfloat16 products where the
+CPU has instructions for them (torch itself reaches those units on few CPUs). The keys of the batch, with the positives
+and their large logits, stay in float32, and so do all sums.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
+
+# Tiles of rows x keys. On the CPU 1,024 x 1,024 float32 values are 4 MB and stay in the cache between the two products.
+# An accelerator wants fewer, larger launches (not measured yet).
+CPU_TILE = (1024, 1024)
+ACCELERATOR_TILE = (4096, 8192)
+LN2 = math.log(2)
+# Logits that cannot exceed 2^32 before the sum need no running maximum: float32 reaches 2^127.
+SAFE_BITS = 32
+
+
+class Block(NamedTuple):
+    """Consecutive keys of one source, ready for products."""
+
+    first: int  # the number of its first key among all keys
+    keys: Tensor
+    values: Tensor
+
+
+class Sums(NamedTuple):
+    """What a pass knows of its rows so far, relative to 2^shift."""
+
+    shift: Tensor  # (r, 1) the largest logit seen; 0 where logits are bounded
+    total: Tensor  # (r, 1) the sum of weights
+    largest: Tensor  # (r, 1) the largest weight
+    mean: Tensor  # (r, v) the sum of weighted values
+
+    def at(self, rows: slice) -> Sums:
+        """The sums of some rows, as views."""
+        return Sums(*(x[rows] for x in self))
+
+    def add(self, weights: Tensor, values: Tensor) -> None:
+        """Accumulate one block of keys: weights (rows, keys), values (keys, v)."""
+        self.total.add_(weights.sum(1, keepdim=True))
+        torch.maximum(self.largest, weights.amax(1, keepdim=True), out=self.largest)
+        if values.dtype == weights.dtype:
+            self.mean.addmm_(weights, values)
+        else:
+            self.mean.add_(weights.to(values.dtype) @ values)
+
+    def raise_shift(self, logits: Tensor) -> None:
+        """Raise the shift to the largest of ``logits``, which are made relative to it, as are the sums."""
+        previous = self.shift.clone()
+        torch.maximum(previous, logits.amax(1, keepdim=True), out=self.shift)
+        shift = _finite(self.shift)  # of a row that saw no key so far: 2^(-inf - 0) = 0
+        logits.sub_(shift)
+        decay = (previous - shift).exp2_()
+        for sums in (self.total, self.largest, self.mean):
+            sums.mul_(decay)
+
+
+def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats:
+    """Compute the statistics of (r, d) rows over all keys of all sources."""
+    scale, bound, hidden, symmetric, chunk = plan
+    bounded = bound / LN2 <= SAFE_BITS
+    mirrored = symmetric and bounded and not chunk
+    height, width = _tile_shape(rows, sources, chunk, mirrored)
+    count, values = len(rows), sources[0].values
+    sums = Sums(
+        rows.new_full((count, 1), 0.0 if bounded else -torch.inf),
+        rows.new_zeros(count, 1),
+        rows.new_zeros(count, 1),
+        rows.new_zeros(count, values.shape[1]),
+    )
+    tile = rows.new_empty(height * width)
+    low = (rows * (scale / LN2)).bfloat16() if sources[-1].may_be_low and uses_bfloat16(rows) else rows
+    for block in _blocks(sources, width, rows, low.dtype):
+        left = rows if block.keys.dtype == rows.dtype else low
+        for here in _slices(count, height):
+            if mirrored and here.start > block.first:
+                break
+            logits = _logits(left[here], block, scale, tile, here.start, hidden)
+            part = sums.at(here)
+            if not bounded:
+                part.raise_shift(logits)
+            part.add(logits.exp2_(), block.values)
+            if mirrored and here.start < block.first:
+                sums.at(slice(block.first, block.first + len(block.keys))).add(logits.T, values[here])
+    total = sums.total
+    if bounded:
+        reference, offset = torch.full_like(total, bound), (total * math.exp(-bound)).log_()
+    else:
+        reference, offset = LN2 * _finite(sums.shift), total.log()
+    total = total.masked_fill(total == 0, 1.0)
+    return SoftmaxStats(reference[:, 0], offset[:, 0], (sums.largest / total)[:, 0], sums.mean.div_(total))
+
+
+def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, plan: Plan) -> Tensor:
+    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' log-sum-exp (r,), finite, and their values u (r, v)."""
+    scale, bound, hidden, symmetric, chunk = plan
+    bounded = bound / LN2 <= SAFE_BITS
+    mirrored = symmetric and bounded and not chunk
+    source = Source(keys, keys)
+    height, width = _tile_shape(rows, [source], chunk, mirrored)
+    shift = logsumexp[:, None] / LN2
+    factor = (-shift).exp2()  # of bounded logits
+
+    def values(of: slice) -> Tensor:
+        return row_values[of] * factor[of] if bounded else row_values[of]
+
+    gradient = row_values.new_zeros(len(keys), row_values.shape[1])
+    tile = rows.new_empty(height * width)
+    for block in _blocks([source], width, rows, rows.dtype):
+        there = slice(block.first, block.first + len(block.keys))
+        for here in _slices(len(rows), height):
+            if mirrored and here.start > block.first:
+                break
+            weights = _logits(rows[here], block, scale, tile, here.start, hidden)
+            if not bounded:
+                weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
+            weights.exp2_()
+            gradient[there].addmm_(weights.T, values(here))
+            if mirrored and here.start < block.first:
+                gradient[here].addmm_(weights, values(there))
+    return gradient
+
+
+def _logits(rows: Tensor, block: Block, scale: float, tile: Tensor, top: int, hidden: Sequence[Diagonal]) -> Tensor:
+    """Logits in bits of rows ``top ..`` with a block, in a tile's memory; minus infinity where hidden.
+
+    Rows in bfloat16 are scaled already.
+    """
+    height, width = len(rows), len(block.keys)
+    logits = tile[: height * width].view(height, width)
+    if rows.dtype == tile.dtype:
+        torch.addmm(logits, rows, block.keys.T, beta=0, alpha=scale / LN2, out=logits)
+    else:
+        logits.copy_(rows @ block.keys.T)
+    for row, key, length in hidden:
+        # The part of the diagonal (row + t, key + t), t < length, inside this tile.
+        start = max(top - row, block.first - key, 0)
+        stop = min(top + height - row, block.first + width - key, length)
+        if start < stop:
+            corner = logits[row + start - top :, key + start - block.first :]
+            corner.diagonal()[: stop - start].fill_(-torch.inf)
+    return logits
+
+
+def _blocks(sources: Sequence[Source], width: int, like: Tensor, low: torch.dtype) -> Iterator[Block]:
+    """The keys of all sources in blocks, on the device and in the dtype of ``like``, or ``low`` where that may be."""
+    first = 0
+    for keys, values, may_be_low in sources:
+        dtype = low if may_be_low else like.dtype
+        for here in _slices(len(keys), width):
+            block = keys[here].to(like.device, dtype)
+            averaged = block if values is keys else values[here].to(like.device, dtype)
+            yield Block(first + here.start, block, averaged)
+        first += len(keys)
+
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _tile_shape(rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool) -> tuple[int, int]:
+    height, width = CPU_TILE if rows.device.type == "cpu" else ACCELERATOR_TILE
+    width = chunk or width
+    if mirrored:
+        height = width = min(height, width)
+    longest = max(len(source.keys) for source in sources)
+    return max(1, min(height, len(rows))), max(1, min(width, longest))
+
+
+def _finite(logits: Tensor) -> Tensor:
+    return logits.masked_fill(logits == -torch.inf, 0.0)
+
+
+def uses_bfloat16(rows: Tensor) -> bool:
+    """Whether float32 products may be approximate, and the CPU is faster at bfloat16."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return False
+    return torch.get_float32_matmul_precision() == "medium" and cpu_has_bfloat16()
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and not in every torch
+    return supported is not None and bool(supported())
