@@ -141,7 +141,7 @@ def test_no_head_at_all():
         ((0.0, 1.0, 100), ValueError, r"confidence must be a number, \(m1, m2\) or a callable, got \(0.0, 1.0, 100\)"),
         ((0.5,), ValueError, "confidence must be a number"),
         ("0.5", TypeError, "confidence must be a number"),
-        ((0.0, -1.0), ValueError, "end must be >= 0"),
+        ((0.0, -1.0), ValueError, "end must be between 0"),
     ],
 )
 def test_wrong_confidences(confidence, error, message):
