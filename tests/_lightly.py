@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Digits(Dataset):
 
 
 class Losses(Callback):
-    """The training loss of every step, or the learning rate; stops the run at (epoch, batch)."""
+    """A metric of every batch, the training loss or another, or the learning rate; stops the run at (epoch, batch)."""
 
     def __init__(self, what="train_loss", stop_at=None):
         self.values, self.what, self.stop_at = [], what, stop_at
@@ -56,8 +55,8 @@ class Losses(Callback):
             self.values.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if self.what == "train_loss":
-            self.values.append(trainer.callback_metrics["train_loss"].item())
+        if self.what != "lr":
+            self.values.append(trainer.callback_metrics[self.what].item())
         if (trainer.current_epoch, batch_idx) == self.stop_at:
             raise KilledError
 
@@ -75,17 +74,12 @@ def build(**arguments):
     return SANE(BATCH, CLASSES, **{"backbone": backbone(), "preset": PRESET, "knn_k": 5} | arguments)
 
 
-def loaders(views=None, workers=0):
+def loaders(views=None, count=32, shuffle=True):
     """Batches of views, and of images to vote and to be judged."""
-    views = views or SANETransform(input_size=16)
-    options = {"batch_size": BATCH, "num_workers": workers}
-    if workers:
-        # A fork of this process itself could inherit a lock that one of gloo's threads holds, and wait for ever.
-        multiprocessing.set_forkserver_preload(["slr_plugin.adapters.lightly", "sklearn.datasets"])
-        options |= {"persistent_workers": True, "multiprocessing_context": "forkserver"}
+    images = Digits(views or SANETransform(input_size=16), count)
     return (
-        DataLoader(Digits(views), shuffle=True, drop_last=True, **options),
-        [DataLoader(Digits(), **options), DataLoader(Digits(count=16), **options)],
+        DataLoader(images, BATCH, shuffle=shuffle, drop_last=True),
+        [DataLoader(Digits(), BATCH), DataLoader(Digits(count=16), BATCH)],
     )
 
 
@@ -104,10 +98,10 @@ def trainer(epochs, checkpoints=None, callbacks=(), **options):
     )
 
 
-def train(model, epochs, views=None, workers=0, ckpt_path=None, **options):
+def train(model, epochs, views=None, count=32, shuffle=True, ckpt_path=None, **options):
     """Fit the model; returns the Trainer."""
     runner = trainer(epochs, **options)
-    runner.fit(model, *loaders(views, workers), ckpt_path=ckpt_path)
+    runner.fit(model, *loaders(views, count, shuffle), ckpt_path=ckpt_path)
     return runner
 
 
@@ -145,13 +139,12 @@ def moco_v2_losses(model, criterion, epochs):
 def main(folder):
     """Train in two processes, whole and resumed; each writes what it saw."""
     torch.set_num_threads(1)
-    options = {"devices": 2, "strategy": "ddp", "workers": 1}
-    whole, resumed = Losses(), Losses()
-    seed_everything(0, workers=True)
+    seed_everything(0)
+    options = {"devices": 2, "strategy": "ddp", "limit_val_batches": 0}
+    whole, resumed = Losses("slr/mu"), Losses("slr/mu")
     model = build()
-    runner = train(model, 2, callbacks=[whole], checkpoints=folder / "epochs", **options)
+    runner = train(model, 2, callbacks=[whole], **options)
     thetas = model.mixup(torch.zeros(4, 1), torch.zeros(4, 1))[1].theta.tolist()
-    seed_everything(0, workers=True)
     train(build(), 2, callbacks=[StopAfter(1)], checkpoints=folder / "half", **options)
     train(build(), 2, callbacks=[resumed], ckpt_path=folder / "half" / "last.ckpt", **options)
     seen = {

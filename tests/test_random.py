@@ -1,6 +1,5 @@
 """Seeds of the mixing: each run, process and continuation draws its own."""
 
-import pytest
 import torch
 
 from slr_plugin.adapters import _random
@@ -19,15 +18,3 @@ def test_no_two_runs_processes_or_continuations_share_draws(monkeypatch):
                 _random.seed_mixing(generator, step)
                 assert generator.initial_seed() in seen  # the same again
     assert len(seen) == 12
-
-
-@pytest.mark.parametrize("drawn", [0, 3])
-def test_the_state_restores_every_generator(drawn):
-    generator = torch.Generator().manual_seed(5)
-    torch.rand(drawn, generator=generator)
-    state = _random.random_state(generator)
-    first = [torch.rand(2), torch.rand(2, generator=generator)]
-    _random.set_random_state(state, generator)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first, [torch.rand(2), torch.rand(2, generator=generator)], strict=True)
-    )

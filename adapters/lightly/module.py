@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from torch.optim import SGD
 from slr_plugin import CosineConfidence, Mix
 from slr_plugin.adapters._random import seed_mixing
 from slr_plugin.adapters.lightly.knn import KNNVote
-from slr_plugin.adapters.lightly.networks import check_width, complete
+from slr_plugin.adapters.lightly.networks import checked_features, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
 from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.distributed import world_size
@@ -54,6 +55,7 @@ class SANE(LightningModule):
         share_mix: True: all crops share theta and partners. False: every crop draws its own.
         in_batch_keys: False: MoCo's keys, without the batch's other positives; needs ``mixup=False``.
         ema_momentum: of the momentum network, in [0, 1].
+        warmup_epochs: of linear growth of the learning rate, before its cosine decay (lightly's, to a thousandth).
 
     Attributes:
         backbone, projection_head: the network that is trained; key_backbone, key_projection_head: its moving average.
@@ -81,6 +83,7 @@ class SANE(LightningModule):
         share_mix: bool = False,
         in_batch_keys: bool = True,
         ema_momentum: float = 0.999,
+        warmup_epochs: int = 0,
     ) -> None:
         check_integer("batch_size_per_device", batch_size_per_device, low=1)
         check_integer("num_classes", num_classes, low=1)
@@ -89,6 +92,7 @@ class SANE(LightningModule):
         check_flag("mixup", mixup)
         check_flag("share_mix", share_mix)
         check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
+        check_integer("warmup_epochs", warmup_epochs, low=0)
         if mixup and in_batch_keys is False:
             raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
         super().__init__()
@@ -102,6 +106,7 @@ class SANE(LightningModule):
         self.batch_size_per_device = batch_size_per_device
         self.ema_momentum = ema_momentum
         self.share_mix = share_mix
+        self.warmup_epochs = warmup_epochs
 
         self.backbone, self.projection_head, feature_dim, dim = complete(backbone, projection_head, feature_dim)
         self.criterion = self.preset.loss(
@@ -174,7 +179,7 @@ class SANE(LightningModule):
         self.knn_classifier.reset_storage()
 
     def configure_optimizers(self) -> Any:
-        """SGD with momentum, cosine decay per step (lightly's, to a thousandth)."""
+        """SGD with momentum, cosine decay per step."""
         decayed, free = get_weight_decay_parameters([self.backbone, self.projection_head])
         batch_size = self.batch_size_per_device * self.trainer.world_size
         optimizer = SGD(
@@ -187,7 +192,11 @@ class SANE(LightningModule):
             momentum=self.preset.momentum,
             weight_decay=self.preset.weight_decay,
         )
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=0, max_epochs=self._steps())
+        steps, batches = self._steps(), self.trainer.num_training_batches
+        if self.warmup_epochs and batches == float("inf"):
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
+        warmup = self.warmup_epochs and self.warmup_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def on_fit_start(self) -> None:
@@ -230,7 +239,7 @@ class SANE(LightningModule):
         return CosineConfidence(*self.confidence, total_steps=total_steps)
 
     def _features(self, images: Tensor) -> Tensor:
-        return check_width(self(images).flatten(start_dim=1), self.online_classifier.feature_dim)
+        return checked_features(self(images), self.online_classifier.feature_dim)
 
     def _mixed_queries(self, views: Sequence[Tensor]) -> tuple[()] | tuple[list[Tensor], list[Mix]]:
         """The trained network's projections of every crop's mixed images, and how they were mixed."""

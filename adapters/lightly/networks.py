@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from lightly.models.modules import MoCoProjectionHead
@@ -30,11 +31,14 @@ def complete(
         ) from error
 
 
-def check_width(features: Tensor, feature_dim: int) -> Tensor:
-    """The features, if there are ``feature_dim``: a backbone that could not be measured is believed until here."""
-    if features.shape[1] != feature_dim:
-        raise ValueError(f"the backbone puts out {features.shape[1]} features: pass feature_dim={features.shape[1]}")
-    return features
+def checked_features(features: Any, feature_dim: int) -> Tensor:
+    """The features (s, feature_dim), or a ValueError: a backbone that could not be measured is believed until here."""
+    if not isinstance(features, Tensor):
+        raise ValueError(f"the backbone must put out a tensor of features, got {type(features).__name__}")
+    flat: Tensor = features.flatten(start_dim=1)
+    if flat.shape[1] != feature_dim:
+        raise ValueError(f"the backbone puts out {flat.shape[1]} features: pass feature_dim={flat.shape[1]}")
+    return flat
 
 
 def cifar_stem(resnet: ResNet) -> ResNet:
@@ -54,7 +58,10 @@ def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[n
         ends_in_classifier = isinstance([*backbone.modules()][-1], nn.Linear)
         feature_dim = known if measured is None or ends_in_classifier else measured
     if feature_dim is None:
-        raise ValueError(f"feature_dim cannot be read off a {name}: take off its classifier and pass feature_dim")
+        raise ValueError(
+            f"feature_dim cannot be read off this backbone, a {name}: take off its classifier, if it has one, and pass "
+            "feature_dim, the number of features of an image"
+        )
     check_integer("feature_dim", feature_dim, low=1)
     if measured not in (None, feature_dim):
         raise ValueError(
