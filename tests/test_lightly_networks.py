@@ -128,6 +128,14 @@ def test_networks_of_other_dtypes(dtype, precision):
         assert all(loss == loss for loss in losses.values)
 
 
+def test_backbone_and_head_of_two_dtypes_are_refused_in_the_first_step():
+    for head in (nn.Linear(WIDTH, 4).double(), nn.Linear(WIDTH, 4).half()):
+        with pytest.raises(ValueError, match=f"puts out torch.float32, but projection_head is {head.weight.dtype}"):
+            train(build(projection_head=head), epochs=1)
+    train(build(projection_head=nn.Linear(WIDTH, 4).double()), epochs=1, precision="64-true")
+    train(build(projection_head=nn.Linear(WIDTH, 4).bfloat16()), epochs=1, precision="bf16-mixed")
+
+
 def test_no_head_at_all():
     for head in (nn.Identity(), nn.Sequential()):
         model = build(projection_head=head)
