@@ -565,7 +565,7 @@ def test_the_launcher_names_the_methods_that_there_are(options, tmp_path, capsys
         (["--methods", "sane", "main.py"], "PATH/main.py --methods sane"),
         (["nowhere/main.py"], "git clone https://github.com/lightly-ai/lightly"),
         (["empty.py"], "defines no METHODS, parser, main"),
-        (["text.txt"], "is no Python script"),
+        (["text.txt"], "there is no script text.txt"),
     ],
 )
 def test_the_launcher_says_what_is_wrong(arguments, message, tmp_path, capsys):

@@ -62,14 +62,13 @@ def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[n
         feature_dim = known if measured is None or ends_in_classifier else measured
     if feature_dim is None:
         raise ValueError(
-            f"feature_dim cannot be read off this backbone, a {name}: take off its classifier, if it has one, and pass "
-            "feature_dim, the number of features of an image"
+            f"the features of this backbone, a {name}, cannot be counted: take off its classifier and pass feature_dim"
         )
     check_integer("feature_dim", feature_dim, low=1)
     if measured not in (None, feature_dim):
         raise ValueError(
-            f"the backbone, a {name}, puts out {measured} features, not {feature_dim}: take off its classifier, if it "
-            f"has one, or pass feature_dim={measured}"
+            f"the backbone, a {name}, puts out {measured} features, not {feature_dim}: pass feature_dim={measured}, or "
+            "take off its classifier"
         )
     return backbone, feature_dim
 
