@@ -22,6 +22,7 @@ from _lightly import CLASSES, PRESET, Losses, build, loaders, train
 from lightly.loss import NTXentLoss
 from lightly.utils.benchmarking import KNNClassifier
 from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 from slr_plugin import CosineConfidence
 from slr_plugin.adapters._require import require
@@ -103,10 +104,11 @@ def test_a_run_without_end_is_refused():
 # --- the schedule of the confidence
 
 
-def confidences(model, **options):
+def confidences(model, accumulation=None, **options):
     """mu at every batch of a run."""
     mu = Losses("slr/mu")
-    train(model, **{"epochs": 2, "limit_val_batches": 0} | options, callbacks=[mu])
+    changing = [GradientAccumulationScheduler(accumulation)] if accumulation else []
+    train(model, **{"epochs": 2, "limit_val_batches": 0} | options, callbacks=[mu, *changing])
     return mu.values
 
 
@@ -116,6 +118,7 @@ def confidences(model, **options):
         ({}, 10),
         ({"epochs": 4, "accumulate_grad_batches": 4}, 8),  # of the 5 batches of an epoch the last makes a step alone
         ({"accumulate_grad_batches": 2}, 6),
+        ({"accumulation": {1: 2, 2: 5}, "epochs": 4}, 5 + 3 + 1 + 1),
         ({"max_steps": 7}, 7),
         ({"epochs": -1, "max_steps": 7}, 7),
         ({"limit_train_batches": 3}, 6),
@@ -562,7 +565,7 @@ def test_the_launcher_names_the_methods_that_there_are(options, tmp_path, capsys
         (["--methods", "sane", "main.py"], "PATH/main.py --methods sane"),
         (["nowhere/main.py"], "git clone https://github.com/lightly-ai/lightly"),
         (["empty.py"], "defines no METHODS, parser, main"),
-        (["text.txt"], "is no Python script"),
+        (["text.txt"], "there is no script text.txt"),
     ],
 )
 def test_the_launcher_says_what_is_wrong(arguments, message, tmp_path, capsys):

@@ -49,11 +49,11 @@ def test_the_width_of_the_features_is_found(create, width):
     ("create", "arguments", "message"),
     [
         (nn.Flatten, {}, "pass feature_dim"),
-        (mobilenet_v3_small, {}, "take off its classifier, if it has one, and pass feature_dim"),
+        (mobilenet_v3_small, {}, "take off its classifier and pass feature_dim"),
         (vit_b_16, {}, "take off its classifier"),
         (lambda: timm.create_model("mobilenetv3_small_050"), {}, "take off its classifier"),
         (lambda: timm.create_model("resnet18", features_only=True), {}, "pass feature_dim"),
-        (backbone, {"feature_dim": 99}, "puts out 12 features, not 99: .* pass feature_dim=12"),
+        (backbone, {"feature_dim": 99}, "puts out 12 features, not 99: pass feature_dim=12"),
         (backbone, {"projection_head": nn.Linear(99, 4)}, "projection_head, a Linear, fails .* feature_dim=12"),
         (backbone, {"projection_head": nn.LazyLinear(4)}, "lazy layers"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), {"feature_dim": 4}, "lazy layers"),
@@ -126,6 +126,14 @@ def test_networks_of_other_dtypes(dtype, precision):
         losses = Losses()
         train(model, epochs=1, precision=precision, callbacks=[losses], limit_val_batches=0)
         assert all(loss == loss for loss in losses.values)
+
+
+def test_backbone_and_head_of_two_dtypes_are_refused_in_the_first_step():
+    for head in (nn.Linear(WIDTH, 4).double(), nn.Linear(WIDTH, 4).half()):
+        with pytest.raises(ValueError, match=f"puts out torch.float32, but projection_head is {head.weight.dtype}"):
+            train(build(projection_head=head), epochs=1)
+    train(build(projection_head=nn.Linear(WIDTH, 4).double()), epochs=1, precision="64-true")
+    train(build(projection_head=nn.Linear(WIDTH, 4).bfloat16()), epochs=1, precision="bf16-mixed")
 
 
 def test_no_head_at_all():

@@ -37,15 +37,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def load(path: Path) -> ModuleType:
     """The script as a module, importing its neighbours as if it had been run."""
-    if not path.is_file():
+    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
+    if spec is None or spec.loader is None:  # or no .py
         raise SystemExit(
             f"there is no script {path}; get lightly's with: git clone https://github.com/lightly-ai/lightly, and pass "
             "lightly/benchmarks/imagenet/resnet50/main.py"
         )
     sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"{path} is no Python script")
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # for pickle: what the script defines belongs to this name
     spec.loader.exec_module(module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from torch.optim import SGD
 
 from slr_plugin import CosineConfidence, Mix
 from slr_plugin.adapters._random import seed_mixing
+from slr_plugin.adapters._steps import epoch_steps, first_step, run_steps
 from slr_plugin.adapters.lightly.knn import KNNVote
 from slr_plugin.adapters.lightly.networks import checked_features, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
@@ -192,18 +192,17 @@ class SANE(LightningModule):
             momentum=self.preset.momentum,
             weight_decay=self.preset.weight_decay,
         )
-        steps, batches = self._steps(), self.trainer.num_training_batches
-        if self.warmup_epochs and batches == float("inf"):
+        steps, warmup = run_steps(self.trainer), epoch_steps(self.trainer, self.warmup_epochs)
+        if warmup == float("inf"):
             raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
-        warmup = self.warmup_epochs and self.warmup_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=warmup, max_epochs=steps)
+        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(warmup), max_epochs=steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def on_fit_start(self) -> None:
         """Let the confidence grow from the beginning of this run to its end."""
-        self._begin = self._first_step()
+        self._first_step = first_step(self.trainer)
         if isinstance(self.confidence, tuple | list):
-            self.criterion.confidence = self._schedule(self._steps())
+            self.criterion.confidence = self._schedule(run_steps(self.trainer))
 
     def on_train_start(self) -> None:
         """Seed the mixing: by the global seed, the process, and where a run goes on."""
@@ -211,25 +210,11 @@ class SANE(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Place the confidence at the trainer's step; warn if the learning rate is meant for other batches."""
-        self.criterion.set_step(self.trainer.global_step - self._begin)
+        self.criterion.set_step(self.trainer.global_step - self._first_step)
         _, targets = checked_views(batch, mixes=self.mixup is not None)
         if self.trainer.global_step == batch_idx == 0 and len(targets) != self.batch_size_per_device:
             seen = f"batch_size_per_device={self.batch_size_per_device} but the batch has {len(targets)} images"
             warnings.warn(f"{seen}: pass the DataLoader's batch_size, and drop_last=True to it", stacklevel=2)
-
-    def _first_step(self) -> int:
-        """The trainer's count where this run begins: a second fit counts on. Not to be asked once it is restored."""
-        return 0 if self.trainer.ckpt_path else self.trainer.global_step
-
-    def _steps(self) -> int:
-        """The optimizer steps of this run."""
-        steps = self.trainer.estimated_stepping_batches - self._first_step()
-        if not 0 < steps < float("inf"):
-            raise ValueError(
-                f"the schedules reach their ends with the run, which has {steps} steps: set max_epochs or max_steps of "
-                "the Trainer (max_steps where the data have no length)"
-            )
-        return int(steps)
 
     def _schedule(self, total_steps: int) -> float | Callable[[int], float]:
         if not isinstance(self.confidence, tuple | list):
@@ -239,7 +224,7 @@ class SANE(LightningModule):
         return CosineConfidence(*self.confidence, total_steps=total_steps)
 
     def _features(self, images: Tensor) -> Tensor:
-        return checked_features(self(images), self.online_classifier.feature_dim)
+        return checked_features(self(images), self.online_classifier.feature_dim, self.projection_head)
 
     def _mixed_queries(self, views: Sequence[Tensor]) -> tuple[()] | tuple[list[Tensor], list[Mix]]:
         """The trained network's projections of every crop's mixed images, and how they were mixed."""

@@ -31,13 +31,16 @@ def complete(
         ) from error
 
 
-def checked_features(features: Any, feature_dim: int) -> Tensor:
-    """The features (s, feature_dim), or a ValueError: a backbone that could not be measured is believed until here."""
+def checked_features(features: Any, feature_dim: int, head: nn.Module) -> Tensor:
+    """Features (s, feature_dim) for the head, or a ValueError: what could not be measured is believed until here."""
     if not isinstance(features, Tensor):
         raise ValueError(f"the backbone must put out a tensor of features, got {type(features).__name__}")
     flat: Tensor = features.flatten(start_dim=1)
     if flat.shape[1] != feature_dim:
         raise ValueError(f"the backbone puts out {flat.shape[1]} features: pass feature_dim={flat.shape[1]}")
+    dtype = next((parameter.dtype for parameter in head.parameters()), flat.dtype)
+    if flat.dtype != dtype and not torch.is_autocast_enabled(flat.device.type):
+        raise ValueError(f"the backbone puts out {flat.dtype}, but projection_head is {dtype}: give both one dtype")
     return flat
 
 
@@ -59,14 +62,13 @@ def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[n
         feature_dim = known if measured is None or ends_in_classifier else measured
     if feature_dim is None:
         raise ValueError(
-            f"feature_dim cannot be read off this backbone, a {name}: take off its classifier, if it has one, and pass "
-            "feature_dim, the number of features of an image"
+            f"the features of this backbone, a {name}, cannot be counted: take off its classifier and pass feature_dim"
         )
     check_integer("feature_dim", feature_dim, low=1)
     if measured not in (None, feature_dim):
         raise ValueError(
-            f"the backbone, a {name}, puts out {measured} features, not {feature_dim}: take off its classifier, if it "
-            f"has one, or pass feature_dim={measured}"
+            f"the backbone, a {name}, puts out {measured} features, not {feature_dim}: pass feature_dim={measured}, or "
+            "take off its classifier"
         )
     return backbone, feature_dim
 

@@ -37,16 +37,17 @@ _OPERATIONS = [
 _DRAWS = 5
 _PROBABILITY = 0.5 * len(_OPERATIONS) / (len(_OPERATIONS) + 1)
 
+_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of images that are tensors
+
 View = Callable[[Image | Tensor], Tensor]
 
 
 class SANETransform(MultiViewTransform):
     """Two views by MoCo v2's augmentation, then two crops for every entry of ``crops``.
 
-    The order is that of lightly's MoCoV2: ``[key, query, positive of crop 0, query of crop 0, positive of crop 1,
-    ...]``. :class:`SANE` contrasts the first two and mixes each later pair, theta x query + (1 - theta) x another
-    image's positive; of two views alone it mixes these. So what is mixed are always two crops of one size from the
-    same batch.
+    The order is lightly's: ``[key, query, positive of crop 0, query of crop 0, positive of crop 1, ...]``.
+    :class:`SANE` contrasts the first two and mixes each later pair, theta x query + (1 - theta) x another image's
+    positive; of two views alone it mixes these.
 
     Args:
         input_size: side of the two views in pixels.
@@ -58,13 +59,9 @@ class SANETransform(MultiViewTransform):
         augmentation: arguments of lightly's MoCoV2Transform in place of its defaults, for all views alike.
 
     Raises:
-        ValueError: a size below 1.
-        TypeError: a size is not an integer, ``strong`` is no bool, an augmentation is unknown, or an image of no known
-            kind.
+        ValueError: a size is below 1.
+        TypeError: an argument is of the wrong type, or an image of none that has views.
         ImportError: ``strong`` without timm.
-
-    Warns:
-        UserWarning: once per process, for an image smaller than ``input_size``: it is enlarged.
 
     >>> from PIL import Image
     >>> views = SANETransform(input_size=32, crops=(32, 24))(Image.new("RGB", (40, 40)))
@@ -88,10 +85,9 @@ class SANETransform(MultiViewTransform):
             return MoCoV2Transform(input_size=size, **augmentation).transforms[0]  # type: ignore[no-any-return]
 
         # (positive, query) per crop; None where a view is taken over.
-        self._pairs: list[tuple[View | None, View | None]] = []
-        for size in self.crops:
-            query = None if size == input_size else view(size)
-            self._pairs.append((_strengthen(view(size)) if strong else query, query))
+        queries = [None if size == input_size else view(size) for size in self.crops]
+        positives = [_strengthen(view(size)) for size in self.crops] if strong else queries
+        self._pairs: list[tuple[View | None, View | None]] = list(zip(positives, queries, strict=True))
         super().__init__([view(input_size)] * 2)
 
     @classmethod
@@ -106,14 +102,9 @@ class SANETransform(MultiViewTransform):
         ``strong`` makes grey ones RGB, and takes no tensors.
         """
         image = self._prepared(image)
-        self._check_size(image)
         views: list[Tensor] = super().__call__(image)  # type: ignore[assignment]
-        key, query = views
-        for positive_crop, query_crop in self._pairs:
-            views += [
-                positive_crop(image) if positive_crop else key,
-                query_crop(image) if query_crop else query,
-            ]
+        for pair in self._pairs:
+            views += [crop(image) if crop else view for crop, view in zip(pair, views[:2], strict=True)]
         return views
 
     def __repr__(self) -> str:
@@ -122,28 +113,23 @@ class SANETransform(MultiViewTransform):
     def _prepared(self, image: Any) -> Image | Tensor:
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
             image = to_pil_image(image)
-        if isinstance(image, Image) and image.mode[0] not in "IF":  # RGB would cut their values off at 255
-            return image if image.mode == "L" and not self.strong else image.convert("RGB")
         if isinstance(image, Tensor) and self.strong:
             raise TypeError("strong=True needs PIL images, got a tensor; take strong=False")
-        is_image = isinstance(image, Tensor) and image.ndim == 3 and len(image) in (1, 3)
-        if is_image and (image.is_floating_point() or image.dtype == torch.uint8):
-            return image  # type: ignore[no-any-return]
-        seen = [f"{name} {getattr(image, name)}" for name in ("mode", "shape", "dtype") if hasattr(image, name)]
-        raise TypeError(
-            "an image must be PIL's or numpy's with 8 bits per channel, or a tensor (1 or 3, height, width) of uint8 "
-            f"or floats, got {type(image).__name__} {', '.join(seen)}"
-        )
-
-    def _check_size(self, image: Image | Tensor) -> None:
-        width, height = image.size if isinstance(image, Image) else (image.shape[-1], image.shape[-2])
-        if min(width, height) < self.input_size:
-            warnings.warn(  # the default filter shows it once per process
-                f"images smaller than the crop are enlarged to {self.input_size} x {self.input_size} pixels (one of "
-                "them by its shorter side); if the whole data set is small, pass its size, "
-                "SANETransform(input_size=...), or SANETransform.cifar10()",
-                stacklevel=2,
+        if isinstance(image, Image) and image.mode[0] not in "IF":  # RGB would cut their values off at 255
+            image = image if image.mode == "L" and not self.strong else image.convert("RGB")
+        elif not (isinstance(image, Tensor) and image.ndim == 3 and len(image) in (1, 3) and image.dtype in _DTYPES):
+            seen = [f"{name} {getattr(image, name)}" for name in ("mode", "shape", "dtype") if hasattr(image, name)]
+            raise TypeError(
+                "an image must be PIL's or numpy's of 8 bits per channel, or a tensor (1 or 3, height, width) of uint8 "
+                f"or floats, got {type(image).__name__} {', '.join(seen)}"
             )
+        if min(image.size if isinstance(image, Image) else image.shape[1:]) < self.input_size:
+            warnings.warn(  # the default filter shows it once per process
+                f"images smaller than {self.input_size} x {self.input_size} pixels are enlarged: if the whole data set "
+                "is small, pass its size, SANETransform(input_size=...), or SANETransform.cifar10()",
+                stacklevel=3,
+            )
+        return image  # type: ignore[no-any-return]
 
 
 def _strengthen(view: View) -> View:
