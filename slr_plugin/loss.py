@@ -37,11 +37,16 @@ class Call(NamedTuple):
     entering: Tensor | None  # the keys that enter the queue, of all processes; None if nothing advances
     entering_estimators: Tensor | None
 
+    def mean_cosine(self) -> Tensor:
+        """The mean product () of the queries and their positives."""
+        positives = self.key_set.positives.detach()
+        return (self.trained.detach()[: len(positives)] * positives).mean()
+
 
 class Place(NamedTuple):
     """Where in the run a call stands."""
 
-    keys_sum: Any  # of its keys, () tensor
+    cosine: Any  # of its queries and keys, () tensor, by which it is known again
     step: Tensor
     version: int  # of the queue
     advanced: bool
@@ -59,6 +64,9 @@ class SLRLoss(HasSettings):
     all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
 
     All settings but the queue's may be assigned later and are checked then, as here.
+
+    Keep the loss out of a model whose buffers are averaged too (``AveragedModel(use_buffers=True)``, timm's
+    ``ModelEmaV3``): a mean of queues or of step counts is none. Average the encoder alone.
 
     Args:
         temperature: tau, not 0 (:math:`|\tau| \ge 10^{-8}`). A tensor with one value, such as a parameter, gets its
@@ -128,13 +136,6 @@ class SLRLoss(HasSettings):
         self.refined_weight = refined_weight
         self.in_batch_keys = in_batch_keys
         self.memory_bank = KeyQueue(memory_bank_size, estimator_dim)
-        if symmetric is not None:
-            check_flag("symmetric", symmetric)
-        if symmetric and len(self.memory_bank):
-            raise ValueError(
-                "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
-                "directions call one loss per direction"
-            )
         self.symmetric = not len(self.memory_bank) if symmetric is None else symmetric
         self.chunk_size = None
         self._labels = None
@@ -329,16 +330,16 @@ class SLRLoss(HasSettings):
         if not len(self.memory_bank) and not callable(self.confidence):
             return place, advances
         if not repeated:
-            self._places.append(place._replace(keys_sum=call.key_set.positives.detach().sum(), step=self.step.clone()))
+            self._places.append(place._replace(cosine=call.mean_cosine(), step=self.step.clone()))
             return place, advances
         with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
-            keys_sum = str(call.key_set.positives.detach().sum().item())  # as a string, of which nan equals itself
+            cosine = str(call.mean_cosine().item())  # as a string, of which nan equals itself
             for place in reversed(self._places):
-                if place.advanced == (updates and not advances) and str(place.keys_sum.item()) == keys_sum:
+                if place.advanced == (updates and not advances) and str(place.cosine.item()) == cosine:
                     moved = advances and int(place.step) != int(self.step)
                     return place._replace(version=-1) if moved else place, advances
         raise RuntimeError(
-            "activation checkpointing repeats a call of SLRLoss too long ago, or with other keys: checkpoint the "
+            "activation checkpointing repeats a call of SLRLoss too long ago, or with other features: checkpoint the "
             "encoder without the loss"
         )
 
