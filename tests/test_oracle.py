@@ -44,11 +44,11 @@ MODES = {
     "symmetric_negatives": Mode(False, symmetric=True, negatives=3),
     "symmetric_mixed_negatives": Mode(False, 1, negatives=4),
     "queue_estimator": Mode(True, estimator_dim=4),
-    "queue_mixed_estimator": Mode(True, 1, estimator_dim=2),
+    "queue_mixed_estimator": Mode(True, 1, estimator_dim=4),
     "own_positive_estimator": Mode(True, in_batch_keys=False, estimator_dim=4),
     "one_direction_estimator": Mode(False, symmetric=False, estimator_dim=4),
     "symmetric_estimator": Mode(False, estimator_dim=4),
-    "symmetric_mixed_estimator": Mode(False, 1, estimator_dim=2),
+    "symmetric_mixed_estimator": Mode(False, 1, estimator_dim=4),
 }
 QUEUE_MODES = [name for name, mode in MODES.items() if mode.queue]
 LABEL_MODES = [name for name, mode in MODES.items() if not mode.crops]
