@@ -124,6 +124,10 @@ def _count(value: Any) -> str:
 
 
 def _check_features(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and not value.dtype.is_floating_point and value.ndim == 1:
+        raise TypeError(
+            f"{name} must be features (batch, dimension), got {value.dtype}: the loss takes no class labels"
+        )
     check_float_tensor(name, value)
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(f"{name} must have shape (batch, dimension), both >= 1, got {tuple(value.shape)}")

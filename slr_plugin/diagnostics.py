@@ -99,13 +99,13 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
     others = elsewhere.sum(1).clamp(min=1).to(labels)
     one_hot = positive.to(labels)
     blind = mass(positive)[:, None] * one_hot + (mass(elsewhere) / others)[:, None] * elsewhere
-    heaviest = labels.masked_fill(~elsewhere, -1.0).argmax(1)
+    largest, heaviest = labels.masked_fill(~elsewhere, -1.0).max(1)
     return LabelQuality(
         own=mean(mass(positive)),
         same=mean(mass(same & ~positive)),
         other=mean(mass(known & ~same)),
         chance=mean((same & elsewhere).sum(1) / others),
-        nearest=mean(same.gather(1, heaviest[:, None])[:, 0].to(labels)),
+        nearest=mean(same.gather(1, heaviest[:, None])[:, 0] + 0 * largest),  # not a number where the labels are not
         distance=distance(labels),
         one_hot_distance=distance(one_hot),
         blind_distance=distance(blind),
@@ -215,6 +215,7 @@ class LabelMonitor:
         """Take the announcement, which belongs to this call even if it raises."""
         self._classes, self._announced = self._announced, None
 
+    @torch.no_grad()
     def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
         """Measure the labels, if announced, while the queue still holds the keys that they spread over."""
         size = len(key_set.positives)

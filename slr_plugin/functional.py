@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin._inputs import checked_features
-from slr_plugin.checks import check_float_tensor
+from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
@@ -69,10 +69,19 @@ def slr_loss(
         check_float_tensor("queue", queue)
         if queue.ndim != 2 or queue.shape[1] != queries.shape[1]:
             raise ValueError(f"queue must have shape (n, {queries.shape[1]}), got {tuple(queue.shape)}")
+        if queue.is_meta and not queries.is_meta:
+            raise ValueError("queue is on the meta device, which holds no values")
+    if symmetric is not None:
+        check_flag("symmetric", symmetric)
     if symmetric and queue is not None:
         raise ValueError("symmetric=True compares both views with both and takes no queue: pass queue=None")
     if features.mixes and not in_batch_keys:
         raise ValueError("mixed queries need labels over the batch's keys: pass in_batch_keys=True")
+    check_setting("in_batch_keys", in_batch_keys)
+    if not in_batch_keys and queue is None and symmetric is False and negatives is None:
+        raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
+    if callable(confidence):
+        raise TypeError("confidence must be a number here, since a function counts no steps: pass schedule(step)")
     confidence = check_setting("confidence", confidence)
     settings = Settings(
         check_setting("temperature", temperature),
@@ -85,7 +94,7 @@ def slr_loss(
         features.trained[: len(queries)],
         features.positives,
         features.negatives,
-        in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
+        in_batch_keys=in_batch_keys,
         symmetric=queue is None if symmetric is None else symmetric,
     )
     if queue is not None:

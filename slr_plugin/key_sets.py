@@ -41,6 +41,11 @@ class KeySet(NamedTuple):
         """Whether the rows are keys too: both views against both."""
         return bool(self.itself)
 
+    @property
+    def is_square(self) -> bool:
+        """Whether the rows are all keys: half of the logits are then enough."""
+        return self.keys is self.rows and self.queue is None
+
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""
         return self.rows.roll(len(self.positives), 0) if self.is_symmetric else self.positives

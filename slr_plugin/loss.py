@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
 
 from slr_plugin import dense
 from slr_plugin._inputs import checked_features
@@ -35,6 +37,20 @@ class Call(NamedTuple):
     entering: Tensor | None  # the keys that enter the queue, of all processes; None if nothing advances
     entering_estimators: Tensor | None
 
+    def mean_cosine(self) -> Tensor:
+        """The mean product () of the queries and their positives."""
+        positives = self.key_set.positives.detach()
+        return (self.trained.detach()[: len(positives)] * positives).mean()
+
+
+class Place(NamedTuple):
+    """Where in the run a call stands."""
+
+    cosine: Any  # of its queries and keys, () tensor, by which it is known again
+    step: Tensor
+    version: int  # of the queue
+    advanced: bool
+
 
 class SLRLoss(HasSettings):
     r"""Contrastive loss whose labels are refined during training; takes the place of lightly's NTXentLoss.
@@ -48,6 +64,9 @@ class SLRLoss(HasSettings):
     all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
 
     All settings but the queue's may be assigned later and are checked then, as here.
+
+    Keep the loss out of a model whose buffers are averaged too (``AveragedModel(use_buffers=True)``, timm's
+    ``ModelEmaV3``): a mean of queues or of step counts is none. Average the encoder alone.
 
     Args:
         temperature: tau, not 0 (:math:`|\tau| \ge 10^{-8}`). A tensor with one value, such as a parameter, gets its
@@ -88,7 +107,7 @@ class SLRLoss(HasSettings):
     """
 
     step: Tensor
-    _last_sum: Tensor | None  # of the keys that entered last
+    _places: deque[Place]  # of the newest calls, where they matter
     _labels: Labels | None  # of the last call
     _confidence: float | Tensor
 
@@ -117,18 +136,11 @@ class SLRLoss(HasSettings):
         self.refined_weight = refined_weight
         self.in_batch_keys = in_batch_keys
         self.memory_bank = KeyQueue(memory_bank_size, estimator_dim)
-        if symmetric is not None:
-            check_flag("symmetric", symmetric)
-        if symmetric and len(self.memory_bank):
-            raise ValueError(
-                "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
-                "directions call one loss per direction"
-            )
         self.symmetric = not len(self.memory_bank) if symmetric is None else symmetric
         self.chunk_size = None
         self._labels = None
         self.observers: list[Observer] = []
-        self._last_sum = None
+        self._places = deque(maxlen=64)
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
@@ -164,15 +176,15 @@ class SLRLoss(HasSettings):
         for observer in self.observers:
             observer.begin()
         call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
-        repeated = self._is_repeated(call.entering)
-        moved_on = repeated and (len(self.memory_bank) > 0 or self._mu is None)
-        settings = self.settings_at(self.step, call.key_set.rows.dtype)._replace(stale=moved_on)
+        place, advances = self._place(call)
+        settings = self.settings_at(place.step, call.key_set.rows.dtype)
+        settings = settings._replace(stale=place.version != self.memory_bank.version)
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
         self._labels, self._confidence = labels, settings.confidence
         for observer in self.observers:
             observer.compare(call.key_set, lambda: dense.labels(call.key_set, settings))
-        if not repeated:
+        if advances:
             self._advance(call)
         return loss
 
@@ -229,7 +241,6 @@ class SLRLoss(HasSettings):
         """Start again: a fresh random queue, step 0. Called after ``to_empty``, which leaves no values."""
         self.memory_bank.reset_parameters()
         self.step.zero_()
-        self._last_sum = None
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
@@ -303,19 +314,40 @@ class SLRLoss(HasSettings):
             key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
         return Call(key_set, features.trained, features.mixes, *entering)
 
-    def _is_repeated(self, entering: Tensor | None) -> bool:
-        """Whether activation checkpointing repeats, in the backward, the call by which the queue advanced last."""
-        if torch.compiler.is_compiling() or entering is None or self._last_sum is None:
-            return False
-        return torch._C._current_graph_task_id() != -1 and bool(entering.detach().sum() == self._last_sum)
+    def _place(self, call: Call) -> tuple[Place, bool]:
+        """Where in the run a call stands, and whether it advances.
+
+        Activation checkpointing repeats calls in the backward, after the queue and the step may have moved on: a call
+        is known again by its keys. Reentrant, only the repetition advances, since the first run records no gradient.
+        """
+        updates = advances = call.entering is not None
+        place = Place(None, self.step, self.memory_bank.version, updates)
+        if torch.compiler.is_compiling():
+            return place, updates
+        repeated = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+        if repeated:
+            advances = updates and "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
+        if not len(self.memory_bank) and not callable(self.confidence):
+            return place, advances
+        if not repeated:
+            self._places.append(place._replace(cosine=call.mean_cosine(), step=self.step.clone()))
+            return place, advances
+        with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
+            cosine = str(call.mean_cosine().item())  # as a string, of which nan equals itself
+            for place in reversed(self._places):
+                if place.advanced == (updates and not advances) and str(place.cosine.item()) == cosine:
+                    moved = advances and int(place.step) != int(self.step)
+                    return place._replace(version=-1) if moved else place, advances
+        raise RuntimeError(
+            "activation checkpointing repeats a call of SLRLoss too long ago, or with other features: checkpoint the "
+            "encoder without the loss"
+        )
 
     @torch.no_grad()
     def _advance(self, call: Call) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
-        if call.entering is None:
-            return
-        total = call.entering.sum()
-        accepted = total.abs() < torch.inf  # as it is where all keys are finite, since they have unit length
+        assert call.entering is not None
+        accepted = call.entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
         if len(self.memory_bank):
             enqueued = self.memory_bank.enqueue(call.entering, call.entering_estimators, accepted)
             for observer in self.observers:
@@ -325,4 +357,3 @@ class SLRLoss(HasSettings):
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:
             self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
-            self._last_sum = total

@@ -125,7 +125,7 @@ def _pass(
         scale=scale,
         bound=bound,
         hidden=hidden,
-        symmetric=key_set.keys is key_set.rows and compared is rows,
+        symmetric=key_set.is_square and compared is rows,
         chunk_size=settings.chunk_size,
         stale=settings.stale,
     )

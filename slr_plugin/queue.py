@@ -69,6 +69,11 @@ class KeyQueue(nn.Module):
         """The dimension d of the keys; 0 while it is not known."""
         return self.bank.shape[1]
 
+    @property
+    def version(self) -> int:
+        """A number that changes when keys do."""
+        return 0 if torch.compiler.is_compiling() or self.bank.is_inference() else self.bank._version
+
     def check(self, features: Tensor, estimators: Tensor | None = None) -> None:
         """Raise unless features (s, d), and (s, e), could enter the queue, or there is none."""
         if not self.size:

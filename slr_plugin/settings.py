@@ -63,6 +63,7 @@ class HasSettings(nn.Module):
     refined_weight: float
     in_batch_keys: bool
     gather_distributed: bool
+    symmetric: bool
     chunk_size: int | None
     _NAMES = (
         "temperature",
@@ -71,6 +72,7 @@ class HasSettings(nn.Module):
         "refined_weight",
         "in_batch_keys",
         "gather_distributed",
+        "symmetric",
         "chunk_size",
     )
     _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
@@ -81,6 +83,11 @@ class HasSettings(nn.Module):
         """Check a setting, here and wherever it is assigned later."""
         if name in self._NAMES:
             value = check_setting(name, value)
+            if name == "symmetric" and value and len(self.memory_bank):  # type: ignore[arg-type]
+                raise ValueError(
+                    "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
+                    "directions call one loss per direction"
+                )
             if name == "confidence":
                 self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
                 self._refines = callable(value) or value > 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from slr_plugin import Mix, SLRLoss
 
-INPUTS = ("out0", "out1", "mixed")
+INPUTS = ("out0", "out1", "mixed", "negatives")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,10 +34,10 @@ class KeySet(NamedTuple):
     """Rows and the keys they meet: ``allowed[i, k]`` says whether key k is one of row i's."""
 
     queries: Tensor  # (rows, d) f(x_i)
-    estimators: Tensor  # (rows, d) g(x~_i), which estimates the label of row i
     keys: Tensor  # (K, d)
     own: Tensor  # (rows,) the index of row i's positive among the keys
     allowed: Tensor  # (rows, K) bool
+    scores: Tensor  # (rows, K) the cosines that make p and q: of row i's estimator with key k, both as the estimator's
 
 
 class Labels(NamedTuple):
@@ -67,28 +67,36 @@ class Answer(NamedTuple):
         }
 
 
-def shared_keys(out0: Tensor, out1: Tensor, bank: Tensor) -> KeySet:
-    """The paper's key set: the positives of the minibatch, then the queue, for every row."""
-    keys = torch.cat([out1, bank])
-    s = len(out0)
-    return KeySet(out0, out1, keys, torch.arange(s), torch.ones(s, len(keys), dtype=torch.bool))
+def shared_keys(out0: Tensor, out1: Tensor, further: Tensor, estimator: Tensor, estimator_further: Tensor) -> KeySet:
+    """The paper's key set: the positives of the minibatch, then ``further`` keys, for every row."""
+    keys, s = torch.cat([out1, further]), len(out0)
+    scores = estimator @ torch.cat([estimator, estimator_further]).T
+    return KeySet(out0, keys, torch.arange(s), torch.ones(s, len(keys), dtype=torch.bool), scores)
 
 
-def own_positive_keys(out0: Tensor, out1: Tensor, bank: Tensor) -> KeySet:
-    """MoCo's key set: row i meets its own positive and the queue."""
-    shared = shared_keys(out0, out1, bank)
-    s = len(out0)
+def own_positive_keys(*args: Tensor) -> KeySet:
+    """MoCo's key set: row i meets its own positive and the further keys."""
+    shared = shared_keys(*args)
+    s = len(shared.queries)
     allowed = shared.allowed.clone()
     allowed[:, :s] = torch.eye(s, dtype=torch.bool)
     return shared._replace(allowed=allowed)
 
 
-def symmetric_keys(out0: Tensor, out1: Tensor) -> KeySet:
-    """SimCLR's: both views are rows and keys; a row meets all but itself, its other view estimates its label."""
+def symmetric_keys(out0: Tensor, out1: Tensor, negatives: Tensor, estimator: Tensor | None) -> KeySet:
+    """SimCLR's: both views are rows and keys; a row meets all but itself, its other view estimates its label.
+
+    Further negatives are keys of every row. Features that estimate in the views' place are the same for both.
+    """
     s = len(out0)
     views = torch.cat([out0, out1])
     own = (torch.arange(2 * s) + s) % (2 * s)
-    return KeySet(views, views[own], views, own, ~torch.eye(2 * s, dtype=torch.bool))
+    keys = torch.cat([views, negatives])
+    others = torch.cat([~torch.eye(2 * s, dtype=torch.bool), torch.ones(2 * s, len(negatives), dtype=torch.bool)], 1)
+    if estimator is None:
+        return KeySet(views, keys, own, others, views[own] @ keys.T)
+    estimators = torch.cat([estimator, estimator])
+    return KeySet(views, keys, own, others, estimators @ estimators.T)
 
 
 def softmax_over(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -103,8 +111,8 @@ def softmax_over(scores: Tensor, allowed: Tensor) -> Tensor:
 @torch.no_grad()
 def refine(key_set: KeySet, tau: float, sharpening: float, mu: float) -> Labels:
     """Equation (5) and the lines that define p, q, alpha, beta and z."""
-    _, estimators, keys, own, allowed = key_set
-    scores = estimators @ keys.T / (tau * sharpening)
+    _, keys, own, allowed, cosines = key_set
+    scores = cosines / (tau * sharpening)
     onehot = F.one_hot(own, len(keys)).to(scores)
     p = softmax_over(scores, allowed)
     q = softmax_over(scores, allowed & ~onehot.bool())
@@ -133,25 +141,41 @@ def slr(
     mix: list[Mix] | None = None,
     *,
     bank: Tensor | None = None,
+    negatives: Tensor | None = None,
+    estimator: Tensor | None = None,
+    estimator_bank: Tensor | None = None,
     temperature: float = 0.5,
     sharpening: float = 1.0,
     confidence: float = 1.0,
     refined_weight: float = 0.5,
     in_batch_keys: bool = True,
+    symmetric: bool | None = None,
 ) -> Answer:
-    """Equation (9), in the dtype of its inputs (the tests give float64)."""
+    """Equation (9), in the dtype of its inputs (the tests give float64).
+
+    ``negatives`` stand behind the batch's keys and before the queue. ``estimator`` (s, e) and ``estimator_bank`` (n, e)
+    stand in for the positives and the queue wherever p and q are made.
+    """
     out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-    if bank is None:
-        plain = symmetric_keys(out0, out1)
+    negatives = out1[:0] if negatives is None else F.normalize(negatives, dim=1)
+    further = negatives if bank is None else torch.cat([negatives, bank.to(out0)])
+    features = None if estimator is None else F.normalize(estimator, dim=1)
+    if features is None:
+        one_direction = (out0, out1, further, out1, further)
+    else:  # which come without negatives
+        queue = features[:0] if bank is None else estimator_bank.to(out0)
+        one_direction = (out0, out1, further, features, queue)
+    if symmetric or (symmetric is None and bank is None):
+        plain = symmetric_keys(out0, out1, negatives, features)
     else:
-        plain = (shared_keys if in_batch_keys else own_positive_keys)(out0, out1, bank.to(out0))
+        plain = (shared_keys if in_batch_keys else own_positive_keys)(*one_direction)
     first = one_hot_loss(plain, temperature)
     if not mixed:
         labels = refine(plain, temperature, sharpening, confidence)
         second = cross_entropy(plain.queries, plain, labels.ybar, temperature)
         refined = plain
     else:
-        refined = shared_keys(out0, out1, out0[:0] if bank is None else bank.to(out0))
+        refined = shared_keys(*one_direction)
         labels = refine(refined, temperature, sharpening, confidence)
         second = torch.zeros((), dtype=out0.dtype)
         for crop, (theta, partner) in zip(mixed, mix, strict=True):
@@ -174,13 +198,16 @@ def dense_labels(answer: Answer, in_batch_keys: bool = True) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """One minibatch. ``bank`` is None without a queue; ``mixed`` and ``mix`` are empty without mixed queries."""
+    """One minibatch; what it does not have is None, or empty for ``mixed`` and ``mix``."""
 
     out0: Tensor
     out1: Tensor
     mixed: list[Tensor]
     mix: list[Mix]
     bank: Tensor | None
+    negatives: Tensor | None = None
+    estimator: Tensor | None = None
+    estimator_bank: Tensor | None = None
 
     def leaves(self, names: tuple[str, ...] = INPUTS, dtype: torch.dtype | None = None) -> Batch:
         """A copy whose features named in ``names`` are fresh leaves that require grad."""
@@ -188,24 +215,46 @@ class Batch(NamedTuple):
         def leaf(name: str, value: Tensor) -> Tensor:
             return value.detach().to(dtype or value.dtype, copy=True).requires_grad_(name in names)
 
-        mixed = [leaf("mixed", crop) for crop in self.mixed]
-        return self._replace(out0=leaf("out0", self.out0), out1=leaf("out1", self.out1), mixed=mixed)
+        return self._replace(
+            out0=leaf("out0", self.out0),
+            out1=leaf("out1", self.out1),
+            mixed=[leaf("mixed", crop) for crop in self.mixed],
+            negatives=None if self.negatives is None else leaf("negatives", self.negatives),
+            estimator=None if self.estimator is None else leaf("estimator", self.estimator),
+        )
 
     def features(self) -> list[Tensor]:
-        return [self.out0, self.out1, *self.mixed]
+        """What may be trained."""
+        return [self.out0, self.out1, *self.mixed, *([] if self.negatives is None else [self.negatives])]
+
+    def with_queue_of(self, criterion: SLRLoss) -> Batch:
+        """The batch with the queue that the criterion has now."""
+        if self.bank is None:
+            return self
+        memory = criterion.memory_bank
+        second = None if self.estimator_bank is None else memory.estimator_bank.clone()
+        return self._replace(bank=memory.bank.clone(), estimator_bank=second)
 
 
 def make_batch(
-    s: int, d: int, n: int = 0, crops: int = 0, *, dtype: torch.dtype = torch.float64, seed: int = 0
+    s: int,
+    d: int,
+    n: int = 0,
+    crops: int = 0,
+    *,
+    negatives: int = 0,
+    estimator_dim: int = 0,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> Batch:
     """Random features of lengths 0.5 to 3.5; positives and ``crops`` mixtures lean to their query; any partners."""
     rng = torch.Generator().manual_seed(seed + 1000 * s + 100 * d + 10 * n + crops)
 
-    def directions(count: int, lean: Tensor | float = 0.0) -> Tensor:
-        return F.normalize(torch.randn(count, d, generator=rng, dtype=torch.float64) + lean, dim=1)
+    def directions(count: int, lean: Tensor | float = 0.0, width: int = d) -> Tensor:
+        return F.normalize(torch.randn(count, width, generator=rng, dtype=torch.float64) + lean, dim=1)
 
-    def features(lean: Tensor | float = 0.0) -> Tensor:
-        return directions(s, lean) * (0.5 + 3 * torch.rand(s, 1, generator=rng, dtype=torch.float64))
+    def features(lean: Tensor | float = 0.0, count: int = s, width: int = d) -> Tensor:
+        return directions(count, lean, width) * (0.5 + 3 * torch.rand(count, 1, generator=rng, dtype=torch.float64))
 
     out0 = features()
     toward = F.normalize(out0, dim=1)
@@ -215,29 +264,44 @@ def make_batch(
         Mix(torch.rand(s, generator=rng, dtype=torch.float64), torch.randint(s, (s,), generator=rng))
         for _ in range(crops)
     ]
-    return Batch(out0.to(dtype), out1, mixed, mix, directions(n).float() if n else None)
+    bank = directions(n).float() if n else None
+    return Batch(
+        out0.to(dtype),
+        out1,
+        mixed,
+        mix,
+        bank,
+        features(count=negatives).to(dtype) if negatives else None,
+        features(width=estimator_dim).to(dtype) if estimator_dim else None,
+        directions(n, width=estimator_dim).float() if n and estimator_dim else None,
+    )
 
 
 def make_criterion(batch: Batch, chunk_size: int | None = None, **settings: object) -> SLRLoss:
     """An SLRLoss whose queue is the batch's."""
     size = 0 if batch.bank is None else tuple(batch.bank.shape)
+    if batch.estimator_bank is not None:
+        settings["estimator_dim"] = batch.estimator_bank.shape[1]
     criterion = SLRLoss(memory_bank_size=size, **settings)
     if batch.bank is not None:
         criterion.memory_bank.bank.copy_(batch.bank)
+    if batch.estimator_bank is not None:
+        criterion.memory_bank.estimator_bank.copy_(batch.estimator_bank)
     criterion.chunk_size = chunk_size
     return criterion
 
 
 def call(criterion: SLRLoss, batch: Batch, update: bool | None = False) -> Tensor:
     """The loss of a batch; the queue stays unless ``update`` says otherwise."""
-    if not batch.mixed:
-        return criterion(batch.out0, batch.out1, update=update)
-    return criterion(batch.out0, batch.out1, batch.mixed, batch.mix, update=update)
+    crops = (batch.mixed, batch.mix) if batch.mixed else ()
+    return criterion(
+        batch.out0, batch.out1, *crops, negatives=batch.negatives, estimator=batch.estimator, update=update
+    )
 
 
 def ask(batch: Batch, **settings: object) -> Answer:
     """The oracle's answer."""
-    return slr(batch.out0, batch.out1, batch.mixed, batch.mix, bank=batch.bank, **settings)
+    return slr(**batch._asdict(), **settings)
 
 
 def gradients(loss: Tensor, batch: Batch) -> list[Tensor]:

@@ -24,6 +24,10 @@ class Scenario(NamedTuple):
     trains_both: bool
     gather: bool = True
     scatters: bool = False  # exchanges gradients as GPUs do
+    one_direction: bool = False
+    negatives: bool = False
+    estimator: bool = False
+    own_seeds: bool = False  # and no DDP, which would make the queues equal: gradients are averaged by hand
 
 
 SCENARIOS = {
@@ -34,6 +38,15 @@ SCENARIOS = {
     "symmetric": Scenario(0, True, False, True),
     "symmetric and mixed": Scenario(0, True, True, True),
     "symmetric, scattering": Scenario(0, True, True, True, scatters=True),
+    "one direction": Scenario(0, True, True, True, one_direction=True),
+    "queue and negatives": Scenario(20, True, True, False, negatives=True),
+    "own positive and negatives": Scenario(20, False, False, False, negatives=True),
+    "symmetric and negatives": Scenario(0, True, False, True, negatives=True),
+    "queue and estimator": Scenario(20, True, True, False, estimator=True),
+    "own positive and estimator": Scenario(20, False, False, False, estimator=True),
+    "symmetric and estimator": Scenario(0, True, True, True, estimator=True),
+    "queue, seeds of one's own": Scenario(20, True, True, False, own_seeds=True),
+    "estimator, seeds of one's own": Scenario(20, True, False, False, estimator=True, own_seeds=True),
     "queue, not gathered": Scenario(20, False, False, False, gather=False),
 }
 
@@ -41,12 +54,13 @@ SCENARIOS = {
 class Model(nn.Module):
     """Encoder, target network and criterion in one module, so that DDP sees the criterion's buffers."""
 
-    def __init__(self, scenario: Scenario, gather: bool) -> None:
+    def __init__(self, scenario: Scenario, gather: bool, seed: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.encoder = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.trains_both = scenario.trains_both
+        torch.manual_seed(seed)
         self.criterion = SLRLoss(
             0.2,
             (scenario.queue, 4) if scenario.queue else 0,
@@ -54,20 +68,27 @@ class Model(nn.Module):
             sharpening=0.7,
             confidence=CosineConfidence(0.5, 2.0, STEPS),
             in_batch_keys=scenario.in_batch_keys,
+            symmetric=False if scenario.one_direction else None,
+            estimator_dim=5 if scenario.estimator and scenario.queue else None,
         )
+        self.estimates = scenario.estimator
 
-    def forward(self, x0: Tensor, x1: Tensor, mixed: Tensor | None, mix: Mix | None) -> Tensor:
+    def forward(
+        self, x0: Tensor, x1: Tensor, mixed: Tensor | None, mix: Mix | None, further: Tensor | None = None
+    ) -> Tensor:
         keys = (self.encoder if self.trains_both else self.target)(x1)
         crop = None if mixed is None else self.encoder(mixed)
-        return self.criterion(self.encoder(x0), keys, crop, mix)
+        negatives = None if further is None else self.encoder(further)
+        estimator = x1 if self.estimates else None
+        return self.criterion(self.encoder(x0), keys, crop, mix, negatives=negatives, estimator=estimator)
 
 
 def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]:
     """20 SGD steps on the whole batch (rank None) or on one process's part of it, under DDP's defaults."""
     if rank is not None:
         distributed.SCATTERING = {"cpu"} if scenario.scatters else set()
-    model = Model(scenario, gather=scenario.gather and rank is not None)
-    step_model = model if rank is None else DistributedDataParallel(model)
+    model = Model(scenario, scenario.gather and rank is not None, seed=rank or 0 if scenario.own_seeds else 0)
+    step_model = model if rank is None or scenario.own_seeds else DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
     generator = torch.Generator().manual_seed(1)
     part = slice(None) if rank is None else slice(rank * BATCH, (rank + 1) * BATCH)
@@ -82,9 +103,15 @@ def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]
         x0, x1 = views[:, part]
         mix = Mix(theta[part], partner[part] - (0 if rank is None else rank * BATCH))
         monitor.announce(torch.randint(3, (world * BATCH,), generator=generator)[part])
-        loss = step_model(x0, x1, mixed[part], mix) if scenario.mixed else step_model(x0, x1, None, None)
+        further = views[0, part].flip(1) if scenario.negatives else None
+        crop = (mixed[part], mix) if scenario.mixed else (None, None)
+        loss = step_model(x0, x1, *crop, further)
         optimizer.zero_grad()
         loss.backward()
+        if rank is not None and scenario.own_seeds:
+            for parameter in model.encoder.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world
         losses.append(loss.detach())
         gradients.append(torch.cat([p.grad.flatten() for p in model.encoder.parameters()]))
         optimizer.step()

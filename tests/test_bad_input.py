@@ -17,7 +17,7 @@ from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
 S, D, N = 4, 3, 5
 NAN, INF = float("nan"), float("inf")
 GOOD = make_batch(S, D, N, 2, dtype=torch.float32)
-OUT0, OUT1, (CROP, CROP2), (MIX, MIX2), _ = GOOD
+OUT0, OUT1, (CROP, CROP2), (MIX, MIX2), *_ = GOOD
 
 
 def names(argument: str) -> str:
@@ -411,3 +411,48 @@ def test_a_batch_with_one_non_finite_key_leaves_the_whole_queue_and_the_step(n, 
     assert all(torch.equal(value, before[name]) for name, value in criterion.state_dict().items())
     assert criterion(OUT0, OUT1, update=True).isfinite()
     assert criterion.step == 1
+
+
+# ------------------------------------------------------------------------------------------ settings, labels, negatives
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "value"),
+    [
+        ("temperature", ValueError, 0),
+        ("sharpening", ValueError, 1.5),
+        ("confidence", ValueError, -1),
+        ("refined_weight", ValueError, 2),
+        ("chunk_size", ValueError, 0),
+        ("chunk_size", TypeError, 1.5),
+        ("in_batch_keys", TypeError, 0),
+        ("gather_distributed", TypeError, 1),
+    ],
+)
+def test_a_bad_setting_assigned_later_is_refused_and_the_old_one_kept(name, error, value):
+    criterion = used("queue")
+    before = getattr(criterion, name), criterion(OUT0, OUT1, update=False)
+    with pytest.raises(error, match=names(name)):
+        setattr(criterion, name, value)
+    assert (getattr(criterion, name), criterion(OUT0, OUT1, update=False)) == before
+
+
+@KINDS
+def test_class_labels_in_place_of_keys_are_not_advised_to_become_floats(kind):
+    criterion = used(kind)
+    raises_and_keeps_state(criterion, TypeError, r"out1(?!.*float\(\)).*labels", lambda: criterion(OUT0, PARTNER))
+
+
+@KINDS
+@pytest.mark.parametrize("argument", ["negatives", "estimator"])
+@pytest.mark.parametrize(
+    "bad", [OUT0[0], OUT0.long(), OUT0.tolist(), OUT0.to("meta")], ids=["1d", "int", "list", "meta"]
+)
+def test_bad_negatives_and_estimators_are_refused(kind, argument, bad):
+    criterion = used(kind)
+    raises_and_keeps_state(
+        criterion,
+        (TypeError, ValueError),
+        names(argument),
+        lambda: criterion(OUT0, OUT1, update=True, **{argument: bad}),
+    )

@@ -1,10 +1,12 @@
 """Label quality against a loop over queries and keys; the monitor against the queue that it follows."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,3 +213,122 @@ def test_classes_of_another_batch_raise_and_lose_nothing():
     with pytest.raises(ValueError, match=r"shape \(3,\), the criterion's batch 2 rows"):
         criterion(*features(torch.tensor([1, 2])))
     assert torch.equal(criterion.memory_bank.bank, bank)
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(1)])
+def test_labels_that_are_not_numbers_give_measures_that_are_not(rows):
+    labels = torch.full((2, 4), 0.25)
+    labels[rows] = torch.nan
+    quality = label_quality(labels, torch.tensor([0, 1]), torch.tensor([0, 1, 0, 1]))
+    assert all(getattr(quality, name).isnan() for name in ("own", "same", "other", "nearest", "distance"))
+
+
+def watched(size=8, **options):
+    criterion = SLRLoss(0.2, (size, 4) if size else 0, **options)
+    return criterion, LabelMonitor(criterion)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        lambda c: c.load_state_dict(copy.deepcopy(c.state_dict())),
+        lambda c: c.load_state_dict(SLRLoss(0.2, (8, 4)).state_dict(), assign=True),
+        lambda c: c.memory_bank.load_state_dict(c.memory_bank.state_dict()),
+        lambda c: c.reset_parameters(),
+        lambda c: c.to("meta").to_empty(device="cpu"),
+    ],
+    ids=["load", "load by assignment", "load the queue alone", "reset", "meta device"],
+)
+def test_classes_become_unknown_where_the_queue_is_replaced(replace):
+    criterion, monitor = watched()
+    monitor.announce(torch.arange(4))
+    criterion(*features(torch.arange(4)))
+    assert monitor.queue_classes.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+    replace(criterion)
+    assert monitor.queue_classes.tolist() == [-1] * 8
+    pointer = int(criterion.memory_bank.bank_ptr)
+    monitor.announce(torch.arange(4))
+    criterion(*features(torch.arange(4)))
+    assert monitor.queue_classes[pointer : pointer + 4].tolist() == [0, 1, 2, 3]
+
+
+def test_a_queue_that_stays_in_place_keeps_its_classes():
+    criterion, monitor = watched()
+    monitor.announce(torch.arange(4))
+    criterion(*features(torch.arange(4)))
+    with pytest.warns(UserWarning, match="holds no queue"):
+        criterion.load_state_dict(SLRLoss(0.2).state_dict())
+    criterion.double()
+    assert monitor.queue_classes.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+
+
+def test_follows_forward_called_by_name():
+    criterion, monitor = watched()
+    monitor.announce(torch.arange(4))
+    criterion.forward(*features(torch.arange(4)))
+    assert monitor.queue_classes[:4].tolist() == [0, 1, 2, 3]
+    assert len(monitor.measured) == 1
+
+
+@pytest.mark.parametrize("rows", [3, 4], ids=["announced too few", "the loss refuses"])
+def test_a_call_that_fails_takes_its_announcement_along(rows):
+    criterion, monitor = watched()
+    queries, keys = features(torch.arange(4))
+    monitor.announce(torch.arange(rows))
+    with pytest.raises(ValueError, match="shape"):
+        criterion(queries, keys if rows == 3 else keys[:3])
+    criterion(queries, keys)
+    assert monitor.queue_classes.tolist() == [-1] * 8
+    assert not monitor.measured
+
+
+@pytest.mark.parametrize("other", [torch.nn.MSELoss(), None, "criterion"])
+def test_other_criteria_are_refused(other):
+    with pytest.raises(TypeError, match=r"criterion must be a slr_plugin\.SLRLoss, got"):
+        LabelMonitor(other)
+
+
+def test_two_monitors_and_a_copy_each_follow_their_own():
+    criterion, first = watched()
+    second = LabelMonitor(criterion)
+    first.announce(torch.arange(4))
+    criterion(*features(torch.arange(4)))
+    twin = copy.deepcopy(criterion)
+    second.announce(torch.arange(4, 8))
+    criterion(*features(torch.arange(4, 8)))
+    assert first.queue_classes.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
+    assert second.queue_classes.tolist() == [-1, -1, -1, -1, 4, 5, 6, 7]
+    assert [monitor.queue_classes.tolist() for monitor in twin.observers] == [[0, 1, 2, 3] + [-1] * 4, [-1] * 8]
+    assert (len(first.measured), len(second.measured)) == (1, 1)
+    second.remove()
+    second.remove()
+    assert criterion.observers == [first]
+
+
+@pytest.mark.parametrize("options", [{}, {"size": 0}, {"in_batch_keys": False}, {"size": 0, "symmetric": False}])
+def test_further_negatives_have_no_class(options):
+    torch.manual_seed(0)
+    criterion, monitor = watched(**options)
+    classes = torch.tensor([0, 1, 0, 1])
+    monitor.announce(classes, measure=False)
+    criterion(*features(classes))
+    (queries, keys), negatives = features(classes), torch.randn(5, 4)
+    labels, queue = criterion.labels(queries, keys, negatives=negatives), monitor.queue_classes
+    batch = classes.repeat(2) if criterion.symmetric else classes
+    columns = torch.cat([batch if criterion.in_batch_keys else classes[:0], torch.full((5,), -1), queue])
+    rows, own = classes, None
+    if criterion.symmetric:
+        rows, own = batch, torch.arange(8).roll(4)
+    if not criterion.in_batch_keys:
+        columns, own = torch.cat([classes[:, None], columns.expand(4, -1)], dim=1), torch.zeros(4, dtype=torch.long)
+    monitor.announce(classes)
+    criterion(queries, keys, negatives=negatives)
+    torch.testing.assert_close(monitor.measured[-1], label_quality(labels, rows, columns, own))
+
+
+def test_a_checkpointed_call_is_measured_once():
+    criterion, monitor = watched(0)
+    queries, keys = features(torch.arange(4))
+    monitor.announce(torch.arange(4))
+    torch.utils.checkpoint.checkpoint(criterion, queries, keys, use_reentrant=False).backward()
+    assert len(monitor.measured) == 1

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from _devices import WithoutFloat64
 from lightly.loss import NTXentLoss
 from torch.autograd import forward_ad
 
@@ -196,3 +197,154 @@ def test_presets_carry_the_papers_table():
         values = (criterion.temperature, criterion.sharpening, confidence, criterion.refined_weight, mixup.kappa)
         assert (*values, len(criterion.memory_bank)) == expected
     assert presets.CIFAR10.loss(2, 10, temperature=0.1).temperature == 0.1
+
+
+MODES = {
+    "queue": {"memory_bank_size": (8, 4)},
+    "own positive": {"memory_bank_size": (8, 4), "in_batch_keys": False},
+    "both views": {},
+    "one direction": {"symmetric": False},
+    "schedule": {"memory_bank_size": (8, 4), "confidence": CosineConfidence(0.5, 2.0, 4)},
+}
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    return MODES[request.param]
+
+
+def on_meta(mode):
+    with torch.device("meta"):
+        return SLRLoss(0.2, **mode)
+
+
+def test_on_the_meta_device_there_is_an_error_until_there_are_values(mode):
+    criterion = on_meta(mode)
+    for call in (criterion, criterion.labels):
+        with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
+            call(features(), features(seed=1))
+    with pytest.warns(UserWarning, match="assign=True"):
+        criterion.load_state_dict(SLRLoss(0.2, **mode).state_dict())
+    with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
+        criterion(features(), features(seed=1))
+    twin = torch.nn.Sequential(criterion).to_empty(device="cpu")[0]
+    assert twin.step == 0
+    bank = twin.memory_bank
+    torch.testing.assert_close(bank.bank.norm(dim=1), torch.ones(len(bank)))
+    assert bank.bank_ptr == 0
+    twin(features(), features(seed=1)).backward()
+    assert twin.step == 1
+
+
+def test_the_meta_device_takes_values_by_assignment(mode):
+    criterion, source = on_meta(mode), SLRLoss(0.2, **mode)
+    source(features(), features(seed=1))
+    criterion.load_state_dict(source.state_dict(), assign=True)
+    criterion, source = (loss(features(seed=2), features(seed=3)) for loss in (criterion, copy.deepcopy(source)))
+    assert torch.equal(criterion, source)
+
+
+def test_parameters_can_be_reset(mode):
+    criterion = SLRLoss(0.2, **mode)
+    before = criterion.memory_bank.bank.clone()
+    criterion(features(), features(seed=1))
+    criterion.reset_parameters()
+    assert criterion.step == 0
+    assert criterion.memory_bank.bank_ptr == 0
+    if len(before):
+        assert not torch.isclose(criterion.memory_bank.bank, before).all(1).any()
+        torch.testing.assert_close(criterion.memory_bank.bank.norm(dim=1), torch.ones(8))
+
+
+def test_a_device_without_float64_computes_every_mode(mode):
+    criterion = SLRLoss(0.2, **mode, sharpening=0.5)
+    with WithoutFloat64():
+        queries, keys = features(), features(seed=1)
+        criterion(queries, keys).backward()
+        criterion.labels(queries, keys)
+        if criterion.in_batch_keys:
+            criterion(queries, keys, queries, MomentumMixup()(queries, keys)[1]).backward()
+        assert all(value.dtype == torch.float32 for value in criterion.stats.values())
+    assert criterion.step >= 1
+
+
+def test_a_direction_assigned_later_is_checked():
+    criterion = SLRLoss(0.2, (8, 4))
+    with pytest.raises(ValueError, match="symmetric=True needs memory_bank_size=0"):
+        criterion.symmetric = True
+    with pytest.raises(TypeError, match="symmetric must be True or False"):
+        criterion.symmetric = 3
+    criterion(features(), features(seed=1)).backward()
+
+
+def test_temperature_may_become_a_parameter_a_number_and_a_tensor():
+    criterion = SLRLoss(0.2, (8, 4))
+    expected = criterion(features(), features(seed=1), update=False)
+    for value in (torch.nn.Parameter(torch.tensor(0.2)), 0.2, torch.tensor(0.2), torch.nn.Parameter(torch.tensor(0.2))):
+        criterion.temperature = value
+        trained = isinstance(value, torch.nn.Parameter)
+        assert len(list(criterion.parameters())) == int(trained)
+        assert ("temperature" in criterion.state_dict()) == trained
+        twin = copy.deepcopy(criterion)
+        loss = twin(features(), features(seed=1), update=False)
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        assert not trained or twin.temperature.grad != 0
+        assert not trained or criterion.temperature.grad is None
+        with pytest.raises(ValueError, match="temperature"):
+            criterion.temperature = 0
+        assert criterion.temperature is value or criterion.temperature == value
+
+
+@pytest.mark.parametrize("method", ["forward", "labels"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "jacrev"])
+def test_functional_transforms_are_refused(mode, method, transform):
+    criterion = SLRLoss(0.2, **mode)
+
+    queries, keys = features(grad=False), features(seed=1, grad=False)
+    arguments = {"vmap": (torch.stack([queries] * 2),), "jvp": ((queries,), (queries,))}.get(transform, (queries,))
+    apply = torch.func.jvp if transform == "jvp" else lambda call, x: getattr(torch.func, transform)(call)(x)
+    with pytest.raises(RuntimeError, match=r"out0 is inside a torch\.func transform"):
+        apply(lambda queries: getattr(criterion, method)(queries, keys).sum(), *arguments)
+    assert criterion.step == 0
+
+
+@pytest.mark.parametrize("method", ["forward", "labels"])
+def test_distributed_tensors_are_refused(method, tmp_path):
+    dist = pytest.importorskip("torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        queries = distribute_tensor(features(grad=False), mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"out0 is a DTensor: pass out0\.to_local\(\)"):
+            getattr(SLRLoss(0.2, (8, 4)), method)(queries, queries)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_averages_belong_to_the_encoder_alone(whole):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), SLRLoss(0.2, (8, 4)))
+    encoder, criterion = model
+    source = model if whole else encoder
+    average = torch.optim.swa_utils.AveragedModel(source, use_buffers=True)
+    for step in range(3):
+        criterion(encoder(features(seed=step)), features(seed=step + 9))
+        average.update_parameters(source)
+    torch.testing.assert_close(criterion.memory_bank.bank.norm(dim=1), torch.ones(8))
+    assert criterion.step == 3
+    if whole:  # as the docstring of SLRLoss says
+        assert average.module[1].memory_bank.bank.norm(dim=1).min() < 0.99
+        assert average.module[1].step < 3
+
+
+def test_a_bare_size_warns_of_copies_made_before_the_first_batch():
+    with pytest.warns(UserWarning, match=r"a copy made before it .* cannot follow; write memory_bank_size=\(8, d\)"):
+        criterion = SLRLoss(0.2, 8)
+    average = torch.optim.swa_utils.AveragedModel(criterion, use_buffers=True)
+    criterion(features(), features(seed=1))
+    with pytest.raises(RuntimeError):
+        average.update_parameters(criterion)

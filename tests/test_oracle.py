@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import lightly.loss
 import pytest
@@ -16,17 +17,42 @@ from _oracle import one_thread as one_thread
 
 from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
 
-# name: (has a queue, crops of mixed queries, in_batch_keys)
+
+class Mode(NamedTuple):
+    queue: bool
+    crops: int = 0  # of mixed queries
+    in_batch_keys: bool = True
+    symmetric: bool | None = None
+    negatives: int = 0
+    estimator_dim: int = 0
+
+
 MODES = {
-    "queue": (True, 0, True),
-    "own_positive": (True, 0, False),
-    "symmetric": (False, 0, True),
-    "symmetric_mixed": (False, 1, True),
-    "queue_mixed": (True, 1, True),
-    "queue_crops": (True, 3, True),
-    "symmetric_crops": (False, 2, True),
+    "queue": Mode(True),
+    "own_positive": Mode(True, in_batch_keys=False),
+    "symmetric": Mode(False),
+    "symmetric_mixed": Mode(False, 1),
+    "queue_mixed": Mode(True, 1),
+    "queue_crops": Mode(True, 3),
+    "symmetric_crops": Mode(False, 2),
+    "one_direction": Mode(False, symmetric=False),
+    "one_direction_mixed": Mode(False, 1, symmetric=False, negatives=3),
+    "queue_negatives": Mode(True, negatives=4),
+    "queue_crops_negatives": Mode(True, 2, negatives=6),
+    "own_positive_negatives": Mode(True, in_batch_keys=False, negatives=4),
+    "negatives_alone": Mode(False, in_batch_keys=False, symmetric=False, negatives=3),
+    "symmetric_negatives": Mode(False, symmetric=True, negatives=3),
+    "symmetric_mixed_negatives": Mode(False, 1, negatives=4),
+    "queue_estimator": Mode(True, estimator_dim=4),
+    "queue_mixed_estimator": Mode(True, 1, estimator_dim=4),
+    "own_positive_estimator": Mode(True, in_batch_keys=False, estimator_dim=4),
+    "one_direction_estimator": Mode(False, symmetric=False, estimator_dim=4),
+    "symmetric_estimator": Mode(False, estimator_dim=4),
+    "symmetric_mixed_estimator": Mode(False, 1, estimator_dim=4),
 }
-QUEUE_MODES = [name for name, (has_queue, _, _) in MODES.items() if has_queue]
+QUEUE_MODES = [name for name, mode in MODES.items() if mode.queue]
+LABEL_MODES = [name for name, mode in MODES.items() if not mode.crops]
+ESTIMATOR_MODES = [name for name, mode in MODES.items() if mode.estimator_dim]
 TEMPERATURES = (0.05, 0.2, 1.0, 10.0, -0.5)
 SHARPENINGS = (0.1, 0.5, 1.0)
 CONFIDENCES = (0.0, 0.5, 1.0, 100.0)
@@ -45,12 +71,13 @@ SOFT = {"temperature": 0.5, "sharpening": 0.5, "confidence": 2.0, "refined_weigh
 
 
 def batch_of(mode: str, s: int, d: int, n: int = 7, **kwargs: object) -> Batch:
-    has_queue, crops, _ = MODES[mode]
+    has_queue, crops, _, _, negatives, estimator_dim = MODES[mode]
+    kwargs = {"negatives": negatives, "estimator_dim": estimator_dim, **kwargs}
     return make_batch(s, d, n if has_queue else 0, crops, **kwargs)
 
 
 def settings_of(mode: str, **settings: object) -> dict[str, object]:
-    return {**settings, "in_batch_keys": MODES[mode][2]}
+    return {**settings, "in_batch_keys": MODES[mode].in_batch_keys, "symmetric": MODES[mode].symmetric}
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: object) -> None:
@@ -105,12 +132,17 @@ def test_value_gradients_and_stats_equal_the_equations_at_every_setting(mode, te
         criterion, answer = assert_equals_oracle(batch, settings_of(mode, **settings), tolerance)
         expected = answer.stats(settings["confidence"])
         assert criterion.stats.keys() == expected.keys()
+        if batch.estimator is not None and settings["confidence"]:  # means of the keys do not tell the entropy
+            expected["label_entropy"] = math.nan
         for name, value in criterion.stats.items():
             assert not value.requires_grad
-            assert value.item() == pytest.approx(expected[name], abs=tolerance), (name, settings)
+            assert value.item() == pytest.approx(expected[name], abs=tolerance, nan_ok=True), (name, settings)
 
 
-@pytest.mark.parametrize("names", [(), ("out0",), ("out1",), ("mixed",), ("out0", "mixed"), ("out1", "mixed")])
+@pytest.mark.parametrize(
+    "names",
+    [(), ("out0",), ("out1",), ("mixed",), ("negatives",), ("out0", "mixed"), ("out1", "mixed"), ("out0", "negatives")],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_do_not_depend_on_which_inputs_require_them(mode, names):
     assert_equals_oracle(batch_of(mode, 5, 3), settings_of(mode, **SOFT), 1e-10, names=names)
@@ -144,6 +176,12 @@ def test_every_chunk_size_equals_the_equations(mode, chunk_size):
         ("symmetric_mixed", 600, 0),
         ("queue", 3, 9001),
         ("own_positive", 3, 9001),
+        ("one_direction", 1100, 0),
+        ("symmetric_negatives", 600, 0),
+        ("queue_negatives", 1100, 7),
+        ("queue_estimator", 1100, 7),
+        ("queue_estimator", 3, 9001),
+        ("symmetric_estimator", 600, 0),
     ],
 )
 def test_more_rows_or_keys_than_one_tile_equal_the_equations(mode, s, n, dtype, tolerance):
@@ -161,13 +199,16 @@ def test_without_queue_in_batch_keys_changes_nothing(in_batch_keys):
 def test_negatives_are_the_queue_as_it_was_before_the_call(mode, s, n):
     batch = batch_of(mode, s, 3, n)
     criterion = make_criterion(batch, **settings_of(mode, **SOFT))
-    queue = list(batch.bank)
+    rings = [(list(batch.bank), "out1", "bank")]
+    if batch.estimator is not None:
+        rings.append((list(batch.estimator_bank), "estimator", "estimator_bank"))
     for seed in range(4):  # the gradients are taken after the queue has moved on
-        batch = batch_of(mode, s, 3, n, seed=seed)._replace(bank=criterion.memory_bank.bank.clone())
+        batch = batch_of(mode, s, 3, n, seed=seed).with_queue_of(criterion)
         assert_equals_oracle(batch, settings_of(mode, **SOFT), 1e-10, criterion=criterion, update=True)
-        queue = [*queue, *F.normalize(batch.out1, dim=1).float()][-n:]
-        ring = criterion.memory_bank.bank.roll(-int(criterion.memory_bank.bank_ptr), 0)
-        assert torch.equal(ring, torch.stack(queue))
+        for queue, entering, name in rings:
+            queue[:] = [*queue, *F.normalize(getattr(batch, entering), dim=1).float()][-n:]
+            ring = getattr(criterion.memory_bank, name).roll(-int(criterion.memory_bank.bank_ptr), 0)
+            assert torch.equal(ring, torch.stack(queue)), name
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -177,7 +218,7 @@ def test_a_schedule_sets_the_confidence_of_each_step(mode):
     for schedule in (CosineConfidence(start, end, steps), lambda t: float(t) + 0.25):
         criterion = make_criterion(batch, **settings_of(mode, **{**SOFT, "confidence": schedule}))
         for t in range(5):
-            now = batch._replace(bank=criterion.memory_bank.bank.clone() if batch.bank is not None else None)
+            now = batch.with_queue_of(criterion)
             cosine = math.cos(math.pi * min(t / steps, 1))
             mu = end - (end - start) * (cosine + 1) / 2 if isinstance(schedule, CosineConfidence) else t + 0.25
             settings = settings_of(mode, **{**SOFT, "confidence": mu})
@@ -187,15 +228,16 @@ def test_a_schedule_sets_the_confidence_of_each_step(mode):
 
 
 @PRECISIONS
-@pytest.mark.parametrize("mode", ["queue", "own_positive", "symmetric"])
+@pytest.mark.parametrize("mode", LABEL_MODES)
 @pytest.mark.parametrize(("s", "d", "n"), [(1, 3, 1), (2, 1, 7), (5, 3, 40), (33, 64, 7)])
 def test_labels_equal_equation_5(mode, s, d, n, dtype, tolerance):
     batch = batch_of(mode, s, d, n, dtype=dtype)
     reference = batch.leaves((), dtype=torch.float64)
     for settings in random.Random(f"{mode} {s}").sample(SETTINGS, 8):
         settings_ = settings_of(mode, **settings)
-        got = make_criterion(batch, **settings_).labels(batch.out0, batch.out1)
-        expected = dense_labels(ask(reference, **settings_), MODES[mode][2])
+        criterion = make_criterion(batch, **settings_)
+        got = criterion.labels(batch.out0, batch.out1, negatives=batch.negatives, estimator=batch.estimator)
+        expected = dense_labels(ask(reference, **settings_), MODES[mode].in_batch_keys)
         assert got.shape == expected.shape
         assert got.dtype == dtype
         assert_close(got, expected, tolerance, settings)
@@ -220,21 +262,28 @@ def test_labels_of_one_query_worked_by_hand():
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck_of_all_inputs_with_one_hot_labels(mode, weight):
-    gradcheck(mode, ("out0", "out1", "mixed"), confidence=0.0, refined_weight=weight)
+    gradcheck(mode, INPUTS, confidence=0.0, refined_weight=weight)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "symmetric"])  # whose labels move with out0
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("symmetric", "symmetric_negatives")])
 def test_gradcheck_of_queries_with_refined_labels(mode):
-    # The first term of the symmetric modes has one-hot labels, the second labels from out1 alone.
+    # Labels move with out0 where both views are compared with both, unless mixed queries or other features estimate.
     gradcheck(mode, ("out0", "mixed"), confidence=2.0, refined_weight=0.4)
+
+
+@pytest.mark.parametrize("mode", ESTIMATOR_MODES)
+def test_gradcheck_of_all_inputs_where_other_features_estimate_the_labels(mode):
+    gradcheck(mode, INPUTS, confidence=2.0, refined_weight=0.4)
 
 
 def gradcheck(mode: str, names: tuple[str, ...], **settings: float) -> None:
     batch = batch_of(mode, 3, 2, 4, seed=3).leaves(names)
     criterion = make_criterion(batch, **settings_of(mode, temperature=0.7, sharpening=0.6, **settings))
 
-    def loss_of(out0, out1, *mixed):
-        return call(criterion, batch._replace(out0=out0, out1=out1, mixed=list(mixed)))
+    def loss_of(out0, out1, *others):
+        crops = len(batch.mixed)
+        negatives = others[crops] if len(others) > crops else None
+        return call(criterion, batch._replace(out0=out0, out1=out1, mixed=list(others[:crops]), negatives=negatives))
 
     assert torch.autograd.gradcheck(loss_of, batch.features())
 
@@ -354,20 +403,41 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def degenerate(batch: Batch, kind: str) -> Batch:
     """A batch with the features of ``kind`` in place of its own."""
-    out0, out1, mixed, _, bank = batch
-    first = F.normalize(out0[:1].double(), dim=1).to(out0).expand_as(out0)
+    out0, out1, mixed, _, bank, negatives, estimator, estimator_bank = batch
+    features = batch.features()
+
+    def replaced(values: list[torch.Tensor], **others: object) -> Batch:
+        """The batch with these in place of what may be trained."""
+        crops, rest = values[2 : 2 + len(mixed)], values[2 + len(mixed) :]
+        return batch._replace(
+            out0=values[0], out1=values[1], mixed=crops, negatives=rest[0] if rest else negatives, **others
+        )
+
+    def like(table: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor | None:
+        """The row, of unit length, in place of all rows."""
+        return None if table is None else F.normalize(row.double(), dim=1).to(table).expand_as(table)
+
     if kind == "all_equal":
-        same_bank = None if bank is None else F.normalize(out0[:1].float(), dim=1).expand_as(bank)
-        return batch._replace(out0=first, out1=first, mixed=[first for _ in mixed], bank=same_bank)
+        same = {"bank": like(bank, out0[:1])}
+        if estimator is not None:
+            same |= {"estimator": like(estimator, estimator[:1]), "estimator_bank": like(estimator_bank, estimator[:1])}
+        return replaced([like(value, out0[:1]) for value in features], **same)
     if kind == "positives_in_queue":
         keys = None if bank is None else F.normalize(out1.float(), dim=1).repeat(len(bank), 1)[: len(bank)]
-        return batch._replace(bank=keys)
+        return batch._replace(bank=keys, negatives=None if negatives is None else out1[: len(negatives)])
     if kind == "duplicate_positives":
         return batch._replace(out1=out1[:1].expand_as(out1))
     if kind == "opposite":
-        return batch._replace(out1=-out0, mixed=[-out0 for _ in mixed], bank=None if bank is None else -bank)
-    unit = [(F.normalize(value.double(), dim=1) * SCALES[kind]).to(value) for value in (out0, out1, *mixed)]
-    return batch._replace(out0=unit[0], out1=unit[1], mixed=unit[2:])
+        opposite = [out0, *(-out0[: len(value)] for value in features[1:])]
+        return replaced(opposite, bank=None if bank is None else -bank)
+    unit = [(F.normalize(value.double(), dim=1) * SCALES[kind]).to(value) for value in features]
+    scaled = None if estimator is None else (F.normalize(estimator.double(), dim=1) * SCALES[kind]).to(estimator)
+    return replaced(unit, estimator=scaled)
+
+
+def known_stats(criterion: SLRLoss, batch: Batch) -> list[torch.Tensor]:
+    """All but the entropy that means of the keys do not tell where other features estimate."""
+    return [v for name, v in criterion.stats.items() if batch.estimator is None or name != "label_entropy"]
 
 
 @pytest.mark.parametrize(
@@ -389,7 +459,7 @@ def test_degenerate_features_give_the_equations_value_and_finite_gradients(mode,
         criterion = make_criterion(batch, **settings)
         loss = call(criterion, leaves)
         assert_close(loss.detach(), ask(batch.leaves((), dtype=torch.float64), **settings).loss, tolerance, settings)
-        assert all(value.isfinite().all() for value in [*gradients(loss, leaves), *criterion.stats.values()])
+        assert all(value.isfinite().all() for value in [*gradients(loss, leaves), *known_stats(criterion, batch)])
 
 
 @pytest.mark.parametrize("count", [1, 4], ids=["one", "all"])
