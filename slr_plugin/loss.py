@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils._python_dispatch import _disable_current_modes
 
 from slr_plugin import dense
 from slr_plugin._inputs import checked_features
+from slr_plugin.checkpointing import CallLog, Place
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.distributed import broadcast, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, choose
@@ -37,19 +36,10 @@ class Call(NamedTuple):
     entering: Tensor | None  # the keys that enter the queue, of all processes; None if nothing advances
     entering_estimators: Tensor | None
 
-    def mean_cosine(self) -> Tensor:
-        """The mean product () of the queries and their positives."""
+    def fingerprint(self) -> Tensor:
+        """The mean product () of the queries and their positives, by which a repeated call is known."""
         positives = self.key_set.positives.detach()
         return (self.trained.detach()[: len(positives)] * positives).mean()
-
-
-class Place(NamedTuple):
-    """Where in the run a call stands."""
-
-    cosine: Any  # of its queries and keys, () tensor, by which it is known again
-    step: Tensor
-    version: int  # of the queue
-    advanced: bool
 
 
 class SLRLoss(HasSettings):
@@ -107,7 +97,6 @@ class SLRLoss(HasSettings):
     """
 
     step: Tensor
-    _places: deque[Place]  # of the newest calls, where they matter
     _labels: Labels | None  # of the last call
     _confidence: float | Tensor
 
@@ -140,7 +129,7 @@ class SLRLoss(HasSettings):
         self.chunk_size = None
         self._labels = None
         self.observers: list[Observer] = []
-        self._places = deque(maxlen=64)
+        self._calls = CallLog()
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
@@ -176,7 +165,9 @@ class SLRLoss(HasSettings):
         for observer in self.observers:
             observer.begin()
         call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
-        place, advances = self._place(call)
+        queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
+        now = Place(self.step, self.memory_bank.version)
+        place, advances = self._calls.place(now, call.entering is not None, queue_or_schedule, call.fingerprint)
         settings = self.settings_at(place.step, call.key_set.rows.dtype)
         settings = settings._replace(stale=place.version != self.memory_bank.version)
         with torch.autocast(out0.device.type, enabled=False):
@@ -313,35 +304,6 @@ class SLRLoss(HasSettings):
                 bank.share(functools.partial(broadcast, device=out0.device))
             key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
         return Call(key_set, features.trained, features.mixes, *entering)
-
-    def _place(self, call: Call) -> tuple[Place, bool]:
-        """Where in the run a call stands, and whether it advances.
-
-        Activation checkpointing repeats calls in the backward, after the queue and the step may have moved on: a call
-        is known again by its keys. Reentrant, only the repetition advances, since the first run records no gradient.
-        """
-        updates = advances = call.entering is not None
-        place = Place(None, self.step, self.memory_bank.version, updates)
-        if torch.compiler.is_compiling():
-            return place, updates
-        repeated = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-        if repeated:
-            advances = updates and "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
-        if not len(self.memory_bank) and not callable(self.confidence):
-            return place, advances
-        if not repeated:
-            self._places.append(place._replace(cosine=call.mean_cosine(), step=self.step.clone()))
-            return place, advances
-        with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
-            cosine = str(call.mean_cosine().item())  # as a string, of which nan equals itself
-            for place in reversed(self._places):
-                if place.advanced == (updates and not advances) and str(place.cosine.item()) == cosine:
-                    moved = advances and int(place.step) != int(self.step)
-                    return place._replace(version=-1) if moved else place, advances
-        raise RuntimeError(
-            "activation checkpointing repeats a call of SLRLoss too long ago, or with other features: checkpoint the "
-            "encoder without the loss"
-        )
 
     @torch.no_grad()
     def _advance(self, call: Call) -> None:

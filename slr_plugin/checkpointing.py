@@ -1,0 +1,63 @@
+"""Activation checkpointing computes calls again in the backward, when queue and schedule may have moved on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+class Place(NamedTuple):
+    """Where in the run a call stands."""
+
+    step: Tensor  # of the schedule
+    version: int  # of the queue; -1 if what was there then is lost
+    advanced: bool = False
+    fingerprint: Any = None  # of the features, () tensor
+
+
+class CallLog:
+    """Knows the newest calls again when they are repeated in the backward."""
+
+    def __init__(self) -> None:
+        self._places: deque[Place] = deque(maxlen=64)
+
+    def place(self, now: Place, updates: bool, matters: bool, fingerprint: Callable[[], Tensor]) -> tuple[Place, bool]:
+        """Return where a call stands, for a repeated one where it stood at first, and whether it advances.
+
+        Non-reentrant checkpointing records a gradient both times: only the first run advances. Reentrant checkpointing
+        records none in the first run: only the repetition advances.
+
+        Args:
+            now: where the run stands.
+            updates: whether the call asks to advance.
+            matters: whether the loss depends on the place at all.
+            fingerprint: gives a number by which the features are known again.
+
+        Raises:
+            RuntimeError: a repeated call is not known any more.
+        """
+        if torch.compiler.is_compiling():
+            return now, updates
+        repeated = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+        reentrant = repeated and "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
+        advances = updates and (reentrant or not repeated)
+        if not matters:
+            return now, advances
+        if not repeated:
+            self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=fingerprint()))
+            return now, advances
+        with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
+            seen = str(fingerprint().item())  # as a string, of which nan equals itself
+            for place in reversed(self._places):
+                if place.advanced == (updates and not reentrant) and str(place.fingerprint.item()) == seen:
+                    lost = advances and int(place.step) != int(now.step)
+                    return place._replace(version=-1) if lost else place, advances
+        raise RuntimeError(
+            "activation checkpointing repeats a call of SLRLoss too long ago, or with other features: checkpoint the "
+            "encoder without the loss"
+        )
