@@ -131,7 +131,8 @@ class LabelMonitor:
     Announce the classes of every batch; a batch that was not announced enters the queue with unknown ones. Labels are
     measured on the calls announced with ``measure``, before the loss of the same call, and cost one dense (s, K)
     matrix; the other calls cost next to nothing. Classes become unknown when a checkpoint or a reset replaces the
-    queue.
+    queue. Where the criterion gathers over processes, build a monitor in all of them, since it gathers the classes at
+    every call; on one process alone it would wait for the others.
 
     Args:
         criterion: a :class:`slr_plugin.SLRLoss`.
@@ -170,8 +171,6 @@ class LabelMonitor:
 
     def announce(self, classes: Tensor, measure: bool = True) -> None:
         """Tell the classes (s,) of the criterion's next call, -1 where unknown; whether to measure its labels.
-
-        Measuring gathers over processes where the criterion does: all of them must announce alike.
 
         Raises:
             TypeError: ``classes`` is no integer tensor.
