@@ -238,7 +238,7 @@ def test_a_run_without_a_known_end_needs_a_constant_confidence(folder):
     unending = build(scheduler={"name": "none"})
     with pytest.raises(ValueError, match="set max_epochs or max_steps"):
         train(unending, batches, max_epochs=-1, limit_train_batches=1)
-    with pytest.raises(ValueError, match="max_steps if the data has no length"):
+    with pytest.raises(ValueError, match="max_steps where the data have no length"):
         train(unending, DataLoader(Stream(batches), batch_size=None))
     constant = build(scheduler={"name": "none"}, method_kwargs={"confidence": 0.5})
     assert train(constant, DataLoader(Stream(batches), batch_size=None), max_epochs=1).global_step == 5

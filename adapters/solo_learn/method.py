@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 from slr_plugin.adapters._random import seed_mixing
+from slr_plugin.adapters._steps import first_step, run_steps
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
@@ -117,26 +118,25 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         every = self.cfg.method_kwargs.label_quality_every
         return [] if every is None else [LabelQualityCallback(every)]
 
+    def on_fit_start(self) -> None:
+        """Let the confidence grow from the beginning of this run to its end."""
+        super().on_fit_start()
+        self._first_step = first_step(self.trainer)
+        start, end = self.confidence
+        # Asking for the steps loads the data, which may not fill a batch; on_fit_end tells.
+        if start != end and self.trainer.estimated_stepping_batches != 0:
+            for criterion in self.criteria:
+                criterion.confidence = CosineConfidence(start, end, total_steps=run_steps(self.trainer))
+
     def on_train_start(self) -> None:
-        """Seed the mixing, by the global seed, the process, and where a resumed run goes on; lay out the confidence."""
+        """Seed the mixing: by the global seed, the process, and where a run goes on."""
         super().on_train_start()
         seed_mixing(self._mixing, self.trainer.global_step)
-        start, end = self.confidence
-        if start == end:
-            return
-        steps = self.trainer.estimated_stepping_batches
-        if not 0 < steps < float("inf"):  # -1 for a loader without a length
-            raise ValueError(
-                "the confidence grows to the end of the run, which is unknown: set max_epochs or max_steps, "
-                "max_steps if the data has no length"
-            )
-        for criterion in self.criteria:
-            criterion.confidence = CosineConfidence(start, end, total_steps=int(steps))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Place the schedule at the optimizer's step, of which several batches may make one."""
+        """Place the confidence at the optimizer's step, of which several batches may make one."""
         for criterion in self.criteria:
-            criterion.set_step(self.trainer.global_step)
+            criterion.set_step(self.trainer.global_step - self._first_step)
 
     def on_fit_end(self) -> None:
         """Raise where there was nothing to train on, about which Lightning ends without an error."""
