@@ -123,8 +123,8 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         super().on_fit_start()
         self._first_step = first_step(self.trainer)
         start, end = self.confidence
-        # Asking for the steps loads the data, which may not fill a batch; on_fit_end tells.
-        if start != end and self.trainer.estimated_stepping_batches != 0:
+        self.trainer.estimated_stepping_batches  # noqa: B018  # loads the data
+        if start != end and self.trainer.num_training_batches != 0:  # of no batch tells on_fit_end
             for criterion in self.criteria:
                 criterion.confidence = CosineConfidence(start, end, total_steps=run_steps(self.trainer))
 
