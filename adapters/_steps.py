@@ -15,7 +15,7 @@ def first_step(trainer: Any) -> int:
 
 
 def run_steps(trainer: Any) -> int:
-    """The optimizer steps of this run; ask no later than :func:`first_step`.
+    """The optimizer steps of this run; ask before its first step.
 
     Raises:
         ValueError: the run has no end.

@@ -119,19 +119,18 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         return [] if every is None else [LabelQualityCallback(every)]
 
     def on_fit_start(self) -> None:
-        """Let the confidence grow from the beginning of this run to its end."""
+        """Remember where this run begins."""
         super().on_fit_start()
         self._first_step = first_step(self.trainer)
-        start, end = self.confidence
-        self.trainer.estimated_stepping_batches  # noqa: B018  # loads the data
-        if start != end and self.trainer.num_training_batches != 0:  # of no batch tells on_fit_end
-            for criterion in self.criteria:
-                criterion.confidence = CosineConfidence(start, end, total_steps=run_steps(self.trainer))
 
     def on_train_start(self) -> None:
-        """Seed the mixing: by the global seed, the process, and where a run goes on."""
+        """Seed the mixing, by the global seed, the process, and where a run goes on; lay out the confidence."""
         super().on_train_start()
         seed_mixing(self._mixing, self.trainer.global_step)
+        start, end = self.confidence
+        if start != end:
+            for criterion in self.criteria:
+                criterion.confidence = CosineConfidence(start, end, total_steps=run_steps(self.trainer))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Place the confidence at the optimizer's step, of which several batches may make one."""
