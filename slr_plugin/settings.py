@@ -117,13 +117,15 @@ class HasSettings(nn.Module):
 
     def _called_schedule(self, step: Tensor) -> Tensor:
         assert callable(self.confidence)
+        if torch.compiler.is_compiling():
+            warnings.warn(
+                "torch.compile compiles the loss anew at every step of a schedule that is a Python function: use "
+                "CosineConfidence",
+                stacklevel=2,
+            )
         mu = self.confidence(int(step))
         check_confidence(f"confidence({int(step)})", mu)
         return torch.tensor(mu, dtype=torch.float64, device="cpu")
-
-    # As by torch.compiler.disable, since a Python function of a Python int cannot be traced. That decorator itself
-    # would make importing this package import torch's compiler, which takes seconds.
-    _called_schedule._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _checked_temperature(value: Any) -> float | Tensor:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from lightly.loss import NTXentLoss
+from torch._dynamo.testing import CompileCounter
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 
@@ -68,3 +69,61 @@ def test_graph_breaks_none_where_ntxent_has_some():
     torch.compiler.reset()
     theirs = torch._dynamo.explain(NTXentLoss(0.2, (10, 4)))(queries, keys)
     assert ours.graph_break_count == 0 < theirs.graph_break_count
+
+
+@pytest.mark.parametrize(
+    ("settings", "extra"),
+    [
+        ({"memory_bank_size": (10, 4)}, {"negatives": torch.randn(3, 4)}),
+        ({"memory_bank_size": (10, 4), "in_batch_keys": False}, {"negatives": torch.randn(3, 4)}),
+        ({}, {"negatives": torch.randn(3, 4)}),
+        ({"symmetric": False}, {}),
+        ({"memory_bank_size": (10, 4), "estimator_dim": 2}, {"estimator": torch.randn(6, 2)}),
+    ],
+)
+def test_every_key_set_is_one_graph_and_computes_the_same(settings, extra):
+    torch.manual_seed(0)
+    eager = SLRLoss(0.2, sharpening=0.7, **settings)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        queries, keys = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4)
+        results = []
+        for criterion in (eager, compiled):
+            loss = criterion(queries, keys, **extra)
+            results.append((loss.detach(), *torch.autograd.grad(loss, queries)))
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+def graphs_of(criterion, assign, steps=5):
+    """The number of graphs that were compiled after each step."""
+    counter = CompileCounter()
+    compiled = torch.compile(criterion, backend=counter)
+    counts = []
+    for step in range(steps):
+        assign(step)
+        compiled(torch.randn(6, 4, requires_grad=True), torch.randn(6, 4))
+        counts.append(counter.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["confidence", "temperature"])
+def test_settings_that_change_at_every_step_compile_nothing_anew(name):
+    criterion = SLRLoss(0.2, (10, 4))
+    value = (lambda step: 0.1 + 0.1 * step) if name == "confidence" else (lambda step: torch.tensor(0.1 + 0.1 * step))
+    counts = graphs_of(criterion, lambda step: setattr(criterion, name, value(step)))
+    assert counts[1:] == [counts[1]] * 4
+    if name == "confidence":
+        assert criterion.stats["mu"].item() == pytest.approx(0.5)
+
+
+def test_a_temperature_that_changes_as_a_number_is_told_to_be_a_tensor():
+    criterion = SLRLoss(0.2, (10, 4))
+    with pytest.warns(UserWarning, match=r"criterion.temperature = torch.tensor"):
+        graphs_of(criterion, lambda step: setattr(criterion, "temperature", 0.1 + 0.1 * step), steps=2)
+
+
+def test_a_schedule_that_is_a_function_is_told_of_cosine_confidence():
+    criterion = SLRLoss(0.2, (10, 4), confidence=lambda step: 0.1 * step)
+    with pytest.warns(UserWarning, match="use CosineConfidence"):
+        graphs_of(criterion, lambda step: None, steps=2)
+    assert criterion.stats["mu"].item() == pytest.approx(0.1)
