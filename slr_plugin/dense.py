@@ -79,7 +79,7 @@ def labels(key_set: KeySet, settings: Settings) -> Tensor:
     return self_labels(
         estimators.similarity(estimators.own_keys()),
         key_set.own_columns(),
-        key_set.itself_columns(),
+        key_set.left_out_columns(),
         temperature=settings.temperature,
         sharpening=settings.sharpening,
         confidence=settings.confidence,
@@ -91,9 +91,9 @@ def objective(key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], se
 
     def logits(rows: Tensor, keys: KeySet) -> Tensor:
         logits = keys.similarity(rows) / settings.temperature
-        itself = keys.itself_columns()
+        hidden = keys.left_out_columns()
         # A finite stand-in for minus infinity: labels are 0 there, and 0 * inf is not.
-        return logits if itself is None else logits.scatter(1, itself[:, None], torch.finfo(logits.dtype).min)
+        return logits if hidden is None else logits.scatter(1, hidden[:, None], torch.finfo(logits.dtype).min)
 
     plain = logits(key_set.rows, key_set)
     one_hot_term = F.cross_entropy(plain, key_set.own_columns())
@@ -127,14 +127,17 @@ def slr_loss(
     in_batch_keys: bool = True,
     symmetric: bool = False,
 ) -> Tensor:
-    """Equation (9) for one direction: rows are the queries. Arguments as in :func:`slr_plugin.functional.slr_loss`."""
+    """Equation (9) for one direction: rows are the queries. Arguments as in :func:`slr_plugin.functional.slr_loss`.
+
+    Nothing is checked or converted; for both directions see :func:`symmetric_slr_loss`.
+    """
     queries, positives = F.normalize(queries, dim=1), F.normalize(positives, dim=1)
     negatives = None if negatives is None else F.normalize(negatives, dim=1)
     key_set = choose(queries, positives, negatives, in_batch_keys=in_batch_keys, symmetric=symmetric)
     if queue is not None:
         key_set = key_set.with_queue(queue, None)
     crops = [mixed] if isinstance(mixed, Tensor) else list(mixed or [])
-    mixes = [mix] if isinstance(mix, Mix) else list(mix or [])
+    mixes: Any = [mix] if isinstance(mixed, Tensor) else list(mix or [])
     settings = Settings(temperature, sharpening, refined_weight, confidence, refines=True)
     return objective(key_set, [F.normalize(crop, dim=1) for crop in crops], mixes, settings)
 

@@ -12,7 +12,7 @@ from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
-from slr_plugin.settings import Settings, check_setting
+from slr_plugin.settings import Settings, as_scalar, check_setting
 
 
 def slr_loss(
@@ -84,7 +84,7 @@ def slr_loss(
         raise TypeError("confidence must be a number here, since a function counts no steps: pass schedule(step)")
     confidence = check_setting("confidence", confidence)
     settings = Settings(
-        check_setting("temperature", temperature),
+        as_scalar(check_setting("temperature", temperature), features.positives.dtype),
         check_setting("sharpening", sharpening),
         check_setting("refined_weight", refined_weight),
         confidence,

@@ -1,7 +1,7 @@
 """Which keys each row sees, which one is its own, and what the columns are called: the one place that knows.
 
 A *row* is a trained feature with a positive, its *own* key. Every key set hides a row's own key in the streaming pass;
-the objective adds it back. To add a key set, add a constructor.
+the objective adds it back. To add a key set, write its constructor, and let ``choose`` call it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,14 @@ class KeySet(NamedTuple):
     queue: Tensor | None  # (n, d) constants
     batch: int  # how many of ``keys`` are the batch's
     own: tuple[int, ...]  # of each block: the key that is its first row's own; () if none of ``keys`` is
-    itself: tuple[int, ...] = ()  # of each block: the key that is its first row itself, which no row sees
+    left_out: tuple[int, ...] = ()  # of each block: a key that its first row does not see, such as the row itself
+    is_symmetric: bool = False  # whether both views are rows: the second ones after the first ones, as in ``keys``
     estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
     @property
     def blocks(self) -> int:
         """The number of views that are rows."""
         return max(1, len(self.own))
-
-    @property
-    def is_symmetric(self) -> bool:
-        """Whether the rows are keys too: both views against both."""
-        return bool(self.itself)
 
     @property
     def is_square(self) -> bool:
@@ -53,7 +49,7 @@ class KeySet(NamedTuple):
     def hidden(self, first: int = 0) -> list[Diagonal]:
         """The keys that the pass leaves out, for rows (or their estimators) that begin at row ``first`` of the pass."""
         size = len(self.positives)
-        starts = [(block, start) for of in (self.own, self.itself) for block, start in enumerate(of)]
+        starts = [(block, start) for of in (self.own, self.left_out) for block, start in enumerate(of)]
         return [Diagonal(first + block * size, start, size) for block, start in starts]
 
     def with_queue(self, queue: Tensor, estimator_queue: Tensor | None) -> KeySet:
@@ -76,7 +72,7 @@ class KeySet(NamedTuple):
         second = self.batch // 2
         keys = self.keys[second:]
         estimator = self.estimator and self.estimator.for_mixed()
-        return KeySet(self.rows[:0], self.positives, keys, None, second, (self.itself[0],), estimator=estimator)
+        return KeySet(self.rows[:0], self.positives, keys, None, second, (self.left_out[0],), estimator=estimator)
 
     # ------------------------------------------------------------------------- dense matrices, for looking at and tests
 
@@ -93,9 +89,10 @@ class KeySet(NamedTuple):
         rows = torch.arange(len(self.positives), device=self.positives.device)
         return torch.cat([rows + start for start in self.own]) if self.own else torch.zeros_like(rows)
 
-    def itself_columns(self) -> Tensor | None:
+    def left_out_columns(self) -> Tensor | None:
         """The column (r,) that each row does not see, or None."""
-        return self._replace(own=self.itself).own_columns() if self.itself else None
+        first = torch.arange(len(self.positives), device=self.positives.device) + (0 if self.own else 1)
+        return torch.cat([first + start for start in self.left_out]) if self.left_out else None
 
     def column_classes(self, local: Tensor, everyone: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of rows, (r,), and of columns, (K,) or (r, K), from those of samples; -1 for further negatives.
@@ -146,7 +143,7 @@ def both_views(
     """
     second = len(batch) // 2
     keys = _with(batch, negatives)
-    return KeySet(rows, positives, keys, None, len(batch), (second + offset, offset), (offset, second + offset))
+    return KeySet(rows, positives, keys, None, len(batch), (second + offset, offset), (offset, second + offset), True)
 
 
 def choose(

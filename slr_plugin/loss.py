@@ -71,7 +71,8 @@ class SLRLoss(HasSettings):
             A :class:`slr_plugin.CosineConfidence` is evaluated on the device; another callable gets a Python int.
         refined_weight: lambda in [0, 1], the weight of the refined term.
         in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, the own positive and the queue;
-            with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise.
+            with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise. Without effect on both
+            views against both.
         symmetric: both views against both (only without a queue, and then the default), or False for one direction:
             rows are ``out0``, keys are ``out1``.
         estimator_dim: e, if calls bring features ``estimator`` (s, e) and there is a queue: a second queue holds them.
@@ -173,8 +174,9 @@ class SLRLoss(HasSettings):
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
         self._labels, self._confidence = labels, settings.confidence
+        labelled = call.key_set.for_mixed() if call.mixes else call.key_set
         for observer in self.observers:
-            observer.compare(call.key_set, lambda: dense.labels(call.key_set, settings))
+            observer.compare(labelled, lambda: dense.labels(labelled, settings))
         if advances:
             self._advance(call)
         return loss
@@ -206,7 +208,8 @@ class SLRLoss(HasSettings):
         Returns:
             Rows that sum to 1. With a queue (s, K): the minibatch's keys (``in_batch_keys=False``: the own positive),
             then ``negatives``, then the queue. Without, (2s, 2s + m): rows and keys are ``out0`` then ``out1``, and a
-            row's own view has label 0. With ``gather_distributed`` the columns are those of all processes.
+            row's own view has label 0; in one direction (s, s + m). With ``gather_distributed`` the columns are those
+            of all processes.
         """
         call = self._prepare(out0, out1, None, None, negatives, estimator, update=False)
         with torch.autocast(out0.device.type, enabled=False):
@@ -312,6 +315,7 @@ class SLRLoss(HasSettings):
         accepted = call.entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
         if len(self.memory_bank):
             enqueued = self.memory_bank.enqueue(call.entering, call.entering_estimators, accepted)
+            accepted = enqueued.accepted
             for observer in self.observers:
                 observer.enqueue(enqueued)
         accepted = accepted.to(self.step.device)

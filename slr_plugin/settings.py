@@ -113,7 +113,8 @@ class HasSettings(nn.Module):
             mu = self._called_schedule(step)
         else:
             mu = self._mu if torch.compiler.is_compiling() else self.confidence  # type: ignore[assignment]
-        return Settings(self.temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size)
+        temperature = as_scalar(self.temperature, dtype)
+        return Settings(temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size)
 
     def _called_schedule(self, step: Tensor) -> Tensor:
         assert callable(self.confidence)
@@ -126,6 +127,11 @@ class HasSettings(nn.Module):
         mu = self.confidence(int(step))
         check_confidence(f"confidence({int(step)})", mu)
         return torch.tensor(mu, dtype=torch.float64, device="cpu")
+
+
+def as_scalar(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A temperature as the objective takes it: a tensor () of the features' dtype, or a number."""
+    return temperature.reshape(()).to(dtype) if isinstance(temperature, Tensor) else temperature
 
 
 def _checked_temperature(value: Any) -> float | Tensor:

@@ -332,3 +332,13 @@ def test_a_checkpointed_call_is_measured_once():
     monitor.announce(torch.arange(4))
     torch.utils.checkpoint.checkpoint(criterion, queries, keys, use_reentrant=False).backward()
     assert len(monitor.measured) == 1
+
+
+def test_measures_the_labels_that_mixed_queries_are_given():
+    criterion = SLRLoss(0.2)  # both views are rows, but mixed queries see the second views only
+    monitor = LabelMonitor(criterion)
+    queries, keys, mixed = torch.randn(3, 6, 4, requires_grad=True)
+    _, mix = MomentumMixup()(queries.detach(), keys.detach())
+    monitor.announce(torch.arange(6))
+    criterion(queries, keys, mixed, mix)
+    torch.testing.assert_close(monitor.mean().own, criterion.stats["positive_weight"])

@@ -8,7 +8,7 @@ from _oracle import Batch, ask, call, gradients, make_criterion
 from _oracle import one_thread as one_thread
 from test_oracle import ESTIMATOR_MODES, MODES, SOFT, assert_close, batch_of, settings_of
 
-from slr_plugin import dense
+from slr_plugin import Mix, dense
 from slr_plugin.functional import slr_loss
 
 FUNCTIONAL_MODES = [mode for mode in MODES if mode not in ESTIMATOR_MODES]  # which need a second queue
@@ -93,3 +93,19 @@ BATCH = batch_of("queue_crops_negatives", 4, 3)
 def test_the_function_names_the_bad_argument(argument, error, options):
     with pytest.raises(error, match=rf"\b{argument}\b"):
         slr_loss(**{"queries": BATCH.out0, "positives": BATCH.out1, **options})
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_temperature_is_a_tensor_of_one_value_whatever_its_shape_and_dtype(mixed, dtype, shape):
+    torch.manual_seed(0)
+    queries, positives, crop, queue = torch.randn(4, 6, 5)
+    mix = (crop, Mix(torch.rand(6), torch.randperm(6))) if mixed else ()
+    temperature = torch.full(shape, 0.25, dtype=dtype, requires_grad=True)
+    queue = torch.nn.functional.normalize(queue, dim=1)
+    loss = slr_loss(queries, positives, queue, *mix, temperature=temperature)
+    torch.testing.assert_close(loss, slr_loss(queries, positives, queue, *mix, temperature=0.25))
+    loss.backward()
+    assert temperature.grad.shape == shape
+    assert temperature.grad.abs() > 0

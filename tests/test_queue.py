@@ -152,3 +152,13 @@ def test_non_finite_keys_leave_the_queue_as_it_is():
     assert not queue.enqueue(keys).accepted
     for name, value in before.items():
         assert torch.equal(queue.state_dict()[name], value)
+
+
+def test_a_non_finite_estimator_advances_neither_queue_nor_step():
+    criterion = SLRLoss(0.2, (8, 3), estimator_dim=2)
+    before = copy.deepcopy(criterion.state_dict())
+    estimator = torch.randn(2, 2)
+    estimator[0, 0] = torch.nan
+    criterion(unit_keys(2).requires_grad_(), unit_keys(2, seed=1), estimator=estimator)
+    for name, value in before.items():
+        assert torch.equal(criterion.state_dict()[name], value), name

@@ -93,6 +93,8 @@ def resolve(backend: str | None, rows: Tensor, dim: int, chunk_size: int | None)
     """Choose the backend that computes a pass over at most ``dim`` dimensions."""
     if backend not in (None, "tiled", "triton"):
         raise ValueError(f'backend must be "tiled", "triton" or None, got {backend!r}')
+    if backend == "triton" and dim > WIDEST_TRITON:
+        raise ValueError(f'backend="triton" takes at most {WIDEST_TRITON} dimensions, got {dim}; pass backend="tiled"')
     if backend is not None or DEFAULT_BACKEND == "tiled":
         return backend or "tiled"
     if rows.device.type != "cuda" or rows.dtype != torch.float32 or chunk_size or dim > WIDEST_TRITON:
