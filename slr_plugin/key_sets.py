@@ -30,17 +30,13 @@ class KeySet(NamedTuple):
     own: tuple[int, ...]  # of each block: the key that is its first row's own; () if none of ``keys`` is
     left_out: tuple[int, ...] = ()  # of each block: a key that its first row does not see, such as the row itself
     is_symmetric: bool = False  # whether both views are rows: the second ones after the first ones, as in ``keys``
+    is_square: bool = False  # whether the rows are all keys, in their order: half of the logits are then enough
     estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
     @property
     def blocks(self) -> int:
         """The number of views that are rows."""
         return max(1, len(self.own))
-
-    @property
-    def is_square(self) -> bool:
-        """Whether the rows are all keys: half of the logits are then enough."""
-        return self.keys is self.rows and self.queue is None
 
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""
@@ -54,8 +50,12 @@ class KeySet(NamedTuple):
 
     def with_queue(self, queue: Tensor, estimator_queue: Tensor | None) -> KeySet:
         """The key set and these further keys, and their features that estimate labels if there is an estimator."""
-        estimator = self.estimator and self.estimator._replace(queue=estimator_queue)
-        return self._replace(queue=queue, estimator=estimator)
+        return self._with(queue, self.estimator and self.estimator._with(estimator_queue, None))
+
+    def _with(self, queue: Tensor | None, estimator: KeySet | None) -> KeySet:
+        # Not _replace, which torch.compile cannot trace in torch 2.4.
+        layout = (self.batch, self.own, self.left_out, self.is_symmetric, self.is_square)
+        return KeySet(self.rows, self.positives, self.keys, queue, *layout, estimator)
 
     def entering(self, gather: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor | None]:
         """The positives of all processes and their estimators, which enter the queue."""
@@ -121,7 +121,7 @@ def batch_and_queue(
         negatives: (m, d), keys that are nobody's own.
         offset: the number of ``positives[0]`` in ``batch``.
     """
-    return KeySet(queries, positives, _with(batch, negatives), None, len(batch), (offset,))
+    return KeySet(queries, positives, _joined(batch, negatives), None, len(batch), (offset,))
 
 
 def own_positive_and_queue(queries: Tensor, positives: Tensor, negatives: Tensor | None = None) -> KeySet:
@@ -130,7 +130,12 @@ def own_positive_and_queue(queries: Tensor, positives: Tensor, negatives: Tensor
 
 
 def both_views(
-    rows: Tensor, positives: Tensor, batch: Tensor, negatives: Tensor | None = None, offset: int = 0
+    rows: Tensor,
+    positives: Tensor,
+    batch: Tensor,
+    negatives: Tensor | None = None,
+    offset: int = 0,
+    is_square: bool = False,
 ) -> KeySet:
     """SimCLR's key set: both views are rows and keys; a row sees all keys but itself, its other view is its own key.
 
@@ -140,10 +145,13 @@ def both_views(
         batch: (2S, d), the views of all processes; ``rows`` itself in one process.
         negatives: (m, d), keys that are nobody's own.
         offset: the number of ``rows[0]`` in ``batch``.
+        is_square: whether ``batch`` is ``rows`` and there are no negatives.
     """
     second = len(batch) // 2
-    keys = _with(batch, negatives)
-    return KeySet(rows, positives, keys, None, len(batch), (second + offset, offset), (offset, second + offset), True)
+    keys = _joined(batch, negatives)
+    return KeySet(
+        rows, positives, keys, None, len(batch), (second + offset, offset), (offset, second + offset), True, is_square
+    )
 
 
 def choose(
@@ -176,7 +184,7 @@ def choose(
         if gather:
             both = gather(torch.cat([queries, positives], dim=1))  # one exchange
             batch = torch.cat(both.chunk(2, dim=1))
-        key_set = both_views(rows, positives, batch, negatives, offset)
+        key_set = both_views(rows, positives, batch, negatives, offset, is_square=not gather and negatives is None)
     elif in_batch_keys:
         key_set = batch_and_queue(queries, positives, gather(positives) if gather else positives, negatives, offset)
     else:
@@ -184,8 +192,8 @@ def choose(
     if estimator is None:
         return key_set
     same = choose(estimator, estimator, in_batch_keys=in_batch_keys, symmetric=symmetric, gather=gather, offset=offset)
-    return key_set._replace(estimator=same)
+    return key_set._with(None, same)
 
 
-def _with(keys: Tensor, negatives: Tensor | None) -> Tensor:
+def _joined(keys: Tensor, negatives: Tensor | None) -> Tensor:
     return keys if negatives is None else torch.cat([keys, negatives])

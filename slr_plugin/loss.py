@@ -169,8 +169,8 @@ class SLRLoss(HasSettings):
         queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
         now = Place(self.step, self.memory_bank.version)
         place, advances = self._calls.place(now, call.entering is not None, queue_or_schedule, call.fingerprint)
-        settings = self.settings_at(place.step, call.key_set.rows.dtype)
-        settings = settings._replace(stale=place.version != self.memory_bank.version)
+        stale = place.version != self.memory_bank.version
+        settings = self.settings_at(place.step, call.key_set.rows.dtype, stale)
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
         self._labels, self._confidence = labels, settings.confidence

@@ -108,7 +108,7 @@ class MomentumMixup:
         )
         check_mix(mix, size)
         weight = mix.theta.view(-1, *[1] * (queries.ndim - 1))
-        mix = mix._replace(partner=mix.partner.to(queries.device, torch.int64))
+        mix = Mix(mix.theta, mix.partner.to(queries.device, torch.int64))
         return positives[mix.partner].lerp_(queries, weight), mix
 
     def _draw_theta(self, queries: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def slr_objective(key_set: KeySet, trained: Tensor, mixes: Sequence[Mix], settin
             losses = losses + settings.refined_weight * _logits(rows, own_keys - targets, settings)
         return losses.mean(), labels
     if key_set.is_symmetric:  # mixed queries see other keys than the rows: a pass of their own
-        one_hot, _ = slr_objective(key_set, rows, (), settings._replace(refines=False))
+        one_hot, _ = slr_objective(key_set, rows, (), settings.one_hot())
         key_set, mixed = key_set.for_mixed(), trained[len(rows) // 2 :]
         stats, labels, targets = _compare(key_set, mixed, settings, has_own=False)
         refined = stats.logsumexp_minus(_logits(mixed, _mixed(targets, mixes), settings))
@@ -125,7 +125,7 @@ def _pass(
         scale=scale,
         bound=bound,
         hidden=hidden,
-        symmetric=key_set.is_square and compared is rows,
+        symmetric=key_set.is_square and not isinstance(temperature, Tensor),
         chunk_size=settings.chunk_size,
         stale=settings.stale,
     )

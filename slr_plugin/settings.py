@@ -26,6 +26,12 @@ class Settings(NamedTuple):
     chunk_size: int | None = None
     stale: bool = False  # see softmax_stats
 
+    def one_hot(self) -> Settings:
+        """The same without refinement."""
+        return Settings(
+            self.temperature, self.sharpening, self.refined_weight, self.confidence, False, self.chunk_size, self.stale
+        )
+
 
 def check_setting(name: str, value: Any) -> Any:
     """Return the value as the loss keeps it, or raise ValueError or TypeError that names the setting."""
@@ -102,7 +108,7 @@ class HasSettings(nn.Module):
                     self._parameters.pop(name, None)
         super().__setattr__(name, value)
 
-    def settings_at(self, step: Tensor, dtype: torch.dtype) -> Settings:
+    def settings_at(self, step: Tensor, dtype: torch.dtype, stale: bool = False) -> Settings:
         """Return the settings of a call at a step () of the schedule, for features of a dtype."""
         if torch.compiler.is_compiling():
             self._was_compiled = True
@@ -114,7 +120,7 @@ class HasSettings(nn.Module):
         else:
             mu = self._mu if torch.compiler.is_compiling() else self.confidence  # type: ignore[assignment]
         temperature = as_scalar(self.temperature, dtype)
-        return Settings(temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size)
+        return Settings(temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size, stale)
 
     def _called_schedule(self, step: Tensor) -> Tensor:
         assert callable(self.confidence)

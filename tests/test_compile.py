@@ -108,6 +108,8 @@ def graphs_of(criterion, assign, steps=5):
 
 @pytest.mark.parametrize("name", ["confidence", "temperature"])
 def test_settings_that_change_at_every_step_compile_nothing_anew(name):
+    if name == "confidence" and torch.__version__ < "2.5":
+        pytest.skip("torch 2.4 compiles anew for every new value of an attribute")
     criterion = SLRLoss(0.2, (10, 4))
     value = (lambda step: 0.1 + 0.1 * step) if name == "confidence" else (lambda step: torch.tensor(0.1 + 0.1 * step))
     counts = graphs_of(criterion, lambda step: setattr(criterion, name, value(step)))

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from lightly.loss import NTXentLoss
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils import checkpoint as checkpointing
+from torch.utils.checkpoint import checkpoint
 
 from slr_plugin import CosineConfidence, SLRLoss
 
@@ -178,14 +179,15 @@ WAYS = {
     "plain": lambda step, *views: step(*views),
     "reentrant": functools.partial(checkpoint, use_reentrant=True),
     "not reentrant": functools.partial(checkpoint, use_reentrant=False),
-    "selective": functools.partial(
+}
+if hasattr(checkpointing, "create_selective_checkpoint_contexts"):  # torch 2.4 has none
+    WAYS["selective"] = functools.partial(
         checkpoint,
         use_reentrant=False,
         context_fn=functools.partial(
-            create_selective_checkpoint_contexts, [torch.ops.slr_plugin.softmax_stats.default]
+            checkpointing.create_selective_checkpoint_contexts, [torch.ops.slr_plugin.softmax_stats.default]
         ),
-    ),
-}
+    )
 MOVED_ON = "checkpoint the encoder without the loss"
 
 
