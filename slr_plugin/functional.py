@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slr_plugin._inputs import checked_features
 from slr_plugin.checks import check_flag, check_float_tensor
-from slr_plugin.key_sets import choose
+from slr_plugin.key_sets import check_choice, choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.settings import Settings, as_scalar, check_setting
@@ -75,11 +75,14 @@ def slr_loss(
         check_flag("symmetric", symmetric)
     if symmetric and queue is not None:
         raise ValueError("symmetric=True compares both views with both and takes no queue: pass queue=None")
-    if features.mixes and not in_batch_keys:
-        raise ValueError("mixed queries need labels over the batch's keys: pass in_batch_keys=True")
-    check_setting("in_batch_keys", in_batch_keys)
-    if not in_batch_keys and queue is None and symmetric is False and negatives is None:
-        raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
+    symmetric = queue is None if symmetric is None else symmetric
+    check_choice(
+        in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
+        symmetric=symmetric,
+        has_queue=queue is not None,
+        has_mixed=bool(features.mixes),
+        has_negatives=negatives is not None,
+    )
     if callable(confidence):
         raise TypeError("confidence must be a number here, since a function counts no steps: pass schedule(step)")
     confidence = check_setting("confidence", confidence)
@@ -95,7 +98,7 @@ def slr_loss(
         features.positives,
         features.negatives,
         in_batch_keys=in_batch_keys,
-        symmetric=queue is None if symmetric is None else symmetric,
+        symmetric=symmetric,
     )
     if queue is not None:
         key_set = key_set.with_queue(queue.detach(), None)

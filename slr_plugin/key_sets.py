@@ -154,6 +154,18 @@ def both_views(
     )
 
 
+def check_choice(
+    *, in_batch_keys: bool, symmetric: bool, has_queue: bool, has_mixed: bool, has_negatives: bool
+) -> None:
+    """Raise ValueError unless these settings leave every row of a call the keys that it needs."""
+    if has_mixed and not in_batch_keys:
+        raise ValueError(
+            "mixed queries need labels over the batch's keys: set in_batch_keys=True, or leave out mixed and mix"
+        )
+    if not (has_queue or symmetric or in_batch_keys or has_negatives):
+        raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
+
+
 def choose(
     queries: Tensor,
     positives: Tensor,

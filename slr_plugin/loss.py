@@ -16,7 +16,7 @@ from slr_plugin._inputs import checked_features
 from slr_plugin.checkpointing import CallLog, Place
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.distributed import broadcast, gather, rank, world_size
-from slr_plugin.key_sets import KeySet, choose
+from slr_plugin.key_sets import KeySet, check_choice, choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.queue import KeyQueue
@@ -276,19 +276,19 @@ class SLRLoss(HasSettings):
         if update is None:
             update = out0.requires_grad and torch.is_grad_enabled()
         check_flag("update", update)
-        if features.mixes and not self.in_batch_keys:
-            raise ValueError(
-                "mixed queries need labels over the batch's keys: build the loss with in_batch_keys=True, or call it "
-                "without mixed and mix"
-            )
         bank = self.memory_bank
+        check_choice(
+            in_batch_keys=self.in_batch_keys,
+            symmetric=self.symmetric,
+            has_queue=len(bank) > 0,
+            has_mixed=bool(features.mixes),
+            has_negatives=negatives is not None,
+        )
         bank.check(out0, estimator)
         if self.step.is_meta and not out0.is_meta:
             raise RuntimeError(
                 "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
             )
-        if not len(bank) and not self.symmetric and not self.in_batch_keys and negatives is None:
-            raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
         gathers = self.gather_distributed and world_size() > 1
         key_set = choose(
             features.trained[: len(out0)],
