@@ -80,7 +80,7 @@ def slr_loss(
         in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
         symmetric=symmetric,
         has_queue=queue is not None,
-        has_mixed=bool(features.mixes),
+        has_mixed=len(features.mixes) > 0,
         has_negatives=negatives is not None,
     )
     if callable(confidence):

@@ -281,7 +281,7 @@ class SLRLoss(HasSettings):
             in_batch_keys=self.in_batch_keys,
             symmetric=self.symmetric,
             has_queue=len(bank) > 0,
-            has_mixed=bool(features.mixes),
+            has_mixed=len(features.mixes) > 0,
             has_negatives=negatives is not None,
         )
         bank.check(out0, estimator)
