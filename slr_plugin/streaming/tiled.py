@@ -14,19 +14,25 @@ and their large logits, stay in float32, and so do all sums.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from slr_plugin.streaming import threads
 from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
 
 # Tiles of rows x keys. On the CPU 1,024 x 1,024 float32 values are 4 MB and stay in the cache between the two products.
 # An accelerator wants fewer, larger launches (not measured yet).
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 8192)
+# A pass over at least so many pairs of rows and keys is shared among threads. Their start takes up to 7 ms, while those
+# of torch's last operation still wait for its next one.
+SHARED_PAIRS = 2**23
+LEAST_HEIGHT = 256  # rows of a tile, however many threads there are
 LN2 = math.log(2)
 # Logits that cannot exceed 2^32 before the sum need no running maximum: float32 reaches 2^127.
 SAFE_BITS = 32
@@ -38,6 +44,55 @@ class Block(NamedTuple):
     first: int  # the number of its first key among all keys
     keys: Tensor
     values: Tensor
+
+    @classmethod
+    def of(cls, here: slice, keys: Tensor, values: Tensor) -> Block:
+        """A block of keys as they are."""
+        return cls(here.start, keys[here], values[here])
+
+
+class Tiling(NamedTuple):
+    """How a pass is cut into tiles, and the memory of one tile for each thread that computes a share of it."""
+
+    height: int  # rows of a tile
+    width: int  # keys of a tile; the height, where a tile serves its mirror image too
+    tiles: list[Tensor]
+
+    @classmethod
+    def of(cls, rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool) -> Tiling:
+        """Choose by device, and by the size of the pass."""
+        on_cpu = rows.device.type == "cpu"
+        pairs = len(rows) * sum(len(source.keys) for source in sources)
+        count = threads.available() if on_cpu and pairs >= SHARED_PAIRS else 1
+        height, width = CPU_TILE if on_cpu else ACCELERATOR_TILE
+        height, width = max(height // count, min(height, LEAST_HEIGHT)), chunk or width
+        if mirrored:
+            width = height
+        longest = max(len(source.keys) for source in sources)
+        height, width = max(1, min(height, len(rows))), max(1, min(width, longest))
+        return cls(height, width, [rows.new_empty(height * width) for _ in range(count)])
+
+    def run_shares(self, count: int, compute: Callable[[Tensor, slice], None]) -> None:
+        """Call ``compute(tile, share)`` for shares of ``range(count)``, one per thread."""
+        stops = [count * i // len(self.tiles) for i in range(len(self.tiles) + 1)]
+        shares = zip(self.tiles, itertools.starmap(slice, itertools.pairwise(stops)), strict=True)
+        threads.run([functools.partial(compute, tile, share) for tile, share in shares])
+
+    def run_pairs(self, count: int, compute: Callable[[Tensor, slice, slice], None]) -> None:
+        """Call ``compute(tile, here, there)`` once for every two blocks of ``range(count)``, and for a block and itself.
+
+        The threads compute at the same time only what has no block in common, and so write into different rows.
+        """
+        blocks = list(_slices(slice(0, count), self.height))
+        for pairs in _rounds(blocks):
+
+            def share(tile: Tensor, pairs: list[tuple[slice, slice]]) -> None:
+                for here, there in pairs:
+                    compute(tile, here, there)
+
+            threads.run(
+                [functools.partial(share, tile, pairs[i :: len(self.tiles)]) for i, tile in enumerate(self.tiles)]
+            )
 
 
 class Sums(NamedTuple):
@@ -77,7 +132,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     scale, bound, hidden, symmetric, chunk = plan
     bounded = bound / LN2 <= SAFE_BITS
     mirrored = symmetric and bounded and not chunk
-    height, width = _tile_shape(rows, sources, chunk, mirrored)
+    tiling = Tiling.of(rows, sources, chunk, mirrored)
     count, values = len(rows), sources[0].values
     sums = Sums(
         rows.new_full((count, 1), 0.0 if bounded else -torch.inf),
@@ -85,20 +140,28 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
         rows.new_zeros(count, 1),
         rows.new_zeros(count, values.shape[1]),
     )
-    tile = rows.new_empty(height * width)
     low = (rows * (scale / LN2)).bfloat16() if sources[-1].may_be_low and uses_bfloat16(rows) else rows
-    for block in _blocks(sources, width, rows, low.dtype):
-        left = rows if block.keys.dtype == rows.dtype else low
-        for here in _slices(count, height):
-            if mirrored and here.start > block.first:
-                break
-            logits = _logits(left[here], block, scale, tile, here.start, hidden)
-            part = sums.at(here)
-            if not bounded:
-                part.raise_shift(logits)
-            part.add(logits.exp2_(), block.values)
-            if mirrored and here.start < block.first:
-                sums.at(slice(block.first, block.first + len(block.keys))).add(logits.T, values[here])
+
+    def add_keys(tile: Tensor, share: slice) -> None:
+        for block in _blocks(sources, tiling.width, rows, low.dtype):
+            left = rows if block.keys.dtype == rows.dtype else low
+            for here in _slices(share, tiling.height):
+                logits = _logits(left[here], block, scale, tile, here.start, hidden)
+                part = sums.at(here)
+                if not bounded:
+                    part.raise_shift(logits)
+                part.add(logits.exp2_(), block.values)
+
+    def add_each_other(tile: Tensor, here: slice, there: slice) -> None:
+        weights = _logits(rows[here], Block.of(there, rows, values), scale, tile, here.start, hidden).exp2_()
+        sums.at(here).add(weights, values[there])
+        if here != there:
+            sums.at(there).add(weights.T, values[here])
+
+    if mirrored:
+        tiling.run_pairs(count, add_each_other)
+    else:
+        tiling.run_shares(count, add_keys)
     total = sums.total
     if bounded:
         reference, offset = torch.full_like(total, bound), (total * math.exp(-bound)).log_()
@@ -113,28 +176,32 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     scale, bound, hidden, symmetric, chunk = plan
     bounded = bound / LN2 <= SAFE_BITS
     mirrored = symmetric and bounded and not chunk
-    source = Source(keys, keys)
-    height, width = _tile_shape(rows, [source], chunk, mirrored)
+    tiling = Tiling.of(rows, [Source(keys, keys)], chunk, mirrored)
     shift = logsumexp[:, None] / LN2
-    factor = (-shift).exp2()  # of bounded logits
-
-    def values(of: slice) -> Tensor:
-        return row_values[of] * factor[of] if bounded else row_values[of]
-
+    values = row_values * (-shift).exp2() if bounded else row_values
     gradient = row_values.new_zeros(len(keys), row_values.shape[1])
-    tile = rows.new_empty(height * width)
-    for block in _blocks([source], width, rows, rows.dtype):
-        there = slice(block.first, block.first + len(block.keys))
-        for here in _slices(len(rows), height):
-            if mirrored and here.start > block.first:
-                break
-            weights = _logits(rows[here], block, scale, tile, here.start, hidden)
-            if not bounded:
-                weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
-            weights.exp2_()
-            gradient[there].addmm_(weights.T, values(here))
-            if mirrored and here.start < block.first:
-                gradient[here].addmm_(weights, values(there))
+
+    def weights_of(tile: Tensor, here: slice, there: slice) -> Tensor:
+        weights = _logits(rows[here], Block.of(there, keys, keys), scale, tile, here.start, hidden)
+        if not bounded:
+            weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
+        return weights.exp2_()
+
+    def add_rows(tile: Tensor, share: slice) -> None:
+        for there in _slices(share, tiling.width):
+            for here in _slices(slice(0, len(rows)), tiling.height):
+                gradient[there].addmm_(weights_of(tile, here, there).T, values[here])
+
+    def add_each_other(tile: Tensor, here: slice, there: slice) -> None:
+        weights = weights_of(tile, here, there)
+        gradient[there].addmm_(weights.T, values[here])
+        if here != there:
+            gradient[here].addmm_(weights, values[there])
+
+    if mirrored:
+        tiling.run_pairs(len(rows), add_each_other)
+    else:
+        tiling.run_shares(len(keys), add_rows)
     return gradient
 
 
@@ -164,24 +231,26 @@ def _blocks(sources: Sequence[Source], width: int, like: Tensor, low: torch.dtyp
     first = 0
     for keys, values, may_be_low in sources:
         dtype = low if may_be_low else like.dtype
-        for here in _slices(len(keys), width):
+        for here in _slices(slice(0, len(keys)), width):
             block = keys[here].to(like.device, dtype)
             averaged = block if values is keys else values[here].to(like.device, dtype)
             yield Block(first + here.start, block, averaged)
         first += len(keys)
 
 
-def _slices(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+def _slices(of: slice, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, of.stop)) for start in range(of.start, of.stop, size))
 
 
-def _tile_shape(rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool) -> tuple[int, int]:
-    height, width = CPU_TILE if rows.device.type == "cpu" else ACCELERATOR_TILE
-    width = chunk or width
-    if mirrored:
-        height = width = min(height, width)
-    longest = max(len(source.keys) for source in sources)
-    return max(1, min(height, len(rows))), max(1, min(width, longest))
+def _rounds(blocks: Sequence[slice]) -> Iterator[list[tuple[slice, slice]]]:
+    """Every two of the blocks once, in rounds of disjoint pairs as in a tournament; first each block with itself."""
+    yield [(block, block) for block in blocks]
+    fixed, *others = [*blocks, None] if len(blocks) % 2 else blocks
+    for _ in range(len(others)):
+        circle = [fixed, *others]
+        pairs = zip(circle[: len(circle) // 2], reversed(circle), strict=False)
+        yield [(here, there) for here, there in pairs if here is not None and there is not None]
+        others = [others[-1], *others[:-1]]
 
 
 def _finite(logits: Tensor) -> Tensor:

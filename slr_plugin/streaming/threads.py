@@ -1,0 +1,77 @@
+"""Threads that compute a share of a pass each: they wait for one another once, not after every operation.
+
+Inside torch every operation on a large tensor is a parallel region: it begins when all threads have come and ends when
+the last one is done. Where other processes keep the cores busy, as the workers of a data loader do, each region waits
+for a thread that the system has put aside, and a pass has some thousand regions. Here a thread computes its whole share
+with one intra-op thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+
+Task = Callable[[], None]
+
+
+def available() -> int:
+    """The number of threads that the caller lets torch use."""
+    return torch.get_num_threads()
+
+
+def run(tasks: Sequence[Task]) -> None:
+    """Run tasks at once, each in a thread of its own; a single one here. Raises what the first that fails raises.
+
+    Tasks write into tensors that the caller made, and record no gradient.
+    """
+    if len(tasks) == 1:
+        tasks[0]()
+        return
+    pool = _pools.get(len(tasks))
+    futures = [pool.submit(_without_gradient, task) for task in tasks]
+    wait(futures)
+    for future in futures:
+        future.result()
+
+
+def _without_gradient(task: Task) -> None:
+    # Nothing that the caller has set for its thread applies here, also not the inference mode that its tensors may need.
+    with torch.inference_mode():
+        task()
+
+
+class _Pools:
+    """One pool of threads, made when it is first needed and anew where more threads are needed."""
+
+    def __init__(self) -> None:
+        self.pool: ThreadPoolExecutor | None = None
+        self.size = 0
+        self.lock = threading.Lock()
+
+    def get(self, size: int) -> ThreadPoolExecutor:
+        with self.lock:
+            if self.pool is None or self.size < size:
+                self.pool, self.size = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread), size
+            return self.pool
+
+
+def _prepare_thread() -> None:
+    """Give this thread one intra-op thread, and leave what torch gives to other threads as it was.
+
+    ``torch.set_num_threads`` sets the number of the calling thread, and the number with which threads begin that have
+    not used torch yet. The latter is put back by a thread that ends at once.
+    """
+    beginners = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restorer = threading.Thread(target=torch.set_num_threads, args=(beginners,))
+    restorer.start()
+    restorer.join()
+
+
+_pools = _Pools()
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=lambda: _pools.__init__())
