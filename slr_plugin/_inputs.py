@@ -8,11 +8,37 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from slr_plugin.checks import check_float_tensor
 from slr_plugin.mixup import Mix, check_mix
 
 VIEWS = ("out0", "out1")  # what SLRLoss calls queries and positives
+
+
+class UnitRows(torch.autograd.Function):
+    r"""Divides each row by its length; :math:`\partial L / \partial x = (\dot u - u \langle u, \dot u \rangle) / |x|`.
+
+    As ``F.normalize``, whose gradient takes autograd three times as many operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """(r, d) rows, of which one of length 0 stays 0."""
+        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
+        unit: Tensor = rows / length
+        ctx.save_for_backward(unit, length)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The part of the gradient that is orthogonal to the row."""
+        unit, length = ctx.saved_tensors
+        along = (unit * grad).sum(1, keepdim=True)
+        gradient: Tensor = grad.addcmul(unit, along, value=-1).div_(length)
+        return gradient
 
 
 class Features(NamedTuple):
@@ -62,10 +88,10 @@ def checked_features(
     with torch.autocast(queries.device.type, enabled=False):
         trained = torch.cat([rows.to(dtype) for rows in (queries, *crops)]) if crops else queries.to(dtype)
         return Features(
-            F.normalize(trained, dim=1),
-            F.normalize(positives.to(dtype), dim=1),
+            UnitRows.apply(trained),
+            UnitRows.apply(positives.to(dtype)),
             mixes,
-            None if negatives is None else F.normalize(negatives.to(dtype), dim=1),
+            None if negatives is None else UnitRows.apply(negatives.to(dtype)),
             None if estimator is None else F.normalize(estimator.detach().to(dtype), dim=1),
         )
 
@@ -140,3 +166,5 @@ def _check_features(name: str, value: Any) -> None:
             f"{name} is inside a torch.func transform, which SLRLoss does not support: use loss.backward() or "
             "torch.autograd.grad"
         )
+    if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slr_plugin import CosineConfidence, Mix, SLRLoss, distributed
 from slr_plugin.diagnostics import LabelMonitor
+from slr_plugin.streaming import tiled
 
 BATCH, STEPS = 6, 20
 
@@ -139,7 +140,8 @@ def uneven(rank: int, memory_bank_size: int | tuple[int, int], in_batch_keys: bo
 
 def run(rank: int, folder: Path, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+    torch.set_num_threads(2 if world == 2 else 1)
+    tiled.SHARED_PAIRS = 1  # with two threads, every pass is shared
     results = {name: train(scenario, rank, world) for name, scenario in SCENARIOS.items()}
     messages = [uneven(rank, size, in_batch_keys) for size in ((8, 4), 8) for in_batch_keys in (True, False)]
     torch.save(results | {"uneven": [*messages, uneven(rank, 0, True)]}, folder / f"rank{rank}.pt")

@@ -16,6 +16,17 @@ BOUNDS = pytest.mark.parametrize("bound", [math.inf, 20.0])
 CHUNKS = pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 8, 100])
 
 
+@pytest.fixture(params=[1, 2, 5])
+def threads(request, monkeypatch):
+    """How many threads share every pass, however small."""
+    monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
+    monkeypatch.setattr(tiled, "LEAST_HEIGHT", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def tensors(rows=9, keys=14, queue=11, dim=3):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(n, dim, dtype=torch.float64, generator=generator).requires_grad_() for n in (rows, keys, queue)]
@@ -35,7 +46,7 @@ def assert_same_gradients(outputs, expected, leaves):
 @CHUNKS
 @pytest.mark.parametrize("scale", [1.0, 2.5, -2.0])
 @BOUNDS
-def test_equals_the_dense_formulas_with_gradients(bound, chunk_size, scale, monkeypatch):
+def test_equals_the_dense_formulas_with_gradients(bound, chunk_size, scale, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 6))
     rows, keys, queue = tensors()
     stats = softmax_stats(rows, keys, queue, hidden=HIDDEN, scale=scale, bound=bound, chunk_size=chunk_size)
@@ -48,7 +59,7 @@ def test_equals_the_dense_formulas_with_gradients(bound, chunk_size, scale, monk
 @CHUNKS
 @pytest.mark.parametrize("width", [1, 3, 5])
 @BOUNDS
-def test_averages_values_that_are_not_the_keys(bound, width, chunk_size, monkeypatch):
+def test_averages_values_that_are_not_the_keys(bound, width, chunk_size, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 6))
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=width)
@@ -79,7 +90,7 @@ SYMMETRIC = [
 
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("hidden", SYMMETRIC)
-def test_rows_that_are_the_keys_say_the_same_by_half_the_logits(hidden, values, monkeypatch):
+def test_rows_that_are_the_keys_say_the_same_by_half_the_logits(hidden, values, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 4))
     rows = tensors(rows=12)[0]
     averaged = tensors(rows=12, dim=5)[0] if values else None
@@ -144,7 +155,7 @@ def test_opcheck(apart):
 
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0])
-def test_a_row_without_keys_is_empty_not_nan(bound):
+def test_a_row_without_keys_is_empty_not_nan(bound, threads):
     rows = torch.randn(2, 3, requires_grad=True)
     keys = torch.randn(1, 3, requires_grad=True)
     stats = softmax_stats(rows, keys, bound=bound, hidden=[Diagonal(0, 0, 1)])
@@ -183,7 +194,7 @@ def test_no_rows_by_keys_matrix_is_allocated():
 
 
 @BOUNDS
-def test_medium_precision_meets_the_queue_in_bfloat16_more_exactly_than_dense_products(bound, monkeypatch):
+def test_medium_precision_meets_the_queue_in_bfloat16_more_exactly_than_dense_products(bound, threads, monkeypatch):
     monkeypatch.setattr(tiled, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "medium")
     rows, keys, queue = (tensor.detach() for tensor in tensors(rows=32, keys=32, queue=400, dim=16))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from slr_plugin.streaming import tiled
 from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
@@ -66,12 +65,9 @@ def softmax_stats(
         ``mean`` has one for the keys alone: its weights count as constants, because they serve as labels.
 
     Raises:
-        RuntimeError: a second derivative or a forward-mode derivative is asked for, or the keys are stale; the result
-            would be wrong.
+        RuntimeError: a second derivative is asked for, or the keys are stale; the result would be wrong.
         ValueError: an unknown ``backend``.
     """
-    if not torch.compiler.is_compiling() and (_has_tangent(rows) or _has_tangent(keys)):
-        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")
     if values is not None:
         rows, keys = rows.detach(), keys.detach()
     averaged = keys if values is None else values
@@ -185,7 +181,8 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
         if grad_offset is not None:
             factor = ctx.plan[0] * grad_offset[:, None]
             grad_rows = factor * mean if ctx.needs_input_grad[0] else None
-            row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
+            if ctx.needs_input_grad[1]:
+                row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
         if ctx.needs_input_grad[1] and row_values is not None:
             grad_keys = _keys_backward(rows, keys, logsumexp, row_values, *ctx.plan)
     return grad_rows, grad_keys, None, grad_values, *[None] * 8
@@ -205,8 +202,3 @@ def _backend(plan: Sequence[Any]) -> ModuleType:
     from slr_plugin.streaming import triton  # torch brings Triton along on Linux; elsewhere there may be none
 
     return triton
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way, which an operator drops silently."""
-    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

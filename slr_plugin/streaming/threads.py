@@ -31,32 +31,42 @@ def run(tasks: Sequence[Task]) -> None:
     if len(tasks) == 1:
         tasks[0]()
         return
-    pool = _pools.get(len(tasks))
-    futures = [pool.submit(_without_gradient, task) for task in tasks]
+    try:
+        executor = _pool.of(len(tasks))
+        futures = [executor.submit(_without_gradient, task) for task in tasks]
+    except RuntimeError:  # the interpreter ends and starts no thread
+        for task in tasks:
+            task()
+        return
     wait(futures)
     for future in futures:
         future.result()
 
 
 def _without_gradient(task: Task) -> None:
-    # Nothing that the caller has set for its thread applies here, also not the inference mode that its tensors may need.
+    # What the caller has set for its own thread does not reach this one; its tensors may be those of inference mode.
     with torch.inference_mode():
         task()
 
 
-class _Pools:
-    """One pool of threads, made when it is first needed and anew where more threads are needed."""
+class _Pool:
+    """The threads, started when they are first needed, and anew where more of them are."""
 
     def __init__(self) -> None:
-        self.pool: ThreadPoolExecutor | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew: a forked process has none of its parent's threads, and perhaps a lock that nobody will open."""
+        self.executor: ThreadPoolExecutor | None = None
         self.size = 0
         self.lock = threading.Lock()
 
-    def get(self, size: int) -> ThreadPoolExecutor:
+    def of(self, size: int) -> ThreadPoolExecutor:
+        """At least ``size`` threads."""
         with self.lock:
-            if self.pool is None or self.size < size:
-                self.pool, self.size = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread), size
-            return self.pool
+            if self.executor is None or self.size < size:
+                self.executor, self.size = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread), size
+            return self.executor
 
 
 def _prepare_thread() -> None:
@@ -72,6 +82,6 @@ def _prepare_thread() -> None:
     restorer.join()
 
 
-_pools = _Pools()
-if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
-    os.register_at_fork(after_in_child=lambda: _pools.__init__())
+_pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.forget)

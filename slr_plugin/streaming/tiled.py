@@ -79,7 +79,7 @@ class Tiling(NamedTuple):
         threads.run([functools.partial(compute, tile, share) for tile, share in shares])
 
     def run_pairs(self, count: int, compute: Callable[[Tensor, slice, slice], None]) -> None:
-        """Call ``compute(tile, here, there)`` once for every two blocks of ``range(count)``, and for a block and itself.
+        """Call ``compute(tile, here, there)`` for every two blocks of ``range(count)``, and for each and itself.
 
         The threads compute at the same time only what has no block in common, and so write into different rows.
         """
