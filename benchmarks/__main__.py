@@ -70,9 +70,14 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 def add_representations(parser: argparse.ArgumentParser) -> None:
     """The comparison of methods."""
     add = parser.add_argument
-    add("--data", type=Path, metavar="DIR", help="images as DIR/train/<class>/* and DIR/test/<class>/*")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="images as DIR/train/<class>/* and DIR/test/<class>/*, or MNIST's files",
+    )
     add("--budget", choices=sorted(BUDGETS), default="cpu", help="default: %(default)s")
-    add("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="tables to fill (default: all)")
+    add("--studies", nargs="+", choices=STUDIES, help="tables to fill (default: all of the budget)")
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"instead of a study's: {', '.join(METHODS)}")
     add("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -84,10 +89,14 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
 
     def run(args: argparse.Namespace) -> None:
         results = args.results / args.budget
+        studies = args.studies or [name for name, study in STUDIES.items() if args.budget in study.budgets]
         if not args.only_report:
-            if args.data is None or not (args.data / "train").is_dir():
-                parser.error(f"--data must hold train/<class>/* and test/<class>/*, got {args.data}")
-            methods = args.methods or dict.fromkeys(name for study in args.studies for name in STUDIES[study].methods)
+            if args.data is None or not any(args.data.glob("train*")):
+                parser.error(
+                    f"--data must hold train/<class>/* and test/<class>/*, or MNIST's train-* and t10k-*, got "
+                    f"{args.data}"
+                )
+            methods = args.methods or dict.fromkeys(name for study in studies for name in STUDIES[study].methods)
             jobs = args.jobs or (1 if args.device != "cpu" else os.cpu_count() or 1)
             harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
         print(report.write(results))

@@ -29,6 +29,10 @@ class Budget:
     threads: int | None  # of one run on the CPU; a fixed number, so that a run repeats to the last digit
     keeps_views: bool  # on the disk, for the other methods of the seed
     strong_group: int  # images that share one draw of strong operations, which kornia makes once per call
+    channels: int = 3  # 1: images are grey, and so are augmented otherwise
+    rates: tuple[
+        float, ...
+    ] = ()  # learning rates, of which each method takes its best on held-out images; (): the preset's
 
 
 def small_resnet() -> nn.Module:
@@ -36,6 +40,15 @@ def small_resnet() -> nn.Module:
     parts = ResNetGenerator("resnet-9", width=0.25)
     stages = [parts.layer1, parts.layer2, parts.layer3, parts.layer4]
     return nn.Sequential(parts.conv1, parts.bn1, nn.ReLU(), *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def three_layers() -> nn.Module:
+    """Three strided convolutions, for small grey images."""
+
+    def layer(channels: int, width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+    return nn.Sequential(layer(1, 32), layer(32, 64), layer(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def cifar_resnet18() -> nn.Module:
@@ -73,9 +86,26 @@ GPU = Budget(
     keeps_views=False,
     strong_group=256,
 )
+# Fashion-MNIST: 1,560 steps.
+FASHION = Budget(
+    encoder=three_layers,
+    feature_dim=128,
+    side=28,
+    train_images=10000,
+    test_images=None,
+    epochs=20,
+    batch_size=128,
+    queue_size=4096,
+    evaluations=4,
+    threads=1,
+    keeps_views=True,
+    strong_group=8,
+    channels=1,
+    rates=(0.02, 0.06, 0.18),
+)
 # For the tests of the harness: seconds, and no result.
 SMOKE = replace(CPU, train_images=96, test_images=64, epochs=2, batch_size=32, queue_size=64, evaluations=2)
-BUDGETS = {"cpu": CPU, "gpu": GPU, "smoke": SMOKE}
+BUDGETS = {"cpu": CPU, "gpu": GPU, "fashion": FASHION, "smoke": SMOKE}
 
 
 def precision(device: torch.device) -> torch.autocast:

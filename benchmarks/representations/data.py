@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import kornia.augmentation as K
 import torch
 from kornia.augmentation.auto import RandAugment
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks.representations.budgets import Budget
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+STATISTICS = {3: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), 1: ((0.2860,), (0.3530,))}  # by channels
+
+
+HELD_OUT = 5000
 
 
 class Images(NamedTuple):
-    """Images (n, 3, 32, 32) in uint8, and their classes (n,)."""
+    """Images (n, channels, height, width) in uint8, and their classes (n,)."""
 
     pixels: Tensor
     classes: Tensor
@@ -31,29 +35,58 @@ class Images(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Normalised views (s, 3, 32, 32), and the classes (s,), which no method may use, but for oracle and supervised."""
+    """Normalised views, and the classes (s,), which no method may use but those that are told them."""
 
     query: Tensor
     key: Tensor
     strong: Tensor | None  # a further view, strongly augmented, for the mixup
     classes: Tensor
+    index: Tensor  # (s,) the numbers of the images
 
 
 # The stream of random numbers of each view, so that it is the same whichever others a method takes; 0 is the order's.
 STREAMS = {"query": 1, "key": 2, "strong": 3, "weak": 3}
 
 
-def load(root: Path, budget: Budget, device: torch.device) -> tuple[Images, Images]:
-    """Training and test images, ``root``/train/<class>/* and ``root``/test/<class>/*; the same for every seed."""
-    return _decode(root / "train", budget.train_images, device), _decode(root / "test", budget.test_images, device)
+def load(root: Path, budget: Budget, device: torch.device, held_out: bool = False) -> tuple[Images, Images]:
+    """Training and test images, the same for every seed.
+
+    Args:
+        root: holds ``train/<class>/*`` and ``test/<class>/*``, or grey images as MNIST's four ``*-ubyte.gz`` files.
+        budget: how many.
+        device: where to.
+        held_out: take the last fifth of the training images, at most 5,000, in place of the test images: settings are
+            chosen by them.
+    """
+    train, order = _part(root, "train")
+    rest = len(order) - min(HELD_OUT, len(order) // 5) if held_out else len(order)
+    images = _gather(train, order[: min(rest, budget.train_images or rest)], device)
+    if held_out:
+        return images, _gather(train, order[rest:], device)
+    test, order = _part(root, "test")
+    return images, _gather(test, order[: budget.test_images], device)
 
 
-def _decode(root: Path, count: int | None, device: torch.device) -> Images:
-    transform = v2.Compose([v2.Resize(32), v2.CenterCrop(32), v2.PILToTensor()])
-    folder = ImageFolder(root, transform)
-    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:count]
-    pixels, classes = zip(*DataLoader(Subset(folder, order.tolist()), batch_size=256), strict=True)
+def _part(root: Path, part: str) -> tuple[Dataset[Any], list[int]]:
+    """The images of a part and their classes, and a random order of them."""
+    dataset: Dataset[Any]
+    if (root / part).is_dir():
+        dataset = ImageFolder(root / part, v2.Compose([v2.Resize(32), v2.CenterCrop(32), v2.PILToTensor()]))
+    else:
+        prefix = {"train": "train", "test": "t10k"}[part]
+        pixels = _idx(root / f"{prefix}-images-idx3-ubyte.gz", 16).view(-1, 1, 28, 28)
+        dataset = TensorDataset(pixels, _idx(root / f"{prefix}-labels-idx1-ubyte.gz", 8).long())
+    return dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()  # type: ignore[arg-type]
+
+
+def _gather(dataset: Dataset[Any], indices: list[int], device: torch.device) -> Images:
+    pixels, classes = zip(*DataLoader(Subset(dataset, indices), batch_size=256), strict=True)
     return Images(torch.cat(pixels).to(device), torch.cat(classes).to(device))
+
+
+def _idx(path: Path, header: int) -> Tensor:
+    with gzip.open(path) as file:
+        return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8, offset=header)
 
 
 def minibatches(
@@ -74,23 +107,32 @@ def minibatches(
     whole = len(order) // budget.batch_size * budget.batch_size
     for index in order[:whole].to(images.pixels.device).split(budget.batch_size):
         query, key, *rest = (normalize(view[index]) for view in views)
-        yield Batch(query, key, rest[0] if rest else None, images.classes[index])
+        yield Batch(query, key, rest[0] if rest else None, images.classes[index], index)
 
 
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 to float32 of mean 0 and variance 1 per channel."""
-    mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (MEAN, STD))
+    mean, std = (
+        pixels.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in STATISTICS[pixels.shape[1]]
+    )
     return ((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cache: Path) -> Tensor:
     """One view of every image, (n, 3, side, side) in uint8."""
-    path = cache / f"{len(images)}-images-{budget.side}-pixels" / f"seed-{seed}" / f"epoch-{epoch}-{name}.pt"
+    path = (
+        cache
+        / f"{len(images)}-images-{budget.side}-pixels{'-grey' * (budget.channels == 1)}"
+        / f"seed-{seed}"
+        / f"epoch-{epoch}-{name}.pt"
+    )
     if path.exists():
         return torch.load(path)
     with torch.random.fork_rng():
         torch.manual_seed(_stream(seed, epoch, STREAMS[name]))
-        augment = _augmentation(budget.side, colours=name != "weak")
+        augment = (
+            _grey_augmentation(budget.side) if budget.channels == 1 else _augmentation(budget.side, name != "weak")
+        )
         views = torch.cat([augment(part / 255) for part in images.pixels.split(512)])
         if name == "strong":
             views = torch.cat([_strengthen(group) for group in views.split(budget.strong_group)])
@@ -111,6 +153,17 @@ def _augmentation(side: int, colours: bool) -> K.AugmentationSequential:
     ]
     coloured = [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
     return K.AugmentationSequential(*geometric, *(coloured if colours else []), data_keys=["input"])
+
+
+def _grey_augmentation(side: int) -> K.AugmentationSequential:
+    """Milder crops, since clothes fill the image, and what ColorJitter does to grey."""
+    return K.AugmentationSequential(
+        K.RandomResizedCrop((side, side), scale=(0.3, 1.0)),
+        K.RandomHorizontalFlip(),
+        K.RandomBrightness((0.6, 1.4)),
+        K.RandomContrast((0.6, 1.4)),
+        data_keys=["input"],
+    )
 
 
 def _strengthen(images: Tensor) -> Tensor:

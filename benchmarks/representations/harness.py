@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -18,28 +18,58 @@ from benchmarks.representations.data import Images, load
 from benchmarks.representations.training import train
 
 
+class Run(NamedTuple):
+    """One training."""
+
+    method: str
+    seed: int
+    rate: float | None = None  # None: the preset's
+    held_out: bool = False  # evaluated on held-out training images, to choose the rate
+
+    def path(self, results: Path) -> Path:
+        """Where its record lies."""
+        if self.held_out:
+            return results / "held-out" / f"{self.method}-rate{self.rate}-seed{self.seed}.json"
+        return results / f"{self.method}-seed{self.seed}.json"
+
+
 def run(
     methods: Sequence[str], seeds: int, budget: str, data: Path, device: str, jobs: int, results: Path, cache: Path
 ) -> None:
     """Train every method with every seed, but for the runs whose record lies in ``results`` already.
 
-    ``jobs`` runs go on at a time, each in a process of its own. All methods of a seed come before the next seed.
+    If the budget names learning rates, each method is trained with all of them first, and its seeds with that one which
+    was best on held-out training images. ``jobs`` runs go on at a time, each in a process of its own. All methods of a
+    seed come before the next seed.
     """
-    results.mkdir(parents=True, exist_ok=True)
-    missing = [
-        (method, seed) for seed in range(seeds) for method in methods if not record_path(results, method, seed).exists()
-    ]
+    rates = BUDGETS[budget].rates
+    work = functools.partial(_work, budget=budget, data=data, device=device, results=results, cache=cache)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        runs = {pool.submit(_work, *pair, budget, data, device, results, cache): pair for pair in missing}
-        for finished in tqdm(as_completed(runs), total=len(runs), unit="run"):
-            method, seed = runs[finished]
-            record = finished.result()
-            tqdm.write(f"{method}, seed {seed}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")
+        _finish([Run(method, 0, rate, held_out=True) for method in methods for rate in rates], pool, work, results)
+        best = {method: best_rate(method, rates, results) for method in methods}
+        _finish([Run(method, seed, best[method]) for seed in range(seeds) for method in methods], pool, work, results)
 
 
-def record_path(results: Path, method: str, seed: int) -> Path:
-    """Where a run's record lies."""
-    return results / f"{method}-seed{seed}.json"
+def best_rate(method: str, rates: Sequence[float], results: Path) -> float | None:
+    """The learning rate with the best mean of kNN and linear accuracy on held-out training images."""
+    if not rates:
+        return None
+
+    def score(rate: float) -> float:
+        record = json.loads(Run(method, 0, rate, held_out=True).path(results).read_text())
+        return float(record["knn"] + record["linear"])
+
+    return max(rates, key=score)
+
+
+def _finish(
+    wanted: Sequence[Run], pool: ProcessPoolExecutor, work: Callable[[Run], dict[str, Any]], results: Path
+) -> None:
+    """Do the runs that have no record yet."""
+    runs = {pool.submit(work, one): one for one in wanted if not one.path(results).exists()}
+    for finished in tqdm(as_completed(runs), total=len(runs), unit="run"):
+        record = finished.result()
+        tqdm.write(f"{runs[finished]}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")
 
 
 def records(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -51,9 +81,11 @@ def records(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def _work(method: str, seed: int, budget: str, data: Path, device: str, results: Path, cache: Path) -> dict[str, Any]:
-    record = train(method, seed, BUDGETS[budget], *_images(data, budget, device), cache)
-    path = record_path(results, method, seed)
+def _work(one: Run, budget: str, data: Path, device: str, results: Path, cache: Path) -> dict[str, Any]:
+    images = _images(data, budget, device, one.held_out)
+    record = train(one.method, one.seed, BUDGETS[budget], *images, cache, rate=one.rate)
+    path = one.path(results)
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(path)
@@ -61,5 +93,5 @@ def _work(method: str, seed: int, budget: str, data: Path, device: str, results:
 
 
 @functools.cache
-def _images(data: Path, budget: str, device: str) -> tuple[Images, Images]:
-    return load(data, BUDGETS[budget], torch.device(device))
+def _images(data: Path, budget: str, device: str, held_out: bool) -> tuple[Images, Images]:
+    return load(data, BUDGETS[budget], torch.device(device), held_out)

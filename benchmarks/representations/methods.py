@@ -34,6 +34,9 @@ STRONG = ("query", "key", "strong")
 WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in ReSSL and SCE
 
 
+FEATURE_WORDS = {"pixels": "pixels", "gradients": "histograms of gradients", "classes": "the classes"}
+
+
 @dataclass(frozen=True)
 class Method:
     """One entry of the comparison."""
@@ -43,6 +46,7 @@ class Method:
     passes: int  # per step, see FORWARD and TRAINED
     views: tuple[str, ...] = ("query", "key")  # see benchmarks.representations.data
     stretch: float = 1.0  # trains so many times the budget's epochs
+    features: str = ""  # of benchmarks.representations.features: what labels are estimated from; "": the positives
 
 
 def _method(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool, **options: Any) -> Method:
@@ -50,7 +54,9 @@ def _method(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool, 
     how = {name: options.pop(name) for name in ("vanilla", "mixed_only") if name in options}
     return Method(
         summary,
-        lambda setup: Momentum(criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None, **how),
+        lambda setup: Momentum(
+            criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None, estimator=setup.estimator, **how
+        ),
         MIXED if mixed and "mixed_only" not in how else PLAIN,
         **options,
     )
@@ -61,6 +67,8 @@ def _slr_loss(settings: dict[str, Any]) -> Callable[[Setup], nn.Module]:
 
     def criterion(setup: Setup) -> nn.Module:
         overrides = {"memory_bank_size": setup.queue} | _scheduled(settings, setup.total_steps)
+        if setup.estimators is not None and overrides["memory_bank_size"]:
+            overrides["estimator_dim"] = setup.estimators.shape[1]
         return CIFAR10.loss(DIM, setup.total_steps, **overrides)
 
     return criterion
@@ -111,7 +119,7 @@ def _both(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool = F
     """Both views are trained, without a queue and a momentum network."""
     return Method(
         summary,
-        lambda setup: Siamese(criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None),
+        lambda setup: Siamese(criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None, setup.estimator),
         TWO_VIEWS + TRAINED * mixed,
         **options,
     )
@@ -124,6 +132,9 @@ def _moco(summary: str, temperature: float = CIFAR10.temperature, **options: Any
 ONE_HOT: dict[str, Any] = {"confidence": 0.0}
 COLD_BATCH: dict[str, Any] = {"memory_bank_size": 0, "temperature": COLD}
 SHARP: dict[str, Any] = {"sharpening": 0.25, "confidence": (0.5, 10.0)}
+# Labels that are the estimator's similarities alone, with no one-hot part but what p gives the positive.
+WHOLE: dict[str, Any] = {"refined_weight": 1.0, "confidence": 1000.0, "sharpening": 0.5}
+WHOLE_BATCH: dict[str, Any] = COLD_BATCH | WHOLE | {"sharpening": 1.0}
 P, Q = (baselines.one_estimator(which, CIFAR10.temperature * CIFAR10.sharpening) for which in "pq")
 
 METHODS: dict[str, Method] = {
@@ -176,6 +187,18 @@ METHODS: dict[str, Method] = {
     "half-q+mm-weak": _soft("the same, weak keys", True, baselines.sce(0.05), views=WEAK),
     **{f"oracle-{purity}": _oracle(purity, 0.25) for purity in (0.5, 1.0)},
     **{f"oracle-flat-{purity}": _oracle(purity, CIFAR10.sharpening) for purity in (0.25, 0.5, 1.0)},
+    # Labels from what the trained views do not show.
+    "whole": _slr("all of the label, from the positives", False, WHOLE),
+    **{
+        f"whole-{name}": _slr(f"all of the label, from {text}", False, WHOLE, features=name)
+        for name, text in FEATURE_WORDS.items()
+    },
+    **{
+        f"simclr-cold-whole-{name}": _both(
+            f"SimCLR, 0.1, all of the label, from {text}", _slr_loss(WHOLE_BATCH), features=name
+        )
+        for name, text in FEATURE_WORDS.items()
+    },
     "supervised": Method("cross-entropy with the classes", lambda setup: Supervised(), TRAINED),
     "oracle-flat-1.0-all": _oracle(1.0, CIFAR10.sharpening, own_weight=0.0),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import lightly.loss
@@ -49,6 +50,11 @@ class Setup(NamedTuple):
     queue: tuple[int, int]
     total_steps: int
     mixing: torch.Generator  # never the global one, which would shift other draws
+    estimators: Tensor | None = None  # (n, e) features of all images, from which labels are estimated
+
+    def estimator(self, batch: Batch) -> dict[str, Tensor]:
+        """The argument of the criterion that brings these features, if there are."""
+        return {} if self.estimators is None else {"estimator": self.estimators[batch.index]}
 
 
 class Objective(nn.Module):
@@ -73,6 +79,7 @@ class Momentum(Objective):
         mixup: makes mixed queries.
         vanilla: mixes among queries.
         mixed_only: has no other queries; the criterion's refined weight is 1.
+        estimator: what the criterion is given besides.
     """
 
     def __init__(
@@ -81,8 +88,10 @@ class Momentum(Objective):
         mixup: MomentumMixup | None = None,
         vanilla: bool = False,
         mixed_only: bool = False,
+        estimator: Callable[[Batch], dict[str, Tensor]] = lambda batch: {},
     ) -> None:
         super().__init__()
+        self.estimator = estimator
         self.criterion = criterion
         self.mixup = mixup
         self.vanilla = vanilla
@@ -98,13 +107,14 @@ class Momentum(Objective):
         with torch.no_grad():
             keys = self.target(batch.key)
         if self.mixup is None:
-            return self.criterion(queries, keys)
+            return self.criterion(queries, keys, **self.estimator(batch))
         first, second = batch.query, batch.key if batch.strong is None else batch.strong
         if self.vanilla:  # among queries
             first = second = batch.query if batch.strong is None else batch.strong
         images, mix = self.mixup(first, second)
         mixed = online(images)
-        return self.criterion(mixed if queries is None else queries, keys, mixed, mix)  # weight 0: any queries will do
+        queries = mixed if queries is None else queries  # their weight is 0: any will do
+        return self.criterion(queries, keys, mixed, mix, **self.estimator(batch))
 
     def after_step(self, online: Network) -> None:
         """Exponential moving average of the parameters."""
@@ -156,20 +166,27 @@ class Siamese(Objective):
     Args:
         criterion: called with both projections, and the mixed queries if there are.
         mixup: makes mixed queries.
+        estimator: what the criterion is given besides.
     """
 
-    def __init__(self, criterion: nn.Module, mixup: MomentumMixup | None = None) -> None:
+    def __init__(
+        self,
+        criterion: nn.Module,
+        mixup: MomentumMixup | None = None,
+        estimator: Callable[[Batch], dict[str, Tensor]] = lambda batch: {},
+    ) -> None:
         super().__init__()
         self.criterion = criterion
         self.mixup = mixup
+        self.estimator = estimator
 
     def forward(self, online: Network, batch: Batch) -> Tensor:
         """The loss of both views."""
         projections = online(batch.query), online(batch.key)
         if self.mixup is None:
-            return self.criterion(*projections)
+            return self.criterion(*projections, **self.estimator(batch))
         images, mix = self.mixup(batch.query, batch.key)
-        return self.criterion(*projections, online(images), mix)
+        return self.criterion(*projections, online(images), mix, **self.estimator(batch))
 
 
 class NearestNeighbour(Objective):

@@ -27,6 +27,7 @@ class Study(NamedTuple):
     reference: str  # differences are paired with this method's runs
     methods: tuple[str, ...]
     paper: Mapping[str, str] = {}
+    budgets: tuple[str, ...] = ("cpu", "gpu", "smoke")  # that it is run with
 
 
 STUDIES = {
@@ -123,6 +124,24 @@ STUDIES = {
             "oracle-flat-1.0-all",
             "supervised",
         ),
+    ),
+    "estimators": Study(
+        "Labels from other features, a queue",
+        "one-hot",
+        ("one-hot", "p+q", "whole", "whole-pixels", "whole-gradients", "whole-classes"),
+        budgets=("fashion",),
+    ),
+    "estimators-two-views": Study(
+        "Labels from other features, two trained views",
+        "simclr-cold",
+        (
+            "simclr-cold",
+            "dcl",
+            "simclr-cold-whole-pixels",
+            "simclr-cold-whole-gradients",
+            "simclr-cold-whole-classes",
+        ),
+        budgets=("fashion",),
     ),
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.machine import machine
 from benchmarks.representations.budgets import Budget
 from benchmarks.representations.data import Images, minibatches, normalize
+from benchmarks.representations.features import FEATURES
 from benchmarks.representations.methods import METHODS
 from benchmarks.representations.objectives import DIM, Network, Setup
 from slr_plugin.diagnostics import LabelMonitor
@@ -43,8 +44,12 @@ def train(
     test_images: Images,
     cache: Path,
     observe: Callable[[Network], None] = lambda network: None,
+    rate: float | None = None,
 ) -> dict[str, Any]:
-    """Train, show the network to ``observe``, evaluate; returns the record, accuracies in per cent."""
+    """Train, show the network to ``observe``, evaluate; returns the record, accuracies in per cent.
+
+    ``rate`` is the learning rate; None takes the CIFAR-10 preset's, scaled to the batch.
+    """
     method = METHODS[name]
     device = train_images.pixels.device
     if budget.threads and device.type == "cpu":
@@ -55,18 +60,20 @@ def train(
     torch.manual_seed(seed)
     online = Network(budget).to(device)
     mixing = torch.Generator().manual_seed(seed)
-    objective = method.build(Setup((budget.queue_size, DIM), epochs * batches, mixing)).to(device)
+    estimators = FEATURES[method.features](train_images) if method.features else None
+    objective = method.build(Setup((budget.queue_size, DIM), epochs * batches, mixing, estimators)).to(device)
     objective.start(online)
     monitor = LabelMonitor(objective.criterion) if hasattr(objective.criterion, "labels") else None
 
     parameters = [*online.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
-    rate = CIFAR10.learning_rate * budget.batch_size / CIFAR10.batch_size
+    rate = rate or CIFAR10.learning_rate * budget.batch_size / CIFAR10.batch_size
     optimizer = torch.optim.SGD(parameters, rate, CIFAR10.momentum, weight_decay=CIFAR10.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
 
     record: dict[str, Any] = {
         "method": name,
         "seed": seed,
+        "rate": rate,
         "epochs": epochs,
         "passes": epochs * batches * method.passes,
     }

@@ -1,0 +1,54 @@
+"""Features of the images as they are, from which labels can be estimated: what the trained views do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.representations.data import Images
+
+COMPONENTS, CELL, ORIENTATIONS = 64, 4, 9
+
+
+def pixels(images: Images) -> Tensor:
+    """Principal components of the pixels."""
+    return principal(images.pixels.flatten(1).float())
+
+
+def gradients(images: Images) -> Tensor:
+    """Principal components of histograms of oriented gradients (Dalal and Triggs, 2005)."""
+    return principal(torch.cat([histograms(part) for part in images.pixels.split(1000)]))
+
+
+def classes(images: Images) -> Tensor:
+    """The classes: the estimator that knows all."""
+    return F.one_hot(images.classes).float()
+
+
+FEATURES: dict[str, Callable[[Images], Tensor]] = {"pixels": pixels, "gradients": gradients, "classes": classes}
+
+
+def principal(table: Tensor) -> Tensor:
+    """The first principal components, each divided by the root of its standard deviation."""
+    table = table - table.mean(0)
+    variances, axes = torch.linalg.eigh(table.T @ table / len(table))
+    variances, axes = variances[-COMPONENTS:], axes[:, -COMPONENTS:]
+    return table @ axes / variances.clamp(min=1e-12) ** 0.25
+
+
+def histograms(pixels: Tensor) -> Tensor:
+    """Histograms of the directions of gradients in cells of 4 x 4 pixels, normalised over 2 x 2 cells."""
+    grey = pixels.float().mean(1, keepdim=True) / 255
+    padded = F.pad(grey, (1, 1, 1, 1), mode="replicate")
+    across, down = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2], padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    length = torch.hypot(across, down)
+    angle = torch.atan2(down, across).remainder(torch.pi) * (ORIENTATIONS / torch.pi)
+    lower = angle.floor()
+    votes = length.new_zeros(len(grey), ORIENTATIONS, *grey.shape[2:])
+    votes.scatter_add_(1, lower.long() % ORIENTATIONS, length * (1 + lower - angle))
+    votes.scatter_add_(1, (lower.long() + 1) % ORIENTATIONS, length * (angle - lower))
+    blocks = F.unfold(F.avg_pool2d(votes, CELL), 2)
+    return F.normalize(F.normalize(blocks, dim=1).clamp(max=0.2), dim=1).flatten(1)
