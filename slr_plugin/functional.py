@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from slr_plugin._inputs import checked_features
+from slr_plugin._misuse import ALONE, is_alone
 from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import check_choice, choose
 from slr_plugin.mixup import Mix
@@ -103,4 +105,7 @@ def slr_loss(
     if queue is not None:
         key_set = key_set.with_queue(queue.detach(), None)
     with torch.autocast(queries.device.type, enabled=False):
-        return slr_objective(key_set, features.trained, features.mixes, settings)[0]
+        loss = slr_objective(key_set, features.trained, features.mixes, settings)[0]
+    if not torch.compiler.is_compiling() and loss.requires_grad and is_alone(key_set):
+        warnings.warn(ALONE.replace("set memory_bank_size", "a queue"), stacklevel=2)
+    return loss

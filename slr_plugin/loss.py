@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from slr_plugin import dense
 from slr_plugin._inputs import checked_features
+from slr_plugin._misuse import Watch
 from slr_plugin.checkpointing import CallLog, Place
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.distributed import broadcast, gather, rank, world_size
@@ -131,6 +132,7 @@ class SLRLoss(HasSettings):
         self._labels = None
         self.observers: list[Observer] = []
         self._calls = CallLog()
+        self._watch = Watch()
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
@@ -174,6 +176,7 @@ class SLRLoss(HasSettings):
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
         self._labels, self._confidence = labels, settings.confidence
+        self._watch.follow(call.key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
         labelled = call.key_set.for_mixed() if call.mixes else call.key_set
         for observer in self.observers:
             observer.compare(labelled, lambda: dense.labels(labelled, settings))

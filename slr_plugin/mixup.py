@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class MomentumMixup:
         self.kappa = kappa
         self.mode = mode
         self.generator = generator
+        self._told = False  # that one sample is mixed with itself
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
@@ -71,7 +73,7 @@ class MomentumMixup:
         theta: Tensor | float | None = None,
         partner: Tensor | None = None,
     ) -> tuple[Tensor, Mix]:
-        """Mix two views of the same minibatch; one sample alone is its own partner, and its two views are mixed.
+        """Mix two views of the same minibatch. One sample alone is its own partner, which warns once.
 
         Args:
             queries: (s, ...) floating point tensor of any kind: images, audio, EEG, tabular.
@@ -102,6 +104,8 @@ class MomentumMixup:
                 f"{queries.dtype} on {queries.device} and {positives.dtype} on {positives.device}"
             )
         size = len(queries)
+        if size == 1 and partner is None:
+            self._warn_of_one_sample()
         mix = Mix(
             theta=(self._draw_theta(queries) if theta is None else _as_theta(theta, queries)).to(queries),
             partner=self._draw_partner(queries) if partner is None else partner,
@@ -110,6 +114,15 @@ class MomentumMixup:
         weight = mix.theta.view(-1, *[1] * (queries.ndim - 1))
         mix = Mix(mix.theta, mix.partner.to(queries.device, torch.int64))
         return positives[mix.partner].lerp_(queries, weight), mix
+
+    def _warn_of_one_sample(self) -> None:
+        if not self._told and not torch.compiler.is_compiling():
+            self._told = True
+            warnings.warn(
+                "a minibatch of one sample is mixed with itself, which makes no virtual query; take larger batches (a "
+                "DataLoader's drop_last=True leaves out a last batch of one)",
+                stacklevel=3,
+            )
 
     def _draw_theta(self, queries: Tensor) -> Tensor:
         count = len(queries) if self.mode == "elem" else 1
