@@ -41,7 +41,7 @@ class Watch:
             self._tell(ALONE)
         if enqueues and SUMMED not in self._told:
             keys = key_set.positives.detach()
-            loss.register_hook(lambda grad: self._backward(keys))
+            loss.register_hook(lambda grad: self._backward(keys))  # type: ignore[no-untyped-call]
 
     def _backward(self, keys: Tensor) -> None:
         task, last = torch._C._current_graph_task_id(), self._last
