@@ -210,7 +210,7 @@ def draw(data: Dataset, runs: dict[str, list[Run]], path: Path) -> None:
         )
     left.set(title="Accuracy on held-out images", xlabel="epoch", ylabel="kNN accuracy (%)")
     left.legend(frameon=False)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     left.spines[["top", "right"]].set_visible(False)
     plot([run.labels for run in runs["SANE"]], axes=others)  # MoCo's labels are one-hot
     figure.savefig(path, dpi=150)

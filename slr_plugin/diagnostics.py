@@ -342,7 +342,7 @@ def summary(quality: LabelQuality, criterion: SLRLoss | None = None) -> str:
     if given < 0.01:
         return (
             f"Nearly one-hot: the labels leave {own:.1%} on the own positive, so refinement does next to nothing. "
-            f"Raise the confidence{mu} to give more away; where it grows from 0, measure later in the run."
+            f"Early in training that is usual; later, raise the confidence{mu} to give more away."
         )
     found = f"{purity:.0%} of what the labels give away lies on the own class"
     if purity < 1.2 * chance:
@@ -358,8 +358,8 @@ def summary(quality: LabelQuality, criterion: SLRLoss | None = None) -> str:
     )
     if purity < 0.5:
         return (
-            f"Better than chance, but more than half wrong: {found}, {times}. {amount} Lower the sharpening{tau} for purer "
-            f"labels, or the confidence{mu} to give less away.\n{caution}"
+            f"Better than chance, but more than half wrong: {found}, {times}. {amount} Lower the sharpening{tau} for "
+            f"purer labels, or the confidence{mu} to give less away.\n{caution}"
         )
     advice = "" if given >= 0.05 else f" That is little: raise the confidence{mu} for more."
     return f"Good: {found}, {times}. {amount}{advice}\n{caution}"
@@ -377,8 +377,8 @@ def plot(
     """Draw purity against chance, and where the labels lie, over training. Needs matplotlib.
 
     Args:
-        runs: what ``monitor.mean()`` gave at each epoch, or rows with the same names; or several such runs, of which
-            the mean and the range are drawn.
+        runs: what ``monitor.mean()`` gave at each epoch, or rows of its numbers by name, where some may be missing; or
+            several such runs, of which the mean and the range are drawn.
         x: the epochs; None counts from 1.
         xlabel: what x is.
         axes: two of a figure to draw into; None makes a new figure.
@@ -408,7 +408,9 @@ def plot(
     left, right = axes
 
     def draw(panel: Axes, name: str, label: str, colour: str, **style: Any) -> None:
-        values = torch.tensor([[100 * float(row[name]) for row in run] for run in rows], dtype=torch.float64)
+        values = torch.tensor(
+            [[100 * float(row.get(name, math.nan)) for row in run] for run in rows], dtype=torch.float64
+        )
         # Of short runs, single points too.
         marker = "." if len(x) <= 30 else None
         panel.plot(x, values.nanmean(0), label=label, color=colour, marker=marker, **style)
@@ -417,14 +419,14 @@ def plot(
 
     draw(left, "purity", "labels", "tab:blue")
     draw(left, "chance", "chance: blind labels", "tab:grey", linestyle="--")
-    left.set(title="Purity: the own class's share of what labels give away", ylabel="purity (%)", ylim=(0, 100))
+    left.set(title="Purity of what labels give away", ylabel="on keys of the own class (%)", ylim=(0, 100))
     draw(right, "same", "on keys of the own class", "tab:blue")
     draw(right, "other", "on keys of other classes", "tab:red")
     right.set(title="Label mass beyond the own positive", ylabel="share of the label (%)")
     right.set_ylim(bottom=0)
     for panel in axes:
         panel.set_xlabel(xlabel)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False)
     return left.figure  # type: ignore[return-value]

@@ -401,7 +401,7 @@ def test_a_monitor_that_measured_nothing_says_so():
 @pytest.mark.parametrize(
     ("quality", "start", "advice"),
     [
-        (quality_of(1.0, 0.0, 0.0), "Nearly one-hot", "Raise the confidence (now 2)"),
+        (quality_of(1.0, 0.0, 0.0), "Nearly one-hot", "later, raise the confidence (now 2)"),
         (quality_of(0.5, 0.05, 0.45), "Blind", "let the confidence (now 2) grow from 0"),
         (quality_of(0.5, 0.15, 0.35), "Better than chance, but more than half wrong", "Lower the sharpening (now 0.8)"),
         (quality_of(0.97, 0.02, 0.01), "Good: 67%", "raise the confidence (now 2)"),
