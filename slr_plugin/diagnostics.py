@@ -103,8 +103,7 @@ class LabelQuality(_Measures):
 def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Tensor | None = None) -> LabelQuality:
     r"""Compare labels with classes.
 
-    .. math:: y^*_{ik} = [\mathrm{class}_k = \mathrm{class}_i] / |\{j : \mathrm{class}_j = \mathrm{class}_i\}|
-
+    The true label of a query is uniform over the keys of its class, its own positive among them.
     Keys without a class (-1) and queries without one are left out: a labelled part of the data will do.
 
     Args:

@@ -34,8 +34,11 @@ def slr_loss(
 ) -> Tensor:
     r"""Compute equation (9): contrastive loss with refined labels.
 
-    .. math:: L = (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y')
+    ::
 
+        loss = (1 - λ) · CE(queries, one-hot labels) + λ · CE(mixed queries, mixed labels)
+
+    as in :class:`slr_plugin.SLRLoss`, whose state it does without.
     Equals :func:`slr_plugin.dense.slr_loss` (or ``dense.symmetric_slr_loss``) with the same arguments, without storing
     logits or labels.
 
@@ -46,10 +49,10 @@ def slr_loss(
         mixed: (s, d) trained features of mixed queries, or a list for several crops.
         mix: what :class:`slr_plugin.MomentumMixup` returned with them; one per crop.
         negatives: (m, d) further keys that are nobody's positive; they may be trained.
-        temperature: tau, a number or a tensor with one value, which gets its gradient.
-        sharpening: tau' in (0, 1].
-        confidence: mu >= 0.
-        refined_weight: lambda in [0, 1].
+        temperature: τ, a number or a tensor with one value, which gets its gradient.
+        sharpening: τ' in (0, 1].
+        confidence: μ >= 0.
+        refined_weight: λ in [0, 1].
         in_batch_keys: whether a query sees the other queries' positives.
         symmetric: True: both views are compared with both, which needs no queue. False: rows are the queries, keys the
             positives. None: True without a queue.

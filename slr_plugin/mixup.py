@@ -22,14 +22,16 @@ class Mix(NamedTuple):
 class MomentumMixup:
     r"""Mixes each query with the positive view of another image of the minibatch.
 
-    .. math:: x'_i = \theta_i x_i + (1 - \theta_i) \tilde x_{\pi(i)}, \qquad \theta_i \sim \mathrm{Beta}(\kappa, \kappa)
+    ::
 
-    The partner :math:`\pi` is a random permutation of the minibatch, which may leave some samples in their place.
+        mixed[i] = θ[i] · queries[i] + (1 - θ[i]) · positives[partner[i]],     θ[i] ~ Beta(κ, κ)
+
+    The partners are a random permutation of the minibatch, which may leave some samples in their place.
     Momentum mixup differs from vanilla mixup in that the second view is the *positive*, what the momentum network sees.
     Give ``mixed`` to the trained network, and its output together with ``mix`` to :class:`slr_plugin.SLRLoss`.
 
     Args:
-        kappa: in [1e-8, 1e8]. The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
+        kappa: κ in [1e-8, 1e8]. At 2, most mixtures hold a good part of both; at 0.1, most are nearly one of the two. The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
         mode: ``"elem"`` draws one theta per sample, ``"batch"`` one per minibatch.
         generator: source of randomness; ``None`` is the global one of the samples' device. Another device's generator
             draws there and the draws are copied. Under DDP all processes often share their seed: give each its own
