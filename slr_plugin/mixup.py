@@ -31,7 +31,8 @@ class MomentumMixup:
     Give ``mixed`` to the trained network, and its output together with ``mix`` to :class:`slr_plugin.SLRLoss`.
 
     Args:
-        kappa: κ in [1e-8, 1e8]. At 2, most mixtures hold a good part of both; at 0.1, most are nearly one of the two. The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
+        kappa: κ in [1e-8, 1e8]. At 2, most mixtures hold a good part of both; at 0.1, most are nearly one of the two.
+            The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
         mode: ``"elem"`` draws one theta per sample, ``"batch"`` one per minibatch.
         generator: source of randomness; ``None`` is the global one of the samples' device. Another device's generator
             draws there and the draws are copied. Under DDP all processes often share their seed: give each its own
