@@ -14,8 +14,8 @@ demo: $(VENV)/.demo ## Pretrain on scikit-learn's digits with MoCo and with SANE
 # The oldest and the newest of what is supported, and the Python of CI between them; "newest" is what pip finds.
 MATRIX ?= 3.10:2.4.0 3.11:newest 3.13:newest
 
-matrix: $(VENV)/.dev ## Run the core's tests with each Python and torch of MATRIX, on the built wheel (uv gets the Pythons)
-	.ci/matrix $(MATRIX)
+matrix: $(VENV)/.dev ## Run the tests on the built wheel with each PYTHON:TORCH of MATRIX (TESTS=... for some of them)
+	TESTS="$(TESTS)" .ci/matrix $(MATRIX)
 
 test: $(VENV)/.dev ## Run the tests
 	$(BIN)/python -m pytest
