@@ -8,8 +8,14 @@ SOLO_LEARN_DIR ?= ../solo-learn
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.dev ## Pretrain on scikit-learn's digits with MoCo and with SANE, print a table, draw a figure
+demo: $(VENV)/.demo ## Pretrain on scikit-learn's digits with MoCo and with SANE, print a table, draw a figure
 	$(BIN)/python examples/compare.py
+
+# The oldest and the newest of what is supported, and the Python of CI between them; "newest" is what pip finds.
+MATRIX ?= 3.10:2.4.0 3.11:newest 3.13:newest
+
+matrix: $(VENV)/.dev ## Run the tests on the built wheel with each PYTHON:TORCH of MATRIX (TESTS=... for some of them)
+	TESTS="$(TESTS)" .ci/matrix $(MATRIX)
 
 test: $(VENV)/.dev ## Run the tests
 	$(BIN)/python -m pytest
@@ -37,11 +43,17 @@ wheel: $(VENV)/.dev ## Build and check sdist and wheel into dist/
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+# What .dev installs holds what .demo does.
+$(VENV)/.demo: pyproject.toml setup.cfg
+	test $(VENV)/.dev -nt pyproject.toml || ( $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet --upgrade pip \
+		&& $(BIN)/pip install --quiet --editable ".[demo]" )
+	touch $@
+
 $(VENV)/.dev: pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-.PHONY: help demo test test-lightly test-solo lint bench wheel clean
+.PHONY: help demo matrix test test-lightly test-solo lint bench wheel clean
 .DEFAULT_GOAL := help

@@ -26,7 +26,7 @@ for adapter, extra in (("lightly", "lightly"), ("lightning", "lightly"), ("solo_
         said = str(error)
     assert f'pip install "slr-plugin[{extra}]"' in said, said
 configs = here / "adapters" / "solo_learn" / "configs"
-assert len(list(configs.glob("sane-*.yaml"))) == 8, configs
+assert len(list(configs.glob("sane-*.yaml"))) == 9, configs
 assert (configs / "augmentations" / "cifar.yaml").is_file()
 
 encoder = torch.nn.Linear(8, 4)

@@ -10,6 +10,9 @@ def require(extra: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise ImportError(
-            f'{", ".join(missing)} {verb} not installed: pip install "slr-plugin[{extra}]"', name=missing[0]
-        )
+        raise ImportError(f"{', '.join(missing)} {verb} not installed: {install(extra)}", name=missing[0])
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra, from the package index or from a clone."""
+    return f'pip install "slr-plugin[{extra}]", or in a clone of slr-plugin: pip install ".[{extra}]"'

@@ -1,8 +1,9 @@
-"""Where a run of a Lightning trainer begins and how long it is, for schedules that begin and end with it."""
+"""Where a run of a Lightning trainer begins and how long it is, and whether its queue suits its data."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 
@@ -39,3 +40,17 @@ def epoch_steps(trainer: Any, epochs: int) -> float:
         if hasattr(callback, "get_accumulate_grad_batches"):  # the GradientAccumulationScheduler of either Lightning
             accumulated = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
     return math.inf if math.isinf(batches) and epochs else sum(math.ceil(batches / count) for count in accumulated)
+
+
+def warn_of_long_queue(trainer: Any, queue_size: int, setting: str) -> None:
+    """Warn if the queue holds more keys than there are training images; ask when the training begins."""
+    try:
+        images = len(trainer.train_dataloader.dataset)
+    except (AttributeError, TypeError):  # several loaders, or data without a length
+        return
+    if queue_size > images:
+        warnings.warn(
+            f"the queue of {queue_size:,} keys is longer than the training set of {images:,} images: it holds earlier "
+            f"keys of the batch's own images, as negatives; set {setting} well below that, {max(1, images // 3)} say",
+            stacklevel=2,
+        )

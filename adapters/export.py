@@ -29,7 +29,18 @@ from torch import Tensor, nn
 
 from slr_plugin.adapters._require import require
 
+_WRAPPERS = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
 _SUFFIX = {"torchvision": ".safetensors", "detectron2": ".pkl"}
+_MOMENTUM = {"lightly": "key_backbone", "solo-learn": "momentum_backbone"}
+# lightly's own ResNets, by blocks per layer and whether these are bottlenecks.
+_LIGHTLYS: dict[tuple[tuple[int, ...], bool], str] = {
+    ((1, 1, 1, 1), False): "resnet-9",
+    ((2, 2, 2, 2), False): "resnet-18",
+    ((3, 4, 6, 3), False): "resnet-34",
+    ((3, 4, 6, 3), True): "resnet-50",
+    ((3, 4, 23, 3), True): "resnet-101",
+    ((3, 8, 36, 3), True): "resnet-152",
+}
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 _REALS = _FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 
@@ -48,9 +59,13 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
         OSError: the file is not there or cannot be opened.
         ValueError: it is no checkpoint, could run code, or has no such keys with dense tensors of real numbers.
     """
-    wrappers = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
-    state = [(wrappers.sub("", str(name)), value) for name, value in _read_state(Path(checkpoint)).items()]
-    prefixes = ("key_backbone.", "momentum_backbone.") if momentum else ("backbone.",)
+    return _backbone(_read_state(Path(checkpoint)), checkpoint, momentum)
+
+
+def _backbone(content: Mapping[Any, Any], checkpoint: str | Path, momentum: bool) -> dict[str, Tensor]:
+    """The backbone in a whole state dict."""
+    state = [(_WRAPPERS.sub("", str(name)), value) for name, value in content.items()]
+    prefixes = tuple(f"{name}." for name in _MOMENTUM.values()) if momentum else ("backbone.",)
     found = [(name.partition(".")[2], value) for name, value in state if name.startswith(prefixes)]
     if not found:
         beginnings = ", ".join(sorted({name.partition(".")[0] for name, _ in state})) or "nothing"
@@ -132,12 +147,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--momentum", action="store_true", help="take the momentum copy of the backbone")
     arguments = parser.parse_args(argv)
     try:
-        state = read_backbone(arguments.checkpoint, arguments.momentum)
+        content = _read_state(arguments.checkpoint)
+        state = _backbone(content, arguments.checkpoint, arguments.momentum)
         tensors = write(state, arguments.output, arguments.to)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{arguments.output}: {tensors} tensors, {_count_parameters(state):,} parameters")
-    print(_usage(state, str(arguments.output), arguments.to))
+    print(_usage(state, str(arguments.output), arguments.to, _trained_by(content)))
 
 
 def _read_state(checkpoint: Path) -> dict[Any, Any]:
@@ -211,7 +227,13 @@ def _compare(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str], li
     return names, sorted(names.keys() - present), sorted(present - names.keys())
 
 
-def _usage(state: Mapping[str, Tensor], output: str, to: str) -> str:
+def _trained_by(content: Mapping[Any, Any]) -> str | None:
+    """Whose adapter wrote a checkpoint, told by the name of the momentum network."""
+    beginnings = {_WRAPPERS.sub("", str(name)).partition(".")[0] for name in content}
+    return next((who for who, name in _MOMENTUM.items() if name in beginnings), None)
+
+
+def _usage(state: Mapping[str, Tensor], output: str, to: str, trained_by: str | None) -> str:
     """Write the lines of Python that load the file."""
     names, *different = _compare(state)
     depth = 1 + sum(re.search(r"conv\d\.weight$", name) is not None for name in names)
@@ -223,8 +245,27 @@ def _usage(state: Mapping[str, Tensor], output: str, to: str) -> str:
         settings += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64] if depth in (18, 34) else []
         return f"cfg.merge_from_list({settings})"
     load = f"model.load_state_dict(safetensors.torch.load_file({output!r}))"
-    widths = [(64, 3, 7, 7), (64, 64, 3, 3)]  # not a stem for small images, a wide ResNet or a ResNeXt
-    if not known or [tuple(state[name].shape) for name in ("conv1.weight", "layer1.0.conv2.weight")] != widths:
+    layers = tuple(len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in range(1, 5))
+    lightlys = (
+        _LIGHTLYS.get((layers, "layer1.0.conv3.weight" in state)) if "layer2.0.shortcut.0.weight" in state else None
+    )
+    if lightlys:
+        build = f"model = ResNetGenerator({lightlys!r}, width={len(state['conv1.weight']) / 64:g})"
+        return (
+            f"import safetensors.torch, torch; from lightly.models import ResNetGenerator; {build}; "
+            f"model.linear = torch.nn.Identity(); {load}  # a network of lightly's, for small images"
+        )
+    # Not a wide ResNet or a ResNeXt.
+    plain = known and tuple(state["layer1.0.conv2.weight"].shape) == (64, 64, 3, 3)
+    stem = tuple(state["conv1.weight"].shape) if plain else ()
+    if stem == (64, 3, 3, 3) and trained_by is not None:
+        padding = {"lightly": 1, "solo-learn": 2}[trained_by]
+        build = (
+            f"model = torchvision.models.resnet{depth}(); model.fc = model.maxpool = torch.nn.Identity(); "
+            f"model.conv1 = torch.nn.Conv2d(3, 64, 3, padding={padding}, bias=False)"
+        )
+        return f"import safetensors.torch, torch, torchvision; {build}; {load}  # {trained_by}'s stem for small images"
+    if stem != (64, 3, 7, 7):
         return f"import safetensors.torch; {load}  # model: the backbone as it was pretrained, without a classifier fc"
     build = f"model = torchvision.models.resnet{depth}(); model.fc = torch.nn.Identity()"
     return (

@@ -69,8 +69,7 @@ class LabelQualityCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means."""
-        qualities = [monitor.mean() for monitor in self._monitors]
-        self.quality = LabelQuality(*(sum(values) / len(values) for values in zip(*qualities, strict=True)))
+        self.quality = LabelQuality.average([monitor.mean() for monitor in self._monitors])
         logs = {f"labels/{name}": value for name, value in self.quality._asdict().items()}
         pl_module.log_dict(logs, rank_zero_only=True)
 

@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from images import Dataset, load_folder, load_scans, minibatches
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import t as student
@@ -39,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 from slr_plugin import SLRLoss
-from slr_plugin.diagnostics import LabelMonitor
+from slr_plugin.diagnostics import LabelMonitor, LabelQuality, plot, summary
 from slr_plugin.presets import CIFAR10
 
 METHODS = ("MoCo", "SANE")
@@ -53,7 +52,7 @@ class Run(NamedTuple):
     epochs: list[int]  # at which knn was measured: 0 is the untrained encoder
     knn: list[float]
     linear: tuple[float, float]  # of the untrained and of the trained encoder
-    label_mass: list[tuple[float, float]]  # per epoch, on other keys of the own class and on other classes; SANE only
+    labels: list[LabelQuality]  # per epoch
     seconds: float
 
 
@@ -96,7 +95,7 @@ def pretrain(method: str, data: Dataset, epochs: int, batch_size: int, seed: int
     optimizer = torch.optim.SGD(online.parameters(), rate, CIFAR10.momentum, weight_decay=CIFAR10.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
 
-    evaluated, knn, label_mass = [0], [knn_accuracy(online[0], data)], []
+    evaluated, knn, labels = [0], [knn_accuracy(online[0], data)], []
     untrained = linear_accuracy(online[0], data)
     monitor = LabelMonitor(criterion)
     for epoch in range(1, epochs + 1):
@@ -113,14 +112,13 @@ def pretrain(method: str, data: Dataset, epochs: int, batch_size: int, seed: int
             optimizer.step()
             schedule.step()
             update_average(target, online)
-        quality = monitor.mean()
-        label_mass.append((100 * quality.same.item(), 100 * quality.other.item()))
+        labels.append(monitor.mean())
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
             evaluated.append(epoch)
             knn.append(knn_accuracy(online[0], data))
         progress.update()
     linear = (untrained, linear_accuracy(online[0], data))
-    return Run(evaluated, knn, linear, label_mass, time.perf_counter() - start)
+    return Run(evaluated, knn, linear, labels, time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -169,14 +167,15 @@ def report(data: Dataset, runs: dict[str, list[Run]]) -> str:
         cells = [spread(column, "+" if accuracies is difference else "") for column in accuracies.T]
         seconds = f"{np.mean([run.seconds for run in runs[name]]):.0f}" if name in METHODS else ""
         lines.append(f"{name:12}{cells[0]:>14}{cells[1]:>16}{seconds:>16}".rstrip())
-    same, other = np.mean([run.label_mass[-1] for run in runs["SANE"]], axis=0)
-    chance = 100 * (torch.bincount(data.train.classes) / len(data.train)).square().sum()
+    last = LabelQuality.average(run.labels[-1] for run in runs["SANE"])
     lines += [
         "",
         verdict("kNN", difference[:, 0]),
         verdict("linear probe", difference[:, 1]),
-        f"labels: SANE ends with {same:.1f} % on further keys of the own class and {other:.1f} % on other classes "
-        f"(blind labels: {chance:.0f} to {100 - chance:.0f}); one-hot labels have none",
+        "",
+        "SANE's labels in the last epoch (MoCo's are one-hot)",
+        *str(last).splitlines()[1:],
+        summary(last),
     ]
     return "\n".join(lines)
 
@@ -198,32 +197,23 @@ def verdict(measure: str, differences: np.ndarray) -> str:
 
 def draw(data: Dataset, runs: dict[str, list[Run]], path: Path) -> None:
     """Accuracy and label mass over training."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
     figure.suptitle(
         f"{data.name} (line: mean over the seeds, {len(runs['MoCo'])}; band: their range)", fontsize="medium"
     )
-    left, right = figure.subplots(1, 2)
+    left, *others = figure.subplots(1, 3)
     for method, colour in zip(METHODS, ("tab:grey", "tab:blue"), strict=True):
-        band(left, runs[method][0].epochs, [run.knn for run in runs[method]], method, colour)
+        curves = [run.knn for run in runs[method]]
+        left.plot(runs[method][0].epochs, np.mean(curves, axis=0), color=colour, label=method, marker=".")
+        left.fill_between(
+            runs[method][0].epochs, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2, linewidth=0
+        )
     left.set(title="Accuracy on held-out images", xlabel="epoch", ylabel="kNN accuracy (%)")
-
-    mass = np.array([run.label_mass for run in runs["SANE"]])
-    epochs = range(1, mass.shape[1] + 1)
-    band(right, epochs, mass[..., 0], "SANE, on keys of the own class", "tab:blue")
-    band(right, epochs, mass[..., 1], "SANE, on keys of other classes", "tab:red")
-    right.axhline(0, color="tab:grey", linestyle="--", label="MoCo, one-hot: none")
-    right.set(title="Label mass beyond the image's own positive", xlabel="epoch", ylabel="share of the label (%)")
-    for axes in (left, right):
-        axes.legend(frameon=False)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    left.spines[["top", "right"]].set_visible(False)
+    plot([run.labels for run in runs["SANE"]], axes=others)  # MoCo's labels are one-hot
     figure.savefig(path, dpi=150)
-
-
-def band(axes: Axes, x: Sequence[int], curves: Sequence[Sequence[float]], label: str, colour: str) -> None:
-    """The mean of one curve per seed, and their range."""
-    axes.plot(x, np.mean(curves, axis=0), color=colour, label=label)
-    axes.fill_between(x, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2, linewidth=0)
 
 
 def at_least(low: int) -> Callable[[str], int]:

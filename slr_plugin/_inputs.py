@@ -107,6 +107,8 @@ def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[l
     """The mixed views, and how each was mixed, one to one; one tensor and one mix count as one crop."""
     if mixed is None and mix is None:
         return [], []
+    if isinstance(mixed, Tensor):
+        _check_features("mixed", mixed)
     if mixed is None or mix is None:
         given, absent = ("mixed", "mix") if mix is None else ("mix", "mixed")
         raise ValueError(f"{given} came without {absent}: pass both, criterion(out0, out1, mixed, mix)")
@@ -150,9 +152,10 @@ def _count(value: Any) -> str:
 
 
 def _check_features(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and not value.dtype.is_floating_point and value.ndim == 1:
+    if isinstance(value, Tensor) and not value.dtype.is_floating_point:
         raise TypeError(
-            f"{name} must be features (batch, dimension), got {value.dtype}: the loss takes no class labels"
+            f"{name} must be features (batch, dimension) with a floating point dtype, got {value.dtype} of shape "
+            f"{tuple(value.shape)}; the loss takes no class labels, it estimates its own"
         )
     check_float_tensor(name, value)
     if value.ndim != 2 or 0 in value.shape:

@@ -48,7 +48,7 @@ def check_float_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a floating point dtype, got {value.dtype}; call .float() on it first")
+        raise TypeError(f"{name} must have a floating point dtype, got {value.dtype}")
 
 
 def check_index_tensor(name: str, value: Any) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from slr_plugin._inputs import checked_features
+from slr_plugin._misuse import ALONE, is_alone
 from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import check_choice, choose
 from slr_plugin.mixup import Mix
@@ -32,8 +34,11 @@ def slr_loss(
 ) -> Tensor:
     r"""Compute equation (9): contrastive loss with refined labels.
 
-    .. math:: L = (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y')
+    ::
 
+        loss = (1 - λ) · CE(queries, one-hot labels) + λ · CE(mixed queries, mixed labels)
+
+    as in :class:`slr_plugin.SLRLoss`, whose state it does without.
     Equals :func:`slr_plugin.dense.slr_loss` (or ``dense.symmetric_slr_loss``) with the same arguments, without storing
     logits or labels.
 
@@ -44,10 +49,10 @@ def slr_loss(
         mixed: (s, d) trained features of mixed queries, or a list for several crops.
         mix: what :class:`slr_plugin.MomentumMixup` returned with them; one per crop.
         negatives: (m, d) further keys that are nobody's positive; they may be trained.
-        temperature: tau, a number or a tensor with one value, which gets its gradient.
-        sharpening: tau' in (0, 1].
-        confidence: mu >= 0.
-        refined_weight: lambda in [0, 1].
+        temperature: τ, a number or a tensor with one value, which gets its gradient.
+        sharpening: τ' in (0, 1].
+        confidence: μ >= 0.
+        refined_weight: λ in [0, 1].
         in_batch_keys: whether a query sees the other queries' positives.
         symmetric: True: both views are compared with both, which needs no queue. False: rows are the queries, keys the
             positives. None: True without a queue.
@@ -103,4 +108,7 @@ def slr_loss(
     if queue is not None:
         key_set = key_set.with_queue(queue.detach(), None)
     with torch.autocast(queries.device.type, enabled=False):
-        return slr_objective(key_set, features.trained, features.mixes, settings)[0]
+        loss = slr_objective(key_set, features.trained, features.mixes, settings)[0]
+    if not torch.compiler.is_compiling() and loss.requires_grad and is_alone(key_set):
+        warnings.warn(ALONE.replace("set memory_bank_size", "a queue"), stacklevel=2)
+    return loss

@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from slr_plugin import dense
 from slr_plugin._inputs import checked_features
+from slr_plugin._misuse import Watch
 from slr_plugin.checkpointing import CallLog, Place
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.distributed import broadcast, gather, rank, world_size
@@ -45,13 +46,16 @@ class Call(NamedTuple):
 class SLRLoss(HasSettings):
     r"""Contrastive loss whose labels are refined during training; takes the place of lightly's NTXentLoss.
 
-    .. math:: L = (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y'), \qquad
-              L_c(x, y) = -\frac1s \sum_i \sum_k y_{ik} \log \mathrm{softmax}_k (\langle f_i, \bar b_k \rangle / \tau)
+    It weighs two cross-entropies over the keys, which are the minibatch's positives and the queue::
 
-    The keys :math:`\bar b` are the positives of the minibatch and the queue. Without mixed queries the second term is
-    :math:`L_c(x, \bar y)` with the refined labels of :mod:`slr_plugin.refinery`. Without a queue the loss is symmetric
-    in its two views, both of which may be trained. Labels carry no gradient. Time is about that of two products of
-    all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
+        loss = (1 - λ) · CE(queries, one-hot labels) + λ · CE(mixed queries, mixed labels)
+        CE(f, y) = mean over i of  -Σ_k y[i, k] · log softmax_k(<f[i], key[k]> / τ)
+
+    with λ ``refined_weight`` and τ ``temperature``. Without mixed queries the second term is CE(queries, refined
+    labels). A refined label moves weight from the query's own positive to the keys that the positive itself resembles
+    (:mod:`slr_plugin.refinery`), the more the larger ``confidence`` is. Without a queue the loss is symmetric in its
+    two views, both of which may be trained. Labels carry no gradient. Time is about that of two products of all rows
+    with all keys, memory O(s d): neither logits nor labels are ever stored.
 
     All settings but the queue's may be assigned later and are checked then, as here.
 
@@ -59,17 +63,18 @@ class SLRLoss(HasSettings):
     ``ModelEmaV3``): a mean of queues or of step counts is none. Average the encoder alone.
 
     Args:
-        temperature: tau, not 0 (:math:`|\tau| \ge 10^{-8}`). A tensor with one value, such as a parameter, gets its
+        temperature: τ, at least 1e-8 in magnitude. A tensor with one value, such as a parameter, gets its
             gradient; the labels take it as a constant.
         memory_bank_size: ``(n, d)``, the queue's length and dimension; 0 for none. A bare int n warns and takes d from
             the first batch.
         gather_distributed: gather the keys of all processes: the loss and DDP's gradient are those of one process with
             the whole batch, and all queues are equal. Without it every process has its own queue, which DDP's
             ``broadcast_buffers=True`` overwrites with that of process 0.
-        sharpening: tau' in (0, 1], sharpens the estimator.
-        confidence: the prior confidence mu >= 0: a number, or a schedule ``step -> mu``. 0 means one-hot labels.
+        sharpening: τ' in (0, 1]; below 1 the refined labels favour the most similar keys more.
+        confidence: μ >= 0, a number or a schedule ``step -> mu``: in a label the one-hot one weighs 1 and an estimate μ
+            times its largest entry, so a sure estimate counts μ-fold and an unsure one little. 0 means one-hot labels.
             A :class:`slr_plugin.CosineConfidence` is evaluated on the device; another callable gets a Python int.
-        refined_weight: lambda in [0, 1], the weight of the refined term.
+        refined_weight: λ in [0, 1], the weight of the refined term.
         in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, the own positive and the queue;
             with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise. Without effect on both
             views against both.
@@ -131,6 +136,7 @@ class SLRLoss(HasSettings):
         self._labels = None
         self.observers: list[Observer] = []
         self._calls = CallLog()
+        self._watch = Watch()
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
@@ -174,6 +180,7 @@ class SLRLoss(HasSettings):
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
         self._labels, self._confidence = labels, settings.confidence
+        self._watch.follow(call.key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
         labelled = call.key_set.for_mixed() if call.mixes else call.key_set
         for observer in self.observers:
             observer.compare(labelled, lambda: dense.labels(labelled, settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +22,17 @@ class Mix(NamedTuple):
 class MomentumMixup:
     r"""Mixes each query with the positive view of another image of the minibatch.
 
-    .. math:: x'_i = \theta_i x_i + (1 - \theta_i) \tilde x_{\pi(i)}, \qquad \theta_i \sim \mathrm{Beta}(\kappa, \kappa)
+    ::
 
-    The partner :math:`\pi` is a random permutation of the minibatch, which may leave some samples in their place.
+        mixed[i] = θ[i] · queries[i] + (1 - θ[i]) · positives[partner[i]],     θ[i] ~ Beta(κ, κ)
+
+    The partners are a random permutation of the minibatch, which may leave some samples in their place.
     Momentum mixup differs from vanilla mixup in that the second view is the *positive*, what the momentum network sees.
     Give ``mixed`` to the trained network, and its output together with ``mix`` to :class:`slr_plugin.SLRLoss`.
 
     Args:
-        kappa: in [1e-8, 1e8]. The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
+        kappa: κ in [1e-8, 1e8]. At 2, most mixtures hold a good part of both; at 0.1, most are nearly one of the two.
+            The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
         mode: ``"elem"`` draws one theta per sample, ``"batch"`` one per minibatch.
         generator: source of randomness; ``None`` is the global one of the samples' device. Another device's generator
             draws there and the draws are copied. Under DDP all processes often share their seed: give each its own
@@ -52,6 +56,7 @@ class MomentumMixup:
         self.kappa = kappa
         self.mode = mode
         self.generator = generator
+        self._told = False  # that one sample is mixed with itself
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
@@ -71,7 +76,7 @@ class MomentumMixup:
         theta: Tensor | float | None = None,
         partner: Tensor | None = None,
     ) -> tuple[Tensor, Mix]:
-        """Mix two views of the same minibatch; one sample alone is its own partner, and its two views are mixed.
+        """Mix two views of the same minibatch. One sample alone is its own partner, which warns once.
 
         Args:
             queries: (s, ...) floating point tensor of any kind: images, audio, EEG, tabular.
@@ -102,6 +107,8 @@ class MomentumMixup:
                 f"{queries.dtype} on {queries.device} and {positives.dtype} on {positives.device}"
             )
         size = len(queries)
+        if size == 1 and partner is None:
+            self._warn_of_one_sample()
         mix = Mix(
             theta=(self._draw_theta(queries) if theta is None else _as_theta(theta, queries)).to(queries),
             partner=self._draw_partner(queries) if partner is None else partner,
@@ -110,6 +117,15 @@ class MomentumMixup:
         weight = mix.theta.view(-1, *[1] * (queries.ndim - 1))
         mix = Mix(mix.theta, mix.partner.to(queries.device, torch.int64))
         return positives[mix.partner].lerp_(queries, weight), mix
+
+    def _warn_of_one_sample(self) -> None:
+        if not self._told and not torch.compiler.is_compiling():
+            self._told = True
+            warnings.warn(
+                "a minibatch of one sample is mixed with itself, which makes no virtual query; take larger batches (a "
+                "DataLoader's drop_last=True leaves out a last batch of one)",
+                stacklevel=3,
+            )
 
     def _draw_theta(self, queries: Tensor) -> Tensor:
         count = len(queries) if self.mode == "elem" else 1

@@ -16,7 +16,9 @@ from slr_plugin.checks import check_confidence, check_integer, check_number
 class CosineConfidence:
     r"""Moves the prior confidence from ``start`` to ``end`` along half a cosine, then holds it.
 
-    .. math:: \mu_t = m_2 - (m_2 - m_1) (\cos(\pi t / T) + 1) / 2, \qquad \mu_t = m_2 \text{ for } t \ge T
+    ::
+
+        μ(t) = end - (end - start) · (cos(π t / total_steps) + 1) / 2     until total_steps, then end
 
     Args:
         start: m1 in [0, 1e38], the confidence at step 0. The paper takes 0 on CIFAR-10 and 0.5 on ImageNet.

@@ -288,6 +288,27 @@ def test_the_loss_refuses_bad_mixed_queries(kind, error, match, values, options)
     raises_and_keeps_state(criterion, error, match, lambda: criterion(OUT0, OUT1, *values, **options, update=True))
 
 
+CLASSES = torch.tensor([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("out1", (OUT0, CLASSES)),
+        ("out1", (OUT0, CLASSES[:, None])),
+        ("out1", (OUT0, torch.eye(S).long())),
+        ("mixed", (OUT0, OUT1, CLASSES)),
+        ("mixed", (OUT0, OUT1, CLASSES, CLASSES)),
+    ],
+    ids=["as_keys", "as_a_column", "one_hot", "third", "third_and_fourth"],
+)
+@KINDS
+def test_class_labels_are_told_that_the_loss_takes_none(kind, argument, values):
+    criterion = used(kind)
+    message = rf"^{argument} must be features.* got torch.int64 of shape .*; the loss takes no class labels"
+    raises_and_keeps_state(criterion, TypeError, message, lambda: criterion(*values, update=True))
+
+
 @pytest.mark.parametrize("queue", [0, (N, D)], ids=["no_queue", "queue"])
 def test_mixed_queries_need_in_batch_keys(queue):
     criterion = SLRLoss(memory_bank_size=queue, in_batch_keys=False)

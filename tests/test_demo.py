@@ -43,10 +43,19 @@ def test_prints_a_table_and_draws_a_figure(tmp_path, capsys):
     compare.main([*SHORT, "--seeds", "2", "--limit", "64", "--output", str(figure)])
     text = capsys.readouterr().out
     assert "64 training images, 64 held out\n1 epochs, 2 seeds" in text
-    for start in ("untrained ", "MoCo ", "SANE ", "SANE - MoCo ", "kNN: ", "linear probe: ", "labels: "):
+    for start in (
+        "untrained ",
+        "MoCo ",
+        "SANE ",
+        "SANE - MoCo ",
+        "kNN: ",
+        "linear probe: ",
+        "SANE's labels",
+        "  purity ",
+    ):
         assert f"\n{start}" in text
     with Image.open(figure) as drawn:
-        assert drawn.size == (1500, 630)
+        assert drawn.size == (2100, 630)
 
 
 @pytest.mark.parametrize("is_split", [True, False])

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
-from slr_plugin.diagnostics import LabelMonitor, label_quality
+from slr_plugin.diagnostics import LabelMonitor, LabelQuality, label_quality, plot, summary
 
 
 def looped(labels, classes, key_classes, own):
@@ -42,7 +43,11 @@ def looped(labels, classes, key_classes, own):
                 *(math.sqrt(sum((y[k] - truth.get(k, 0.0)) ** 2 for k in known)) for y in compared),
             ]
         )
-    return np.mean(rows, axis=0) if rows else np.full(8, np.nan)
+    if not rows:
+        return np.full(9, np.nan)
+    means = np.mean(rows, axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.append(means, means[1] / (means[1] + means[2]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -342,3 +347,133 @@ def test_measures_the_labels_that_mixed_queries_are_given():
     monitor.announce(torch.arange(6))
     criterion(queries, keys, mixed, mix)
     torch.testing.assert_close(monitor.mean().own, criterion.stats["positive_weight"])
+
+
+# ----------------------------------------------------------------------------------------------- print, words, pictures
+
+
+def quality_of(own, same, other, chance=0.1):
+    nearest, distances = 0.5, (0.6, 0.9, 0.7)
+    purity = same / (same + other) if same + other else math.nan
+    return LabelQuality(*map(torch.tensor, (own, same, other, chance, nearest, *distances, purity)))
+
+
+def test_purity_of_an_average_is_that_of_the_mean_masses():
+    one, two = quality_of(0.8, 0.2, 0.0), quality_of(0.2, 0.2, 0.6)
+    assert LabelQuality.average([one, two]).purity.item() == pytest.approx(0.4)
+
+
+def test_prints_what_each_number_says():
+    text = str(quality_of(0.7, 0.2, 0.1))
+    assert "70.0% own positive, 20.0% other keys of the own class, 10.0% other classes" in text
+    assert "66.7% of what lies on other keys is on the own class; chance is 10.0%" in text
+    assert "tensor" not in text
+
+
+LABELS = torch.full((2, 4), 0.25)
+NONE, SOME = torch.tensor([-1, -1]), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "key_classes", "reason"),
+    [
+        (LABELS, NONE, torch.tensor([0, 1, 0, 1]), "no query has a class"),
+        (LABELS[:1], SOME[:1], torch.full((4,), -1), "no key besides the own positives has a class"),
+        (LABELS * torch.nan, SOME, torch.tensor([0, 1, 0, 1]), "the labels are not numbers"),
+        (torch.eye(2, 4), SOME, torch.tensor([0, 1, 0, 1]), "the labels are one-hot"),
+        (LABELS, SOME, torch.tensor([0, 1, 0, 1]), None),
+    ],
+)
+def test_values_that_are_not_a_number_say_why(labels, classes, key_classes, reason):
+    quality = label_quality(labels, classes, key_classes)
+    mean = LabelQuality.average([quality, quality])
+    for one in (quality, mean, copy.deepcopy(quality)):
+        assert any(value.isnan() for value in one) == (reason is not None)
+        assert (one.reason is None) if reason is None else (reason in one.reason and reason in str(one))
+
+
+def test_a_monitor_that_measured_nothing_says_so():
+    monitor = LabelMonitor(SLRLoss(0.2, (4, 4)))
+    assert "call announce" in monitor.mean().reason
+    assert monitor.summary().startswith("Cannot tell: nothing was measured")
+
+
+@pytest.mark.parametrize(
+    ("quality", "start", "advice"),
+    [
+        (quality_of(1.0, 0.0, 0.0), "Nearly one-hot", "later, raise the confidence (now 2)"),
+        (quality_of(0.5, 0.05, 0.45), "Blind", "let the confidence (now 2) grow from 0"),
+        (quality_of(0.5, 0.15, 0.35), "Better than chance, but more than half wrong", "Lower the sharpening (now 0.8)"),
+        (quality_of(0.97, 0.02, 0.01), "Good: 67%", "raise the confidence (now 2)"),
+        (quality_of(0.7, 0.2, 0.1), "Good: 67%", "6.7 times chance (10%)"),
+    ],
+)
+def test_a_summary_says_how_good_the_labels_are_and_what_to_change(quality, start, advice):
+    criterion = SLRLoss(0.2, sharpening=0.8, confidence=2.0)
+    criterion(torch.randn(4, 4), torch.randn(4, 4))
+    text = summary(quality, criterion)
+    assert text.startswith(start)
+    assert advice in text
+    assert summary(quality).startswith(start)
+
+
+def test_the_advice_does_what_it_says():
+    """More confidence gives more away; less sharpening gives away purer labels."""
+    torch.manual_seed(0)
+    centres = torch.randn(5, 16)
+    classes = torch.arange(64) % 5
+    queries, keys = (centres[classes] + 0.8 * torch.randn(64, 16) for _ in range(2))
+
+    def measured(**options):
+        criterion = SLRLoss(0.2, symmetric=False, **options)
+        return label_quality(criterion.labels(queries, keys), classes, classes)
+
+    usual, more, sharper = measured(), measured(confidence=5.0), measured(sharpening=0.5)
+    assert more.own < usual.own
+    assert sharper.purity > usual.purity
+
+
+def curves(figure):
+    return [
+        [(line.get_xdata().tolist(), line.get_ydata().tolist(), line.get_marker()) for line in axes.get_lines()]
+        for axes in figure.axes
+    ]
+
+
+def test_plots_purity_against_chance_and_where_the_labels_lie(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = [quality_of(0.7, 0.2, 0.1), quality_of(0.5, 0.4, 0.1, chance=0.2)]
+    figure = plot(run)
+    figure.savefig(tmp_path / "labels.png")
+    (purity, chance), (same, other) = curves(figure)
+    assert purity[:2] == ([1, 2], pytest.approx([66.667, 80.0], abs=1e-3))
+    assert chance[:2] == ([1, 2], pytest.approx([10, 20]))
+    assert (same[1], other[1]) == (pytest.approx([20, 40]), pytest.approx([10, 10]))
+    assert purity[2] == "."  # one epoch alone is to be seen
+    rows = [{name: value.item() for name, value in quality._asdict().items()} for quality in run]
+    assert curves(plot(rows)) == curves(figure)
+    assert [axes.get_xlabel() for axes in plot(run, x=[10, 20], xlabel="step").axes] == ["step"] * 2
+
+
+def test_plots_the_mean_of_several_runs_into_axes_that_are_given():
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    axes = matplotlib.Figure().subplots(1, 3)
+    figure = plot([[quality_of(0.7, 0.2, 0.1)], [quality_of(0.7, 0.1, 0.2)]], axes=axes[1:])
+    assert figure is axes[0].figure
+    none, purity, mass = curves(figure)
+    assert none == []
+    assert purity[0][1] == pytest.approx([50], abs=1e-3)
+    assert mass[0][1] == pytest.approx([15])
+
+
+@pytest.mark.parametrize(("runs", "x"), [([], None), ([[]], None), ([quality_of(0.7, 0.2, 0.1)], [1, 2])])
+def test_plots_nothing_of_what_does_not_fit(runs, x):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="runs"):
+        plot(runs, x)
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        plot([quality_of(0.7, 0.2, 0.1)])

@@ -135,6 +135,38 @@ def test_another_network_is_called_no_resnet_and_loads_into_its_own_kind(tmp_pat
     assert torch.equal(features(model), features(source))
 
 
+def lightlys(name, width):
+    model = pytest.importorskip("lightly.models").ResNetGenerator(name, width=width)
+    model.linear = nn.Identity()
+    return model.eval()
+
+
+def solo_learns():
+    model = small_images()
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 2, bias=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "momentum_network"),
+    [
+        (small_images, "key_backbone"),
+        (solo_learns, "momentum_backbone"),
+        (lambda: lightlys("resnet-9", 0.25), "key_backbone"),
+        (lambda: lightlys("resnet-18", 0.5), "key_backbone"),
+        (lambda: lightlys("resnet-50", 0.125), "key_backbone"),
+    ],
+    ids=["lightly", "solo-learn", "resnet-9", "resnet-18", "resnet-50"],
+)
+def test_the_printed_line_builds_networks_for_small_images_too(tmp_path, capsys, build, momentum_network):
+    source = build()
+    checkpoint = save(tmp_path / "run.ckpt", backbone=source, **{momentum_network: source})
+    _, line = printed(capsys, checkpoint, tmp_path / "b.safetensors")
+    names = {}
+    exec(line, names)
+    torch.testing.assert_close(features(names["model"]).flatten(1), features(source).flatten(1), rtol=0, atol=0)
+
+
 def test_as_a_module_of_python(tmp_path):
     checkpoint, output = save(tmp_path / "run.ckpt", backbone=nn.Conv2d(3, 4, 3)), tmp_path / "b.safetensors"
     command = [sys.executable, "-W", "error", "-m", "slr_plugin.adapters.export", checkpoint, output]

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from slr_plugin import Mix
 
+pytestmark = pytest.mark.filterwarnings("ignore:one sample and no queue")
+
 repeat = settings(derandomize=True, deadline=None, max_examples=60)
 seeds = st.integers(0, 9999)
 # No subnormal numbers: torch 2.4's compiler, which other tests run, switches them off for the whole process.

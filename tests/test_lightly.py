@@ -193,9 +193,9 @@ def test_the_confidence_is_scheduled_with_other_optimizers_too():
 
 def test_other_parts_without_subclassing():
     head = nn.Linear(_lightly.WIDTH, 24)
-    model = build(projection_head=head, queue_size=40, confidence=0.3, share_mix=True, ema_momentum=0.5)
+    model = build(projection_head=head, queue_size=20, confidence=0.3, share_mix=True, ema_momentum=0.5)
     train(model, epochs=1, views=SANETransform(input_size=16, crops=(16, 12)))
-    assert model.criterion.memory_bank.bank.shape == (40, 24)
+    assert model.criterion.memory_bank.bank.shape == (20, 24)
     assert model.criterion.stats["mu"] == pytest.approx(0.3)
 
 
@@ -419,6 +419,28 @@ def test_a_batch_of_another_size_warns():
         train(model, epochs=1, limit_train_batches=1)
 
 
+def test_a_queue_longer_than_the_training_set_warns():
+    with pytest.warns(
+        UserWarning, match=r"queue of 33 keys is longer than the training set of 32 images.*set queue_size"
+    ):
+        train(build(queue_size=33), epochs=1)
+
+
+def test_an_extended_run_goes_on_in_the_learning_rate_of_its_new_length(tmp_path):
+    train(build(), epochs=1, checkpoints=tmp_path)
+    whole, extended = Losses("lr"), Losses("lr")
+    train(build(), epochs=3, callbacks=[whole])
+    train(build(), epochs=3, callbacks=[extended], ckpt_path=tmp_path / "last.ckpt")
+    assert extended.values == pytest.approx(whole.values[4:])
+
+
+def test_the_launcher_runs_the_recipe(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        launcher.main(["cifar10", "--help"])
+    assert exit_.value.code == 0
+    assert "--knn-every" in capsys.readouterr().out
+
+
 def test_a_missing_framework_names_the_command():
     with pytest.raises(ImportError, match=r'nothing_here is not installed: pip install "slr-plugin\[lightly\]"'):
         require("lightly", "torch", "nothing_here")
@@ -560,9 +582,9 @@ def test_the_launcher_names_the_methods_that_there_are(options, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "PATH/main.py --methods sane"),
-        (["--help"], "PATH/main.py --methods sane"),
-        (["--methods", "sane", "main.py"], "PATH/main.py --methods sane"),
+        ([], "main.py --methods sane"),
+        (["--help"], "main.py --methods sane"),
+        (["--methods", "sane", "main.py"], "main.py --methods sane"),
         (["nowhere/main.py"], "git clone https://github.com/lightly-ai/lightly"),
         (["empty.py"], "defines no METHODS, parser, main"),
         (["text.txt"], "there is no script text.txt"),

@@ -1,9 +1,6 @@
 """The CIFAR-10 recipe, whole and interrupted, on real images: scikit-learn's digits as a folder."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +11,7 @@ for package in ("lightly", "matplotlib", "sklearn", "timm", "tensorboard"):
 
 from _digits import write_digits
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-recipe = importlib.import_module("lightly_cifar10")
+from slr_plugin.adapters.lightly import recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::UserWarning:torch")
 
@@ -51,17 +47,49 @@ def test_trains_evaluates_and_draws(options, folder, tmp_path, capsys):
     assert list((tmp_path / "out" / "tensorboard").rglob("events.*"))
 
 
-def test_a_run_shorter_than_the_interval_is_judged_too(folder, tmp_path):
-    results = run(folder, tmp_path, "--knn-every", "5", "--epochs", "1")
-    assert 0 <= results["knn"] <= 100
+def test_the_last_epoch_is_judged_whatever_the_interval(folder, tmp_path):
+    results = run(folder, tmp_path, "--knn-every", "5", "--epochs", "2")
     assert "knn" not in results["epochs"][0]
+    assert results["epochs"][1]["knn"] == results["knn"]
+
+
+def test_the_curves_have_points_whole_epochs_and_the_baseline_beside_them(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(recipe.Figure, "savefig", lambda figure, *args, **kwargs: seen.append(figure))
+    measured = dict.fromkeys(recipe.LabelQuality._fields, 0.5)
+    rows = [{"epoch": 1, "loss": 3.0, "knn": 50.0} | measured]
+    for method in ("sane", "mocov2"):
+        (tmp_path / method).mkdir()
+        results = {"arguments": {"method": method}, "epochs": rows}
+        (tmp_path / method / "results.json").write_text(json.dumps(results))
+    recipe.draw({"arguments": {"method": "sane"}, "epochs": rows}, tmp_path, [tmp_path / "mocov2", tmp_path / "sane"])
+    curves, labels = seen
+    for axes in curves.axes:
+        assert [line.get_marker() for line in axes.get_lines()] == ["."] * 3
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            str(tmp_path),
+            "mocov2",
+            str(tmp_path / "sane"),
+        ]
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert "Purity" in labels.axes[0].get_title()
+
+
+def test_a_log_has_a_line_per_epoch_and_says_how_good_the_labels_are(folder, tmp_path, capsys):
+    run(folder, tmp_path)
+    printed = capsys.readouterr()
+    lines = [line for line in (printed.out + printed.err).splitlines() if line.strip()]
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch ")] == [f"epoch {i}/3" for i in (1, 2, 3)]
+    assert len(lines) < 15
+    assert any(line.startswith(("Nearly one-hot", "Blind", "Better", "Good")) for line in lines)
+    assert f"slr_plugin.adapters.export {tmp_path / 'last.ckpt'}" in printed.out
 
 
 class InterruptionError(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_from_its_last_epoch(folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on_from_its_last_epoch(folder, tmp_path, monkeypatch, capsys):
     whole = run(folder, tmp_path / "whole")
     start = recipe.Record.on_train_batch_start
 
@@ -74,6 +102,7 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(folder, tmp_path, monkey
     with pytest.raises(InterruptionError):
         run(folder, tmp_path / "broken")
     monkeypatch.undo()
+    assert f"{recipe.COMMAND} --resume --output {tmp_path / 'broken'}" in capsys.readouterr().err
     resumed = run(folder, tmp_path / "broken", "--resume")
     assert resumed["epochs"][:2] == whole["epochs"][:2]
     assert [row["epoch"] for row in resumed["epochs"]] == [1, 2, 3]
@@ -83,15 +112,34 @@ def test_an_interrupted_run_goes_on_from_its_last_epoch(folder, tmp_path, monkey
     assert ends[0]["state_dict"]["criterion.step"] == ends[1]["state_dict"]["criterion.step"] == ends[0]["global_step"]
 
 
-def test_a_run_goes_on_with_its_own_options_or_says_so(folder, tmp_path, capsys):
+def test_a_finished_run_is_told_and_changes_nothing(folder, tmp_path, capsys):
     first = run(folder, tmp_path, "--method", "mocov2", "--epochs", "1", "--limit", "32")
-    again = recipe.main(["--resume", "--output", str(tmp_path), "--workers", "0"])
-    assert again["arguments"] == first["arguments"] | {"resume": True}
-    for options in (["--method", "sane"], ["--epochs", "2"]):
+    files = ("results.json", "arguments.json", "last.ckpt")
+    before = [(tmp_path / name).read_bytes() for name in files]
+    capsys.readouterr()
+    assert recipe.main(["--resume", "--output", str(tmp_path), "--workers", "0"]) == first
+    assert [(tmp_path / name).read_bytes() for name in files] == before
+    printed = capsys.readouterr().out
+    assert f"kNN {first['knn']:.2f} %" in printed
+    assert "the run was finished already; extend it with --resume --epochs 2" in printed
+    for options in (["--method", "sane"], ["--epochs", "0"]):
         with pytest.raises(SystemExit):
             recipe.main(["--resume", "--output", str(tmp_path), *options])
         stored = first["arguments"][options[0].strip("-")]
         assert f"has {options[0]} {stored}: resume it without {options[0]}" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_extended_by_more_epochs(folder, tmp_path):
+    run(folder, tmp_path, "--epochs", "2")
+    longer = recipe.main(["--resume", "--output", str(tmp_path), "--epochs", "4"])
+    assert [row["epoch"] for row in longer["epochs"]] == [1, 2, 3, 4]
+    assert longer["arguments"]["epochs"] == 4
+    assert json.loads((tmp_path / "results-2-epochs.json").read_text())["arguments"]["epochs"] == 2
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (scheduler,) = checkpoint["lr_schedulers"]
+    assert scheduler["max_epochs"] == checkpoint["global_step"] == scheduler["last_epoch"]
+    again = recipe.main(["--resume", "--output", str(tmp_path)])
+    assert again == longer
 
 
 def test_any_number_of_classes(tmp_path):
@@ -101,13 +149,17 @@ def test_any_number_of_classes(tmp_path):
             for copy in range(2):
                 image = Image.new("RGB", (32, 32), (20 * number, 50 * copy, 90))
                 image.save(tmp_path / part / f"class-{number:02}" / f"{copy}.png")
-    results = run(tmp_path, tmp_path / "out", "--epochs", "1", "--limit", "24")
+    results = run(tmp_path, tmp_path / "out", "--epochs", "1", "--limit", "24", "--queue-size", "8")
     assert 0 <= results["linear"] <= 100
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--resume"], "start without --resume"), (["--batch-size", "64"], "60 training images are fewer than")],
+    [
+        (["--resume"], "start without --resume"),
+        (["--batch-size", "64"], "60 training images are fewer than"),
+        (["--beside", "nowhere"], "there is no nowhere/results.json; name the --output of a finished run"),
+    ],
 )
 def test_says_what_is_wrong(options, message, folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -14,6 +14,8 @@ from scipy import stats
 
 from slr_plugin import Mix, MomentumMixup
 
+pytestmark = pytest.mark.filterwarnings("ignore:a minibatch of one sample")
+
 SOURCES = pytest.mark.parametrize("source", ["generator", "global"])
 repeat = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -234,6 +236,16 @@ def test_one_sample_alone_mixes_its_own_two_views():
     mixed, mix = MomentumMixup()(queries, positives)
     assert mix.partner.tolist() == [0]
     torch.testing.assert_close(mixed, mix.theta * queries + (1 - mix.theta) * positives)
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_sample_mixed_with_itself_warns_once_but_a_partner_that_was_asked_for_does_not():
+    mixup = MomentumMixup()
+    mixup(*views(1, 4), partner=torch.zeros(1, dtype=torch.long))
+    with pytest.warns(UserWarning, match="one sample is mixed with itself"):
+        mixup(*views(1, 4))
+    mixup(*views(1, 4))
+    mixup(*views(2, 4))
 
 
 # --------------------------------------------------------------------------------------------------------- compiled

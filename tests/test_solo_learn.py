@@ -19,13 +19,14 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from slr_plugin import MomentumMixup
+from slr_plugin.adapters.solo_learn import RegisterSANE
 from slr_plugin.adapters.solo_learn import __main__ as launcher
 from slr_plugin.adapters.solo_learn.settings import add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 from slr_plugin.presets import CIFAR10, IMAGENET
 
 CONFIGS = Path(launcher.__file__).parent / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "sane-cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,7 @@ def test_without_mixup_small_crops_are_queries_of_their_own_label():
 # --- settings
 
 
+@pytest.mark.filterwarnings("ignore:the paper has no settings")
 @pytest.mark.parametrize(("dataset", "preset"), [("cifar10", CIFAR10), ("cifar100", CIFAR10), ("custom", IMAGENET)])
 def test_defaults_are_the_papers(dataset, preset):
     settings = OmegaConf.create({})
@@ -127,7 +129,10 @@ def test_defaults_are_the_papers(dataset, preset):
 def test_what_is_set_stays():
     others = {"momentum_classifier": True, "pred_hidden_dim": 8}
     settings = OmegaConf.create({"kappa": None, "confidence": 0.3, **others})
-    add_defaults(settings, "cifar10")
+    with pytest.warns(
+        UserWarning, match=r"method_kwargs\.momentum_classifier, method_kwargs\.pred_hidden_dim: unknown"
+    ):
+        add_defaults(settings, "cifar10")
     assert settings.kappa is None
     assert start_and_end(settings.confidence) == (0.3, 0.3)
     assert others.items() <= dict(settings).items()  # solo-learn lets pass what a method does not know
@@ -212,6 +217,8 @@ def test_another_number_of_large_crops_than_two_is_refused(count):
         ("queue_sise", "queue_size"),
         ("strong_crop", "strong_crops"),
         ("sharpenning", "sharpening"),
+        ("sharpen", "sharpening"),
+        ("queue", "queue_size"),
     ],
 )
 def test_misspellings_are_named(name, meant):
@@ -225,6 +232,29 @@ def test_misspellings_are_named(name, meant):
 def test_names_of_the_other_adapter_are_refused(name, message):
     with pytest.raises(ValueError, match=rf"method_kwargs\.{name} is unknown to solo-learn's sane: .*{message}"):
         add_defaults(OmegaConf.create({name: False}), "cifar10")
+
+
+@pytest.mark.parametrize("dataset", ["custom", "stl10"])
+def test_data_without_settings_of_the_paper_are_told_which_they_take(dataset):
+    with pytest.warns(UserWarning, match=r"data.dataset=\w+, .*queue_size=65536, sharpening=1.0, kappa=0.1; set them"):
+        add_defaults(OmegaConf.create({"confidence": 0.3}), dataset)
+    chosen = {"queue_size": 64, "sharpening": 0.8, "confidence": 0.3, "kappa": None}
+    add_defaults(OmegaConf.create(chosen), dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accelerator": "gpu", "devices": [0]}, "torch finds no GPU here; on a CPU add: accelerator=cpu"),
+        ({"accelerator": "cpu", "devices": [0]}, r"as text, not devices=\[0\]; add: .*devices='1'"),
+        ({"accelerator": "cpu", "devices": 1}, "as text, not devices=1"),
+    ],
+)
+def test_devices_that_are_not_there_come_with_the_options_for_a_cpu(settings, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message):
+        RegisterSANE().on_job_start(OmegaConf.create(settings))
 
 
 # --- configurations

@@ -423,6 +423,21 @@ def test_main_pretrain(folder, how, devices, overrides):
         assert state[f"criteria.{view}.memory_bank.bank_ptr"] == steps * BATCH * devices  # keys of all processes
 
 
+def test_there_is_a_configuration_for_a_first_run_on_a_cpu(folder):
+    arguments = ["--config-path", "pkg://slr_plugin.adapters.solo_learn.configs", "--config-name", "sane-cpu"]
+    settings = {
+        "data.dataset": "custom",
+        "data.train_path": folder / "train",
+        "data.val_path": folder / "val",
+        "optimizer.batch_size": BATCH,
+        "method_kwargs.queue_size": 16,
+        "data.num_workers": 0,
+        "max_epochs": 1,
+    }
+    finish(start("main_pretrain.py", arguments + [f"{name}={value}" for name, value in settings.items()]))
+    assert checkpoint()[1]["state_dict"]["criteria.0.step"] == 40 // BATCH
+
+
 def test_killed_and_resumed_by_itself(folder):
     """kill -9 in the middle of an epoch; the same command goes on from the last checkpoint, queue included."""
     arguments = pretrain(folder, "auto_resume.enabled=True", epochs=8)

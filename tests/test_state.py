@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from slr_plugin import CosineConfidence, SLRLoss
 
+pytestmark = pytest.mark.filterwarnings("ignore:one sample and no queue")
+
 SIZE, DIM = 5, 4
 
 

@@ -1,8 +1,15 @@
-"""Run a benchmark script of a lightly clone, unmodified, with SANE among its methods.
+"""Train SANE with lightly: by the recipe for CIFAR-10, or by a benchmark script of a lightly clone, unmodified.
 
-    python -m slr_plugin.adapters.lightly PATH/main.py --methods sane [mocov2 ...] [the script's other arguments]
+    python -m slr_plugin.adapters.lightly cifar10 [options]
 
-Methods: sane, sane_single, sane_multi, and each with _strong. The script's own --help follows its path.
+pretrains, evaluates and draws; ``cifar10 --help`` lists its options, and settings for a CPU.
+
+    git clone https://github.com/lightly-ai/lightly
+    python -m slr_plugin.adapters.lightly lightly/benchmarks/imagenet/resnet50/main.py --methods sane [mocov2 ...]
+        --train-dir DIR/train --val-dir DIR/val --num-classes 1000 [the script's other arguments]
+
+adds sane, sane_single, sane_multi, and each with _strong, to the script's methods. On a CPU add
+``--accelerator cpu --devices 1 --precision 32``. The script's own --help follows its path.
 """
 
 from __future__ import annotations
@@ -13,11 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from slr_plugin.adapters._require import require
 from slr_plugin.adapters.lightly import VARIANTS, register
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Import the script as a module, add the methods, call its ``main``.
+    """Run the recipe; or import the script as a module, add the methods, call its ``main``.
 
     Lightning starts DDP children with the command line of this process. As the script is imported, not executed, that
     stays ``python -m slr_plugin.adapters.lightly PATH/main.py ...``, and the children know the methods too.
@@ -25,6 +33,12 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    if arguments[0] == "cifar10":
+        require("lightly", "matplotlib", "tensorboard")
+        from slr_plugin.adapters.lightly import recipe
+
+        recipe.main(arguments[1:])
+        return
     script = load(Path(arguments[0]))
     options = vars(script.parser.parse_args(arguments[1:]))
     methods = options.get("methods") or []

@@ -18,7 +18,7 @@ from torch.optim import SGD
 
 from slr_plugin import CosineConfidence, Mix
 from slr_plugin.adapters._random import seed_mixing
-from slr_plugin.adapters._steps import epoch_steps, first_step, run_steps
+from slr_plugin.adapters._steps import epoch_steps, first_step, run_steps, warn_of_long_queue
 from slr_plugin.adapters.lightly.knn import KNNVote
 from slr_plugin.adapters.lightly.networks import checked_features, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
@@ -36,7 +36,8 @@ class SANE(LightningModule):
     head.
 
     Checkpoints hold both networks and the queue. A run from ``ckpt_path`` goes on in the schedules of the learning rate
-    and the confidence; any other run begins them, whatever weights it starts from.
+    and the confidence, which end with it where its ``max_epochs`` is larger; any other run begins them, whatever
+    weights it starts from.
 
     Args:
         batch_size_per_device: scales the learning rate, 0.03 for 256 images over all devices.
@@ -65,6 +66,8 @@ class SANE(LightningModule):
         ValueError: an argument is out of range or does not fit the others; in training, a batch is not one of views.
         TypeError: an argument is of the wrong type.
     """
+
+    _warmup_and_steps: tuple[int, int] | None = None  # of this run's learning rate
 
     def __init__(
         self,
@@ -195,6 +198,7 @@ class SANE(LightningModule):
         steps, warmup = run_steps(self.trainer), epoch_steps(self.trainer, self.warmup_epochs)
         if warmup == float("inf"):
             raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
+        self._warmup_and_steps = int(warmup), steps
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(warmup), max_epochs=steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -205,8 +209,17 @@ class SANE(LightningModule):
             self.criterion.confidence = self._schedule(run_steps(self.trainer))
 
     def on_train_start(self) -> None:
-        """Seed the mixing: by the global seed, the process, and where a run goes on."""
+        """Seed the mixing by the global seed, the process, and where a run goes on; end the schedules with this run."""
         seed_mixing(self._mixing, self.trainer.global_step)
+        # A checkpoint restored the length of its own run, which this one may extend.
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if self._warmup_and_steps and isinstance(scheduler, CosineWarmupScheduler):
+                scheduler.warmup_epochs, scheduler.max_epochs = self._warmup_and_steps
+                scale = scheduler.scale_lr(scheduler.last_epoch)
+                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                    group["lr"] = scale * rate
+        warn_of_long_queue(self.trainer, self.preset.queue_size, "queue_size")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Place the confidence at the trainer's step; warn if the learning rate is meant for other batches."""

@@ -1,6 +1,16 @@
 """Run a script of a solo-learn clone, unmodified, with the method "sane" in it.
 
-python -m slr_plugin.adapters.solo_learn SCRIPT.py [the script's own arguments]
+    git clone https://github.com/vturrisi/solo-learn
+    python -m slr_plugin.adapters.solo_learn SCRIPT.py [the script's own arguments]
+
+SCRIPT.py is solo-learn/main_knn.py, say. main_pretrain.py needs no launcher with a configuration of ours. In the clone,
+on a CPU and on a folder of images:
+
+    python main_pretrain.py --config-path pkg://slr_plugin.adapters.solo_learn.configs --config-name sane-cpu
+        data.dataset=custom data.train_path=DIR/train data.val_path=DIR/val
+
+main_linear.py needs neither; on a CPU add to it
+``accelerator=cpu "devices='1'" strategy=auto sync_batchnorm=False precision=32``.
 """
 
 from __future__ import annotations

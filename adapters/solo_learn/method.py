@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 from slr_plugin.adapters._random import seed_mixing
-from slr_plugin.adapters._steps import first_step, run_steps
+from slr_plugin.adapters._steps import first_step, run_steps, warn_of_long_queue
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
@@ -127,6 +127,7 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         """Seed the mixing, by the global seed, the process, and where a run goes on; lay out the confidence."""
         super().on_train_start()
         seed_mixing(self._mixing, self.trainer.global_step)
+        warn_of_long_queue(self.trainer, self.cfg.method_kwargs.queue_size, "method_kwargs.queue_size")
         start, end = self.confidence
         if start != end:
             for criterion in self.criteria:

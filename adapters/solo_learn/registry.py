@@ -7,9 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.experimental.callback import Callback
 
+from slr_plugin.adapters._require import install
+
 CLONE = "git clone https://github.com/vturrisi/solo-learn"
+CPU = "accelerator=cpu \"devices='1'\" strategy=auto sync_batchnorm=False precision=32"
 
 
 class SoloLearnMissingError(ImportError):
@@ -39,7 +43,7 @@ def require_solo_learn() -> None:
         missing = getattr(error, "name", None)
         if missing and find_spec(missing.partition(".")[0]) is None:
             raise SoloLearnMissingError(
-                f'solo-learn needs {missing}, which is not installed: pip install "slr-plugin[solo]"', name=missing
+                f"solo-learn needs {missing}, which is not installed: {install('solo')}", name=missing
             ) from error
         raise
 
@@ -71,4 +75,16 @@ class RegisterSANE(Callback):
 
     def on_job_start(self, config: Any, **kwargs: Any) -> None:
         """Called by Hydra before the script's main function."""
+        if said := _wrong_device(config.get("accelerator"), config.get("devices")):
+            raise SystemExit(said)  # Hydra would make a warning of an Exception
         register()
+
+
+def _wrong_device(accelerator: Any, devices: Any) -> str | None:
+    """What Lightning and solo-learn would end with, said with the options that help."""
+    has_gpu = torch.cuda.is_available() or (accelerator == "gpu" and torch.backends.mps.is_available())
+    if accelerator in ("gpu", "cuda") and not has_gpu:
+        return f"accelerator={accelerator}, but torch finds no GPU here; on a CPU add: {CPU}"
+    if accelerator == "cpu" and not isinstance(devices, str):
+        return f"on a CPU solo-learn takes the number of processes as text, not devices={devices}; add: {CPU}"
+    return None

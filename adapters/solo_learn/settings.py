@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -19,15 +20,17 @@ _ELSEWHERE = {
 }
 
 LOSS_SETTINGS = ("temperature", "sharpening", "refined_weight", "in_batch_keys")  # what SLRLoss takes as it is
+_BY_DATA = ("queue_size", "sharpening", "confidence", "kappa")  # in which the paper's two presets differ
 _OPTIONAL = ("kappa", "label_quality_every")  # off if null, which solo-learn also writes "None", or false
 
 
 def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
     """Add what is not set, in place: the paper's values, for CIFAR or for ImageNet, and mocov2plus's projector.
 
+    Warns of every other name, which does nothing, and of the paper's values for ImageNet where the data are others.
+
     Raises:
-        ValueError: a name that is nearly one of ours, or what another adapter calls it. Others are ignored, as
-            everywhere in solo-learn.
+        ValueError: a name that is nearly one of ours, or what another adapter calls it.
         TypeError: ``settings`` holds no names.
     """
     if not isinstance(settings, MutableMapping):
@@ -49,10 +52,25 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
     for name in settings:
         if name in _ELSEWHERE:
             raise ValueError(f"method_kwargs.{name} is unknown to solo-learn's sane: {_ELSEWHERE[name]}")
-        # Closer than pred_hidden_dim, which other methods have, is to proj_hidden_dim.
+        # Closer than pred_hidden_dim, which other methods have, is to proj_hidden_dim; or a name cut short.
         meant = difflib.get_close_matches(str(name), defaults, n=1, cutoff=0.87)
+        meant += [known for known in defaults if len(str(name)) > 3 and known.startswith(str(name))]
         if name not in defaults and meant:
             raise ValueError(f"method_kwargs.{name} is unknown; did you mean method_kwargs.{meant[0]}?")
+    if unknown := [str(name) for name in settings if name not in defaults]:
+        warnings.warn(
+            f"method_kwargs.{', method_kwargs.'.join(unknown)}: unknown to sane, which does not use it; it knows "
+            f"{', '.join(defaults)}",
+            stacklevel=2,
+        )
+    silent = [name for name in _BY_DATA if name not in settings]
+    if silent and dataset not in ("cifar10", "cifar100", "imagenet", "imagenet100"):
+        taken = ", ".join(f"{name}={defaults[name]}" for name in silent)
+        warnings.warn(
+            f"the paper has no settings for data.dataset={dataset}, so method_kwargs takes those for ImageNet: {taken}"
+            "; set them yourself (for small images CIFAR's, as in sane-cifar10.yaml)",
+            stacklevel=2,
+        )
     for name, default in defaults.items():
         if name not in settings:
             settings[name] = default

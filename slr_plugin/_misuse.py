@@ -1,0 +1,74 @@
+"""Warns of uses that raise no error and yet compute something else than is meant."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from slr_plugin.key_sets import KeySet
+
+ALONE = (
+    "one sample and no queue leave no negative: this loss and its gradient are 0; take larger batches (a DataLoader's "
+    "drop_last=True leaves out a last batch of one), pass negatives, or set memory_bank_size"
+)
+SUMMED = (
+    "two calls of this loss were summed in one backward, and their keys show the same images: each call advances the "
+    "queue and the schedule, and the second takes the first one's keys, of its own images, as negatives; give each "
+    "direction a loss of its own, or pass update=False to all calls but the last"
+)
+
+
+def is_alone(key_set: KeySet) -> bool:
+    """Whether no row sees a key besides its own."""
+    return key_set.queue is None and len(key_set.keys) == len(key_set.own) > 0
+
+
+class Watch:
+    """Warns once of each misuse of one loss. Reads no value from a device unless two calls were summed."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._summed = 0  # how often two calls were summed
+        self._last: tuple[int, Tensor] | None = None  # the newest backward, and the keys of the call in it
+
+    def follow(self, key_set: KeySet, loss: Tensor, enqueues: bool) -> None:
+        """Look at a call that is trained; a call that enqueues is looked at in its backward too."""
+        if torch.compiler.is_compiling() or not loss.requires_grad:
+            return
+        if is_alone(key_set):
+            self._tell(ALONE)
+        if enqueues and SUMMED not in self._told:
+            keys = key_set.positives.detach()
+            loss.register_hook(lambda grad: self._backward(keys))  # type: ignore[no-untyped-call]
+
+    def _backward(self, keys: Tensor) -> None:
+        task, last = torch._C._current_graph_task_id(), self._last
+        self._last = (task, keys)
+        if last is None or last[0] != task or last[1].shape != keys.shape or last[1].device != keys.device:
+            return
+        self._summed += 1
+        # Different batches may be summed, and comparing keys waits for the device: look at the sums 1, 2, 4, 8, ...
+        if self._summed & (self._summed - 1) == 0 and _show_the_same(last[1], keys):
+            self._tell(SUMMED)
+            self._last = None
+
+    def _tell(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=6)  # the caller of the module
+
+
+def _show_the_same(first: Tensor, second: Tensor) -> bool:
+    """Whether row i of both is of one image: the products of these rows against those of all others.
+
+    Of unrelated rows, the mean of s products has the deviation of one divided by sqrt(s); 6 of these do not come by
+    chance.
+    """
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False  # a CUDA graph cannot read values
+    products = (first - first.mean(0)) @ (second - second.mean(0)).T
+    others = products - torch.diag_embed(products.diagonal())
+    deviation = (others.square().sum() / max(1, others.numel() - len(others))).sqrt()
+    return bool(products.diagonal().mean() > 6 * deviation / len(first) ** 0.5)
