@@ -1,13 +1,13 @@
 """SANE as a ``forward`` of stable-pretraining's Module, from Python or by its name in a YAML.
 
-    module:
-      _target_: stable_pretraining.Module
-      forward: slr_plugin.adapters.stable_pretraining.sane
-      backbone: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
-      projector: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
-      criterion: {_target_: slr_plugin.SLRLoss, temperature: 0.2, memory_bank_size: [4096, 128]}
-      mixup: {_target_: slr_plugin.MomentumMixup, kappa: 2.0}
-      optim: ...
+module:
+  _target_: stable_pretraining.Module
+  forward: slr_plugin.adapters.stable_pretraining.sane
+  backbone: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
+  projector: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
+  criterion: {_target_: slr_plugin.SLRLoss, temperature: 0.2, memory_bank_size: [4096, 128]}
+  mixup: {_target_: slr_plugin.MomentumMixup, kappa: 2.0}
+  optim: ...
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
     )
     if self.training:
         if len(views) != 2:
-            raise ValueError(f"SANE needs two views of each image in training, got {len(views)}: use MultiViewTransform")
+            raise ValueError(
+                f"SANE needs two views of each image in training, got {len(views)}: use MultiViewTransform"
+            )
         encoded = views[:1] if has_teacher else views
     else:
         encoded = views
