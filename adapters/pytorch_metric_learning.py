@@ -21,7 +21,7 @@ __all__ = ["SLRLoss"]
 _STATS = ("positive_weight", "alpha", "beta", "mu", "label_entropy")
 
 
-class SLRLoss(BaseMetricLossFunction):
+class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-learning is untyped
     r""":class:`slr_plugin.SLRLoss` in the place of pytorch-metric-learning's NTXentLoss.
 
     With ``confidence=0`` and their temperature (0.07 by default) values and gradients equal NTXentLoss's.
@@ -130,7 +130,7 @@ SLRLoss.__name__ = "NTXentLoss"  # see its docstring; pickle goes by __qualname_
 
 def _pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The first and the second sample of each pair, in the order of the first ones, and the samples without partner."""
-    _, numbers, counts = labels.unique(return_inverse=True, return_counts=True)
+    _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     if counts.max() != 2:
         frequent = labels[counts[numbers].argmax()]
         raise ValueError(
