@@ -27,9 +27,9 @@ class Views(Dataset):
 
     column_names = ("views",)  # which their DataModule asks for
 
-    def __init__(self, count=2):
+    def __init__(self, count=2, shape=(1, 4, 4)):
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(SIZE, count, 1, 4, 4, generator=generator)
+        self.images = torch.randn(SIZE, count, *shape, generator=generator)
         self.labels = torch.arange(SIZE) % 3
         self.is_single = count == 1
 
