@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLONE ?= ../lightly
 SOLO_LEARN_DIR ?= ../solo-learn
+METRIC_LEARNING_DIR ?= ../pytorch-metric-learning
+NEIGHBOURS := .venv-neighbours
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +29,11 @@ test-lightly: $(VENV)/.dev ## Run lightly's own loss tests and benchmark script 
 test-solo: $(VENV)/.dev ## Run SANE in solo-learn's own scripts (SOLO_LEARN_DIR=a clone of its repository)
 	SOLO_LEARN_DIR=$(SOLO_LEARN_DIR) $(BIN)/python -m pytest tests/test_solo_learn.py tests/test_solo_learn_clone.py
 
+test-neighbours: $(NEIGHBOURS)/.ready ## Run pytorch-metric-learning's (METRIC_LEARNING_DIR=a clone) and stable-pretraining's own tests with our losses
+	PYTHONPATH=.ci TEST_DEVICE=cpu $(NEIGHBOURS)/bin/python -m pytest -p metric_learning_substitute -W default --rootdir $(METRIC_LEARNING_DIR) $(METRIC_LEARNING_DIR)/tests/losses/test_self_supervised_loss.py
+	PYTHONPATH=.ci SPT_CACHE_DIR=$(abspath $(NEIGHBOURS))/cache $(NEIGHBOURS)/bin/python -m pytest -p stable_pretraining_substitute -o addopts= -W default --pyargs stable_pretraining.tests.regression.test_methods
+	$(NEIGHBOURS)/bin/python -m pytest tests/test_pytorch_metric_learning.py tests/test_stable_pretraining.py tests/test_neighbours.py
+
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -40,8 +47,8 @@ wheel: $(VENV)/.dev ## Build and check sdist and wheel into dist/
 	$(BIN)/python -m build -q
 	$(BIN)/twine check --strict dist/*
 
-clean: ## Remove the environment and everything built
-	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## Remove the environments and everything built
+	rm -rf $(VENV) $(NEIGHBOURS) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What .dev installs holds what .demo does.
 $(VENV)/.demo: pyproject.toml setup.cfg
@@ -55,5 +62,12 @@ $(VENV)/.dev: pyproject.toml setup.cfg
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-.PHONY: help demo matrix test test-lightly test-solo lint bench wheel clean
+# An environment of its own: these frameworks bring some hundred packages, and developing needs none of them.
+$(NEIGHBOURS)/.ready: pyproject.toml setup.cfg
+	$(PYTHON) -m venv $(NEIGHBOURS)
+	$(NEIGHBOURS)/bin/pip install --quiet --upgrade pip
+	$(NEIGHBOURS)/bin/pip install --quiet --editable ".[lightly,metric-learning,stable-pretraining]" pytest accelerate open_clip_torch selfeeg
+	touch $@
+
+.PHONY: help demo matrix test test-lightly test-solo test-neighbours lint bench wheel clean
 .DEFAULT_GOAL := help

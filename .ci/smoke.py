@@ -18,7 +18,14 @@ assert importlib.util.find_spec("adapters") is None, "the wheel must not own a t
 assert importlib.metadata.version("slr-plugin") == slr_plugin.__version__
 assert not {"lightly", "solo", "torchvision"} & set(sys.modules)
 
-for adapter, extra in (("lightly", "lightly"), ("lightning", "lightly"), ("solo_learn", "solo")):
+extras = {
+    "lightly": "lightly",
+    "lightning": "lightly",
+    "solo_learn": "solo",
+    "pytorch_metric_learning": "metric-learning",
+    "stable_pretraining": "stable-pretraining",
+}
+for adapter, extra in extras.items():
     try:
         importlib.import_module(f"slr_plugin.adapters.{adapter}")
         said = "nothing: is its framework here?"

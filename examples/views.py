@@ -69,6 +69,7 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
 
     def forward(self, samples: Tensor) -> Tensor:
+        """Projections (s, 64) of samples (s, width)."""
         return self.head(self.features(samples))
 
 
@@ -167,6 +168,7 @@ def tasks(data: Path | None) -> dict[str, Task]:
 
 
 def standardised(table: Tensor) -> Tensor:
+    """Columns of mean 0 and deviation 1."""
     return (table - table.mean(0)) / table.std(0).clamp(min=1e-6)
 
 

@@ -1,0 +1,107 @@
+"""SANE as a ``forward`` of stable-pretraining's Module, from Python or by its name in a YAML.
+
+module:
+  _target_: stable_pretraining.Module
+  forward: slr_plugin.adapters.stable_pretraining.sane
+  backbone: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
+  projector: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
+  criterion: {_target_: slr_plugin.SLRLoss, temperature: 0.2, memory_bank_size: [4096, 128]}
+  mixup: {_target_: slr_plugin.MomentumMixup, kappa: 2.0}
+  optim: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slr_plugin import SLRLoss
+from slr_plugin.adapters._random import seed_mixing
+from slr_plugin.adapters._require import require
+
+require("stable-pretraining", "stable_pretraining")
+
+__all__ = ["sane"]
+
+
+def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
+    """Compute the loss of two views, with refined labels and mixed queries, for stable-pretraining's Module.
+
+    Where ``backbone`` and ``projector`` are TeacherStudentWrappers, the students encode the first views, the queries,
+    and the teachers the second ones, the keys. Their Manager adds the callback that updates teachers; give a plain
+    Trainer a TeacherStudentCallback. Where they are not, both views are trained. Queue and step are in checkpoints.
+
+    A schedule of the confidence goes by ``trainer.global_step``: give CosineConfidence the run's optimizer steps as
+    ``total_steps``. With several processes give the loss ``gather_distributed=True``. Logs ``{stage}/loss`` and
+    the loss's statistics as ``slr/...``.
+
+    Args:
+        self: the Module, with attributes ``backbone`` and ``projector``, both or neither TeacherStudentWrappers;
+            ``criterion``, a :class:`slr_plugin.SLRLoss` (or another loss of two views, as a baseline); and ``mixup``, a
+            :class:`slr_plugin.MomentumMixup`, or None for none.
+        batch: as MultiViewTransform makes it, of two views with ``image`` and perhaps ``label``. Beside training one
+            view is enough.
+        stage: ``"fit"``, ``"validate"`` or another, for the log.
+
+    Returns:
+        ``embedding`` and ``label`` (if there are labels) for OnlineProbe and OnlineKNN, and in training ``loss``.
+        Embeddings are the trained backbone's: of the queries, or of both views if both are trained.
+
+    Raises:
+        ValueError: not two views in training, or a teacher for the backbone or the projector alone.
+    """
+    views = _views(batch)
+    has_teacher = hasattr(self.backbone, "forward_teacher")
+    if has_teacher != hasattr(self.projector, "forward_teacher"):
+        raise ValueError("backbone and projector must both be TeacherStudentWrappers, or neither: got one of them")
+    backbone, projector = (
+        network.forward_student if has_teacher else network for network in (self.backbone, self.projector)
+    )
+    if self.training:
+        if len(views) != 2:
+            raise ValueError(
+                f"SANE needs two views of each image in training, got {len(views)}: use MultiViewTransform"
+            )
+        encoded = views[:1] if has_teacher else views
+    else:
+        encoded = views
+    embeddings = [backbone(view["image"]) for view in encoded]
+    out = {"embedding": torch.cat(embeddings)}
+    if "label" in views[0]:
+        out["label"] = torch.cat([view["label"] for view in encoded])
+    if not self.training:
+        return out
+
+    queries, positives = (view["image"] for view in views)
+    projections = [projector(embedding) for embedding in embeddings]
+    if has_teacher:
+        projections.append(self.projector.forward_teacher(self.backbone.forward_teacher(positives)))
+    mixup = getattr(self, "mixup", None)
+    if mixup is not None:
+        if mixup.generator is None:  # Lightning seeds all processes alike: they would all mix alike
+            mixup.generator = torch.Generator()
+            seed_mixing(mixup.generator, self.trainer.global_step)
+        mixed, mix = mixup(queries, positives)
+        projections += [projector(backbone(mixed)), mix]
+    refines = isinstance(self.criterion, SLRLoss)
+    if refines:
+        self.criterion.set_step(self.trainer.global_step)
+    out["loss"] = self.criterion(*projections)
+    self.log(f"{stage}/loss", out["loss"], on_step=True, on_epoch=True, sync_dist=True, batch_size=len(queries))
+    if refines:
+        stats = {f"slr/{name}": value for name, value in self.criterion.stats.items()}
+        self.log_dict(stats, on_step=True, on_epoch=True, batch_size=len(queries))
+    return out
+
+
+def _views(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The views of a batch: a list or a dictionary of them, in ``views`` or the batch itself, or the batch as one."""
+    if "image" in batch:
+        return [batch]
+    views = batch.get("views", batch)
+    if isinstance(views, Mapping):
+        return [view for view in views.values() if isinstance(view, Mapping)]
+    return list(views)
