@@ -110,7 +110,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         if len(sentence_features) < 2:
             raise ValueError(f"the loss needs the columns anchor and positive, got {len(sentence_features)} column")
         if self.uses_gradient_cache:
-            cached: Tensor = self.forward_cached(sentence_features)
+            cached: Tensor = self.forward_cached(sentence_features)  # type: ignore[operator]
             return cached
         return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features))
 
