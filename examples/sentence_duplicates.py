@@ -29,6 +29,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import GISTEmbedLoss, MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import cos_sim
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -153,7 +154,9 @@ def build_loss(method: str, model: SentenceTransformer) -> nn.Module:
     if name in ("gist", "gist0"):  # gist0: without anchors against anchors and documents against documents
         contrast = {"contrast_anchors": name == "gist", "contrast_positives": name == "gist"}
         model[0].tokenizer = PreTrainedTokenizerFast(tokenizer_object=model[0].tokenizer)  # which it insists on
-        return GISTEmbedLoss(model, model, 1 / SCALE, margin=values[0], **contrast)
+        loss = GISTEmbedLoss(model, model, 1 / SCALE, margin=values[0], **contrast)
+        loss.sim_matrix = cos_sim  # the same numbers without its (256, 256, 128) products
+        return loss
     confidence, sharpening, refined_weight = values
     return SelfLabelingRankingLoss(
         model, SCALE, confidence=confidence, sharpening=sharpening, refined_weight=refined_weight
