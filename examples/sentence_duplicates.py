@@ -14,6 +14,7 @@ among all documents: MRR and nDCG@10 in per cent, one line of JSON per run.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import re
@@ -93,16 +94,22 @@ def without_duplicates(batches: list[list[Pair]], seed: int) -> list[list[Pair]]
     return [[pairs[number] for number in batch] for batch in sampler]
 
 
-def build_model(texts: list[str], seed: int, dim: int = 128) -> SentenceTransformer:
-    """Train a tokenizer; fresh embeddings."""
+@functools.cache
+def build_tokenizer(texts: tuple[str, ...]) -> Tokenizer:
+    """Train a tokenizer of 8,000 tokens."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["[PAD]", "[UNK]"]
     trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def build_model(tokenizer: Tokenizer, seed: int) -> SentenceTransformer:
+    """Fresh embeddings of 128 dimensions."""
     torch.manual_seed(seed)
-    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], device="cpu")
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=128)], device="cpu")
     nn.init.normal_(model[0].embedding.weight, std=0.1)
     return model
 
@@ -163,16 +170,17 @@ def build_loss(method: str, model: SentenceTransformer) -> nn.Module:
     )
 
 
-def embedder(model: SentenceTransformer) -> Callable[[list[str]], dict[str, Tensor]]:
-    """From texts to features, with every distinct text tokenized once."""
-    tokenizer: Tokenizer = model[0].tokenizer
+@functools.cache
+def word_ids(tokenizer: Tokenizer, word: str) -> list[int]:
+    """The tokens of a word: every word is tokenized once."""
+    return tokenizer.encode(word).ids
 
-    def features(texts: list[str]) -> dict[str, Tensor]:
-        tokens = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        offsets = torch.tensor([0, *map(len, tokens[:-1])]).cumsum(0)
-        return {"input_ids": torch.tensor([token for text in tokens for token in text]), "offsets": offsets}
 
-    return features
+def tokenize(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Tensor]:
+    """The features of texts, as StaticEmbedding's ``preprocess`` gives them."""
+    tokens = [[token for word in text.split() for token in word_ids(tokenizer, word)] for text in texts]
+    offsets = torch.tensor([0, *map(len, tokens[:-1])]).cumsum(0)
+    return {"input_ids": torch.tensor([token for text in tokens for token in text]), "offsets": offsets}
 
 
 @torch.no_grad()
@@ -198,8 +206,8 @@ def run(
     start = time.perf_counter()
     shuffled = random.Random(0).sample(pairs, len(pairs))
     test, validation, train = shuffled[:HELD_OUT], shuffled[HELD_OUT : 2 * HELD_OUT], shuffled[2 * HELD_OUT :]
-    model = build_model([text for pair in train for text in pair], seed)
-    features = embedder(model)
+    tokenizer = build_tokenizer(tuple(text for pair in train for text in pair))
+    model, features = build_model(tokenizer, seed), functools.partial(tokenize, tokenizer)
     loss = build_loss(method, model)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
     draw = random.Random(seed)
@@ -211,7 +219,7 @@ def run(
         loss(columns, torch.tensor([pair[2] for pair in batch])).backward()
         optimizer.step()
     held_out = validation if args.validate else test
-    others = [pair for pair in shuffled if pair not in set(held_out)]
+    others = [*train, *(test if args.validate else validation)]
     queries = [part(query, random.Random(number)) for number, (query, _) in enumerate(held_out)]
     scores = retrieval(model, features, queries, [document for _, document in [*held_out, *others]])
     names = {"method": method, "share": share, "near": args.near, "seed": seed, "learning_rate": args.learning_rate}

@@ -1,7 +1,11 @@
 """The ranking loss beside those of sentence-transformers, in its trainer, in two processes, killed and resumed."""
 
+import json
+import random
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,16 @@ from torch import multiprocessing
 for package in ("sentence_transformers", "accelerate", "datasets"):
     pytest.importorskip(package, reason='pip install "slr-plugin[sentence-transformers]"')
 
-from _sentences import DIM, dataset, features, rank_in_processes, rank_sentences, small_transformer, static_model
+from _sentences import (
+    DIM,
+    dataset,
+    features,
+    rank_in_processes,
+    rank_sentences,
+    sentences,
+    small_transformer,
+    static_model,
+)
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -307,6 +320,64 @@ def test_a_single_column_is_refused():
     model = static_model()
     with pytest.raises(ValueError, match="columns anchor and positive, got 1 column"):
         SelfLabelingRankingLoss(model)(features(model, 1, 4), None)
+
+
+# ---------------------------------------------------------------------------------------------------------- the example
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import sentence_duplicates
+
+    pairs = list(zip(*sentences(2, 60), strict=True))
+    monkeypatch.setattr(sentence_duplicates, "verses", lambda: pairs)
+    monkeypatch.setattr(sentence_duplicates, "BATCH", 16)
+    monkeypatch.setattr(sentence_duplicates, "HELD_OUT", 10)
+    return sentence_duplicates
+
+
+def test_the_example_measures_every_method(example, tmp_path, monkeypatch):
+    methods = ["mnrl", "exact", "sampler", "gist-0.05", "gist0-0.05", "soft-1", "hard-0.8", "refined-1-1-0.5"]
+    command = ["x", "--methods", *methods, "--shares", "50", "--seeds", "0", "--steps", "3", "--near"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "runs.jsonl")])
+    example.main()
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [run["method"] for run in runs] == methods
+    assert all(0 < run["mrr"] <= 100 for run in runs)
+    assert len({run["mrr"] for run in runs}) > 4  # the losses differ
+
+
+def test_the_examples_groups_are_the_share_of_the_batch(example):
+    train = example.verses()
+    for share in (0.0, 0.25, 0.5):
+        (batch, *_) = example.epoch(train, share, False, random.Random(0))
+        times = Counter(number for _, _, number in batch)
+        assert sum(count for count in times.values() if count == 4) == share * 16
+        assert set(times.values()) <= {1, 4}
+        assert len(batch) == 16
+
+
+def test_the_examples_masks_are_multiple_negatives_ranking_where_nothing_is_alike(example):
+    model = static_model()
+    batch = features(model, 2, 6)
+    theirs = MultipleNegativesRankingLoss(model)(batch, None)
+    numbers = torch.arange(6)
+    for mask in ({"exact": True}, {"threshold": 1.1}, {"sharpening": 1e-4}):
+        torch.testing.assert_close(example.Masked(model, **mask)(batch, numbers), theirs, rtol=0, atol=1e-4)
+
+
+def test_the_examples_masks_leave_copies_out(example):
+    model = static_model()
+    queries, documents = sentences(2, 6)
+    with_copies = [model.preprocess(queries), model.preprocess([*documents[:5], documents[0]])]
+    anchors, keys = columns_of(model, with_copies)
+    logits = 20 * cos_sim(anchors, keys)
+    logits[0, 5] = logits[5, 0] = -torch.inf
+    expected = torch.nn.functional.cross_entropy(logits, torch.arange(6))
+    for mask in ({"exact": True}, {"threshold": 0.999}, {"sharpening": 1e-3}):
+        found = example.Masked(model, **mask)(with_copies, torch.tensor([0, 1, 2, 3, 4, 0]))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_a_missing_framework_names_the_command():
