@@ -120,6 +120,10 @@ def test_cached_gradients_are_those_of_the_whole_batch(columns, directions, tmp_
         )
     for name in directions:
         torch.testing.assert_close(cached.criteria[name].state_dict(), whole.criteria[name].state_dict())
+    sizes = []
+    model[0].register_forward_hook(lambda module, inputs, output: sizes.append(len(output["token_embeddings"])))
+    value_and_gradient(cached, batch)
+    assert max(sizes) == 3
 
 
 def test_one_hot_labels_give_their_cached_loss(tmp_path):
