@@ -176,7 +176,8 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
     ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
     writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed. The
     schedule follows the trainer's ``global_step``, whatever the gradient accumulation. Beside the loss, the trainer
-    logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on.
+    logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation during
+    training as ``eval_slr/positive_weight``.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 
@@ -227,8 +228,7 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         self._hooks = []
 
     def _track(self, criterion: SLRLoss, inputs: Any, output: Any) -> None:
-        if torch.is_grad_enabled():  # not in evaluation
-            self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
+        self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
 
     def _restore(self, criteria: dict[str, SLRLoss], args: Any, state: Any) -> None:
         folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []

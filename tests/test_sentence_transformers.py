@@ -283,6 +283,9 @@ def test_logs_the_means_of_the_label_statistics(tmp_path):
     expected = torch.stack(weights).reshape(-1, 2).mean(1)
     torch.testing.assert_close(torch.tensor(logged), expected, rtol=0, atol=1e-4)
     assert all(0.3 < weight < 1 for weight in logged)
+    evaluated = [entry["eval_slr/positive_weight"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2
+    assert all(0.3 < weight < 1 for weight in evaluated)
 
 
 def test_the_model_card_names_loss_and_paper(tmp_path):
