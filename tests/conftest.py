@@ -9,7 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: the CPU then runs its kernels
 
-collect_ignore = ["_solo_learn.py"]  # for doctests, of which it has none; it needs a clone of solo-learn
+collect_ignore = [
+    "_sentences.py",
+    "_solo_learn.py",
+]  # for doctests, of which they have none; they need what they are for
 
 
 @pytest.fixture

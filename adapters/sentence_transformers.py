@@ -1,0 +1,252 @@
+"""Refined labels in sentence-transformers: a ranking loss, and a callback that keeps its queue and schedule."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slr_plugin import SLRLoss
+from slr_plugin.adapters._require import require
+from slr_plugin.checks import check_integer, check_number
+
+require("sentence-transformers", "sentence_transformers", "accelerate", "datasets")
+
+from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input  # noqa: E402
+from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
+from sentence_transformers.util import similarity_fct_name  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+DIRECTIONS = ("query_to_doc", "doc_to_query")
+
+
+class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]  # Any to the type checker
+    r"""Ranks with in-batch negatives, as MultipleNegativesRankingLoss does, and refines its one-hot labels.
+
+    Columns are anchor, positive and any number of negatives. The labels are those of :class:`slr_plugin.SLRLoss`: a
+    share of each anchor's label moves from its positive to the documents that look like it, such as copies of the
+    positive. With ``confidence=0`` and no queue, value and gradient are MultipleNegativesRankingLoss's.
+
+    In ``SentenceTransformerTrainer``, add :class:`SelfLabelingCallback` if there is a queue or a schedule.
+
+    Args:
+        model: a SentenceTransformer.
+        scale: 1 / temperature.
+        similarity_fct: None or ``util.cos_sim``: the loss compares by cosine.
+        sharpening: tau' in (0, 1], sharpens the estimator of the labels.
+        confidence: mu >= 0, a number or a schedule ``step -> mu``, such as
+            ``CosineConfidence(0.0, 1.0, total_steps=...)``. 0 means one-hot labels.
+        refined_weight: lambda in [0, 1], the share of the refined label; the rest is one-hot.
+        memory_bank_size: the number of past documents that are further negatives, or ``(n, d)``. They are not trained.
+        gather_across_devices: compare with the documents of all processes: loss and gradient are then those of one
+            process with the whole batch. Needs equally large batches: ``dataloader_drop_last=True``.
+        directions: ``("query_to_doc",)``, or with ``"doc_to_query"`` the mean of both, each with labels and a queue of
+            its own, as MultipleNegativesRankingLoss with ``partition_mode="per_direction"``.
+        mini_batch_size: embed so many texts at a time and cache their gradients, as CachedMultipleNegativesRankingLoss
+            does: the memory of a small batch, the negatives of a large one, for a second forward pass. None: do not.
+
+    Attributes:
+        criteria: the :class:`slr_plugin.SLRLoss` of each direction. Their settings may be assigned at any time.
+
+    Raises:
+        ValueError: an argument is out of its range, or there is another similarity than the cosine.
+        TypeError: an argument is of the wrong type.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scale: float = 20.0,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        sharpening: float = 1.0,
+        confidence: float | Callable[[int], float] = 1.0,
+        refined_weight: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_across_devices: bool = False,
+        directions: Sequence[str] = ("query_to_doc",),
+        mini_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_number("scale", scale, low=1e-8)
+        if similarity_fct is not None and similarity_fct_name(similarity_fct) != "cos_sim":
+            raise ValueError(
+                f"similarity_fct must be None or cos_sim, got {similarity_fct_name(similarity_fct)}: the loss compares "
+                "by cosine; MultipleNegativesRankingLoss takes other similarities"
+            )
+        if tuple(directions) not in (DIRECTIONS[:1], DIRECTIONS):
+            raise ValueError(f"directions must be {DIRECTIONS[:1]} or {DIRECTIONS}, got {directions!r}")
+        if mini_batch_size is not None:
+            check_integer("mini_batch_size", mini_batch_size, low=1)
+            if has_static_embedding_input(model):
+                raise ValueError("mini_batch_size must be None for a StaticEmbedding, whose batches cannot be split")
+        if isinstance(memory_bank_size, int) and memory_bank_size > 0:
+            dim = model.get_embedding_dimension()
+            memory_bank_size = memory_bank_size if dim is None else (memory_bank_size, dim)
+        self.model = model
+        self.uses_gradient_cache = mini_batch_size is not None
+        self.mini_batch_size = mini_batch_size
+        criteria = {
+            direction: SLRLoss(
+                1 / scale,
+                memory_bank_size,
+                gather_across_devices,
+                sharpening=sharpening,
+                confidence=confidence,
+                refined_weight=refined_weight,
+                symmetric=False,
+            )
+            for direction in directions
+        }
+        self.criteria: Any = nn.ModuleDict(criteria)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        """Embed the columns and compute the loss; ``labels`` are not used, since pairs are the labels."""
+        sentence_features = list(sentence_features)
+        if len(sentence_features) < 2:
+            raise ValueError(f"the loss needs the columns anchor and positive, got {len(sentence_features)} column")
+        if self.uses_gradient_cache:
+            cached: Tensor = self.forward_cached(sentence_features)  # type: ignore[operator]
+            return cached
+        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features))
+
+    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """Compute the loss of embedded columns, (s, d) each."""
+        anchors, positives, *negatives = embeddings
+        further = torch.cat(negatives) if negatives else None
+        losses = []
+        for direction, criterion in self.criteria.items():
+            dim = criterion.memory_bank.dim
+            if dim not in (0, anchors.shape[1]):
+                raise ValueError(
+                    f"the embeddings have {anchors.shape[1]} dimensions and those in the queue {dim}; set "
+                    "memory_bank_size=0 where dimensions change, as in MatryoshkaLoss"
+                )
+            if direction == "query_to_doc":
+                losses.append(criterion(anchors, positives, negatives=further))
+            else:
+                losses.append(criterion(positives, anchors))
+        return torch.stack(losses).mean()
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Compute the loss of embedded mini-batches, column by column; the gradient caching calls it."""
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps])
+        if with_backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach() if with_backward else loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The settings, for the model card."""
+        criterion = self.criteria["query_to_doc"]
+        confidence = criterion.confidence
+        return {
+            "scale": 1 / float(criterion.temperature),
+            "similarity_fct": "cos_sim",
+            "sharpening": criterion.sharpening,
+            "confidence": repr(confidence) if callable(confidence) else confidence,
+            "refined_weight": criterion.refined_weight,
+            "memory_bank_size": len(criterion.memory_bank),
+            "gather_across_devices": criterion.gather_distributed,
+            "directions": tuple(self.criteria),
+            "mini_batch_size": self.mini_batch_size,
+        }
+
+    @property
+    def citation(self) -> str:
+        """The paper, for the model card."""
+        return """
+@inproceedings{zhou2021theory,
+    title={A Theory-Driven Self-Labeling Refinement Method for Contrastive Representation Learning},
+    author={Zhou, Pan and Xiong, Caiming and Yuan, Xiao-Tong and Hoi, Steven},
+    booktitle={Advances in Neural Information Processing Systems},
+    year={2021}
+}
+"""
+
+
+class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the type checker
+    """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
+
+    ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
+    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed. The
+    schedule follows the trainer's ``global_step``, whatever the gradient accumulation. Beside the loss, the trainer
+    logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation during
+    training as ``eval_slr/positive_weight``.
+
+    Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
+
+    Args:
+        trainer: a SentenceTransformerTrainer. Its loss may be one in a MatryoshkaLoss, or a dict of losses.
+    """
+
+    FILE = "slr_loss.pt"
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._hooks: list[Any] = []
+
+    def criteria(self) -> dict[str, SLRLoss]:
+        """Every SLRLoss in the trainer's losses, by its path."""
+        losses = self.trainer.loss if isinstance(self.trainer.loss, dict) else {"loss": self.trainer.loss}
+        modules = ((f"{name}.{path}", module) for name, loss in losses.items() for path, module in loss.named_modules())
+        return {path: module for path, module in modules if isinstance(module, SLRLoss)}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the losses of a run that is resumed; follow their calls."""
+        self.on_train_end(args, state, control)
+        criteria = self.criteria()
+        if not criteria:
+            raise ValueError(f"{type(self.trainer.loss).__name__} has no slr_plugin.SLRLoss: remove the callback")
+        if state.global_step:
+            self._restore(criteria, args, state)
+        self._hooks = [criterion.register_forward_hook(self._track) for criterion in criteria.values()]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Place the schedules at the trainer's step."""
+        for criterion in self.criteria().values():
+            criterion.set_step(state.global_step)
+
+    on_substep_end = on_step_begin  # a batch of the same optimizer step follows
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the losses into the checkpoint that the trainer has just written."""
+        folder = self._folder(args, state)
+        if args.should_save and folder.is_dir():
+            states = {path: criterion.state_dict() for path, criterion in self.criteria().items()}
+            torch.save(states, folder / self.FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let go of the losses."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _track(self, criterion: SLRLoss, inputs: Any, output: Any) -> None:
+        self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
+
+    def _restore(self, criteria: dict[str, SLRLoss], args: Any, state: Any) -> None:
+        folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+        files = [folder / self.FILE for folder in (*folders, self._folder(args, state))]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            warnings.warn(
+                f"there is no {' or '.join(map(str, files))}: the queue starts afresh; if the checkpoint lies "
+                "elsewhere, set resume_from_checkpoint of the training arguments to its folder too",
+                stacklevel=2,
+            )
+            return
+        states = torch.load(file, map_location="cpu", weights_only=True)
+        if states.keys() != criteria.keys():
+            raise ValueError(f"{file} is of the losses {sorted(states)}, the trainer has {sorted(criteria)}")
+        for path, criterion in criteria.items():
+            criterion.load_state_dict(states[path])
+
+    @staticmethod
+    def _folder(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
