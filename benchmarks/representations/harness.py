@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -32,6 +33,14 @@ class Run(NamedTuple):
             return results / "held-out" / f"{self.method}-rate{self.rate}-seed{self.seed}.json"
         return results / f"{self.method}-seed{self.seed}.json"
 
+    def is_done(self, results: Path) -> bool:
+        """Whether there is a record, at this learning rate."""
+        path = self.path(results)
+        return path.exists() and (self.rate is None or json.loads(path.read_text())["rate"] == self.rate)
+
+
+TUNING_SEEDS = 2  # by whose mean a learning rate is chosen
+
 
 def run(
     methods: Sequence[str], seeds: int, budget: str, data: Path, device: str, jobs: int, results: Path, cache: Path
@@ -45,7 +54,8 @@ def run(
     rates = BUDGETS[budget].rates
     work = functools.partial(_work, budget=budget, data=data, device=device, results=results, cache=cache)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        _finish([Run(method, 0, rate, held_out=True) for method in methods for rate in rates], pool, work, results)
+        tuning = [Run(*triple, held_out=True) for triple in itertools.product(methods, range(TUNING_SEEDS), rates)]
+        _finish(tuning, pool, work, results)
         best = {method: best_rate(method, rates, results) for method in methods}
         _finish([Run(method, seed, best[method]) for seed in range(seeds) for method in methods], pool, work, results)
 
@@ -56,8 +66,8 @@ def best_rate(method: str, rates: Sequence[float], results: Path) -> float | Non
         return None
 
     def score(rate: float) -> float:
-        record = json.loads(Run(method, 0, rate, held_out=True).path(results).read_text())
-        return float(record["knn"] + record["linear"])
+        runs = [Run(method, seed, rate, held_out=True).path(results).read_text() for seed in range(TUNING_SEEDS)]
+        return sum(float(record["knn"] + record["linear"]) for record in map(json.loads, runs))
 
     return max(rates, key=score)
 
@@ -66,7 +76,7 @@ def _finish(
     wanted: Sequence[Run], pool: ProcessPoolExecutor, work: Callable[[Run], dict[str, Any]], results: Path
 ) -> None:
     """Do the runs that have no record yet."""
-    runs = {pool.submit(work, one): one for one in wanted if not one.path(results).exists()}
+    runs = {pool.submit(work, one): one for one in wanted if not one.is_done(results)}
     for finished in tqdm(as_completed(runs), total=len(runs), unit="run"):
         record = finished.result()
         tqdm.write(f"{runs[finished]}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")

@@ -193,6 +193,7 @@ METHODS: dict[str, Method] = {
         f"whole-{name}": _slr(f"all of the label, from {text}", False, WHOLE, features=name)
         for name, text in FEATURE_WORDS.items()
     },
+    "sharp-gradients": _slr("the same, tau' 0.25", False, WHOLE | {"sharpening": 0.25}, features="gradients"),
     **{
         f"simclr-cold-whole-{name}": _both(
             f"SimCLR, 0.1, all of the label, from {text}", _slr_loss(WHOLE_BATCH), features=name

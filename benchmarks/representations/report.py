@@ -128,7 +128,7 @@ STUDIES = {
     "estimators": Study(
         "Labels from other features, a queue",
         "one-hot",
-        ("one-hot", "p+q", "whole", "whole-pixels", "whole-gradients", "whole-classes"),
+        ("one-hot", "p+q", "whole", "whole-pixels", "whole-gradients", "sharp-gradients", "whole-classes"),
         budgets=("fashion",),
     ),
     "estimators-two-views": Study(
