@@ -25,7 +25,7 @@ from slr_plugin.refinery import Labels
 from slr_plugin.settings import Confidence, HasSettings
 
 if TYPE_CHECKING:
-    from slr_plugin.diagnostics import Observer
+    from slr_plugin.diagnostics.monitor import Observer
 
 
 class Call(NamedTuple):

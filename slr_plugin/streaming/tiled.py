@@ -83,16 +83,14 @@ class Tiling(NamedTuple):
 
         The threads compute at the same time only what has no block in common, and so write into different rows.
         """
-        blocks = list(_slices(slice(0, count), self.height))
-        for pairs in _rounds(blocks):
 
-            def share(tile: Tensor, pairs: list[tuple[slice, slice]]) -> None:
-                for here, there in pairs:
-                    compute(tile, here, there)
+        def share(tile: Tensor, pairs: list[tuple[slice, slice]]) -> None:
+            for here, there in pairs:
+                compute(tile, here, there)
 
-            threads.run(
-                [functools.partial(share, tile, pairs[i :: len(self.tiles)]) for i, tile in enumerate(self.tiles)]
-            )
+        number = len(self.tiles)
+        for pairs in _rounds(list(_slices(slice(0, count), self.height))):
+            threads.run([functools.partial(share, tile, pairs[i::number]) for i, tile in enumerate(self.tiles)])
 
 
 class Sums(NamedTuple):
