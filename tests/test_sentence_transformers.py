@@ -284,7 +284,7 @@ def test_logs_the_means_of_the_label_statistics(tmp_path):
     torch.testing.assert_close(torch.tensor(logged), expected, rtol=0, atol=1e-4)
     assert all(0.3 < weight < 1 for weight in logged)
     evaluated = [entry["eval_slr/positive_weight"] for entry in run.state.log_history if "eval_loss" in entry]
-    assert len(evaluated) == 2
+    assert len(evaluated) == 3
     assert all(0.3 < weight < 1 for weight in evaluated)
 
 

@@ -16,14 +16,19 @@ def main(path: str) -> None:
         runs[run["near"], run["share"]][run["method"]][run["seed"]] = run["mrr"], run["ndcg10"]
     for (near, share), methods in sorted(runs.items()):
         print(f"\n{share} % in groups, {'near' if near else 'exact'} copies\n")
-        print("| | MRR | nDCG@10 | MRR - mnrl, 95 % interval |\n|---|--:|--:|--:|")
+        print("| | seeds | MRR | nDCG@10 | MRR - mnrl, 95 % interval |\n|---|--:|--:|--:|--:|")
         for method, by_seed in methods.items():
             seeds = sorted(by_seed)
             values = np.array([by_seed[seed] for seed in seeds])
-            cells = [f"{column.mean():.2f} ± {column.std(ddof=1):.2f}" for column in values.T]
             difference = np.array([by_seed[seed][0] - methods["mnrl"][seed][0] for seed in seeds])
-            margin = student.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / len(seeds) ** 0.5
-            cells.append("" if method == "mnrl" else f"{difference.mean():+.2f} ± {margin:.2f}")
+            if len(seeds) == 1:
+                cells = [f"{value:.2f}" for value in values[0]] + [f"{difference[0]:+.2f}"]
+            else:
+                cells = [f"{column.mean():.2f} ± {column.std(ddof=1):.2f}" for column in values.T]
+                margin = student.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / len(seeds) ** 0.5
+                cells.append(f"{difference.mean():+.2f} ± {margin:.2f}")
+            cells[-1] = "" if method == "mnrl" else cells[-1]
+            cells.insert(0, str(len(seeds)))
             print(f"| {method} | {' | '.join(cells)} |")
 
 
