@@ -36,11 +36,16 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
     add_timing(parser, rounds=15)
     parser.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
     parser.add_argument("--compile", action="store_true", help="ours and lightly's under torch.compile, too")
+    parser.add_argument(
+        "--load", type=int, default=0, metavar="N", help="measure again beside N busy processes (default: %(default)s)"
+    )
 
     def run(args: argparse.Namespace) -> None:
         if args.rounds < loss.SLOW_ROUNDS:
             parser.error(f"--rounds must be at least {loss.SLOW_ROUNDS}")
-        loss.run(args.sizes, args.device, args.rounds, args.precision, args.compile, args.output)
+        if args.load < 0:
+            parser.error(f"--load must not be negative, got {args.load}")
+        loss.run(args.sizes, args.device, args.rounds, args.precision, args.compile, args.load, args.output)
 
     parser.set_defaults(run=run)
 

@@ -3,6 +3,8 @@
 Each round runs every contender once, in random order, on the same tensors; ratios are taken within a round and their
 median is reported. Memory is the peak of live allocations above those at the start (the profiler's record on the CPU,
 the allocator's on CUDA).
+
+Under load every contender is measured once more, while other processes keep the cores busy.
 """
 
 from __future__ import annotations
@@ -10,16 +12,19 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.contenders import BASELINE, LIMIT, Size, contenders, finds_solo_learn
+from benchmarks.load import busy
 from benchmarks.machine import machine, publish, wait
+from slr_plugin.streaming import threads
 
 SIZES = {
     "queue-512": Size(64, 512, 128),
@@ -32,6 +37,12 @@ SIZES = {
 # Contenders that take seconds where the others take milliseconds.
 SLOW, SLOW_ROUNDS = {"pytorch-metric-learning NTXentLoss"}, 3
 
+# Marks in the profiler's record: a pass shared among threads begins or ends, one thread's share of it ends.
+SHARED, SHARE_ENDS = "slr_plugin: shared pass", "slr_plugin: share ends"
+
+
+Steps = dict[str, Callable[[], Any] | None]
+
 
 def peak_memory(step: Callable[[], Any], device: str) -> int:
     """Bytes alive at the peak of one call beyond those at its start."""
@@ -42,14 +53,38 @@ def peak_memory(step: Callable[[], Any], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with mock.patch.object(threads, "run", run_in_turn), profiler as profile:
         step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
+    alive = top = others = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            top = max(top, alive)
+            peak = max(peak, alive + others)
+        elif event.name() == SHARE_ENDS:
+            others, top = others + top - alive, alive
+        elif event.name() == SHARED:
+            others, top = 0, alive
     return peak
+
+
+def run_in_turn(tasks: Sequence[threads.Task]) -> None:
+    """Run the shares of a pass in this thread, the only one whose memory torch's profiler records.
+
+    The marks let ``peak_memory`` add up what each share holds at most, as if all did at the same time.
+    """
+    mark(SHARED)
+    for task in tasks:
+        task()
+        mark(SHARE_ENDS)
+    mark(SHARED)
+
+
+def mark(name: str) -> None:
+    """Write a name between the events of the profiler."""
+    with torch.profiler.record_function(name):
+        pass
 
 
 def seconds(step: Callable[[], Any], device: str) -> float:
@@ -79,12 +114,11 @@ def paired(
     return times, memory
 
 
-def measure(size: Size, device: str, rounds: int, compiles: bool) -> list[dict[str, Any]]:
+def measure(every: Steps, device: str, rounds: int, title: str) -> list[dict[str, Any]]:
     """One row of results per contender."""
-    every = contenders(size, device, compiles)
     steps = {name: step for name, step in every.items() if step is not None}
     fast = {name: step for name, step in steps.items() if name not in SLOW}
-    times, memory = paired(fast, device, rounds, str(tuple(size)))
+    times, memory = paired(fast, device, rounds, title)
     if len(fast) < len(steps):
         # Afterwards, beside the yardsticks alone: gigabytes taken and given back change the allocator under the others.
         slow = {name: step for name, step in steps.items() if name in SLOW | {BASELINE, LIMIT}}
@@ -107,17 +141,29 @@ def measure(size: Size, device: str, rounds: int, compiles: bool) -> list[dict[s
             "time_ratio": ratio(name, BASELINE),
             "memory_ratio": (slow_memory | memory)[name] / memory[BASELINE],
             "products_ratio": ratio(name, LIMIT),
+            "worst_ratio": max((slow_times | times)[name]) / statistics.median((slow_times | times)[name]),
         }
         for name in every
     ]
 
 
+def measure_both(size: Size, device: str, rounds: int, compiles: bool, load: int) -> list[dict[str, Any]]:
+    """One row of results per contender: quiet, and beside ``load`` busy processes."""
+    every = contenders(size, device, compiles)
+    rows = measure(every, device, rounds, str(tuple(size)))
+    if load:
+        with busy(load):
+            under_load = measure(every, device, rounds, f"{tuple(size)} under load")
+        rows = [row | {"under_load": loaded} for row, loaded in zip(rows, under_load, strict=True)]
+    return rows
+
+
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| rows, queue, d | loss | ms (quartiles) | time | peak MB | memory | time / bare products |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
+    heads = ["rows, queue, d", "loss", "ms (quartiles)", "time", "peak MB", "memory", "time / bare products"]
+    if any("under_load" in row for rows in results.values() for row in rows):
+        heads += ["time under load", "worst call / median under load"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "--:|" * (len(heads) - 2)]
     for name, rows in results.items():
         rows_, queue, dim = SIZES[name]
         for row in rows:
@@ -130,18 +176,21 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
                     f"{row['memory_ratio']:.3f}",
                     f"{row['products_ratio']:.2f}",
                 ]
+                if "under_load" in row:
+                    cells += [f"{row['under_load'][name]:.2f}" for name in ("time_ratio", "worst_ratio")]
             else:
-                cells += ["not run: one tensor over 1 GiB", "", "", "", ""]
+                cells += ["not run: one tensor over 1 GiB", *[""] * (len(heads) - 3)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def run(sizes: list[str], device: str, rounds: int, precision: str, compiles: bool, output: Path) -> None:
+def run(sizes: list[str], device: str, rounds: int, precision: str, compiles: bool, load: int, output: Path) -> None:
     """Measure, print the table, write loss.json and loss.md."""
     torch.set_float32_matmul_precision(precision)
-    results = {name: measure(SIZES[name], device, rounds, compiles) for name in sizes}
+    results = {name: measure_both(SIZES[name], device, rounds, compiles, load) for name in sizes}
     peers = ("torch", "lightly", "info-nce-pytorch", "pytorch-metric-learning")
     versions = ", ".join(f"{name} {version(name)}" for name in peers)
     versions += ", solo-learn from a clone" if finds_solo_learn() else ""
-    caption = f"{machine(device)}; float32, matmul precision {precision}; {versions}; {rounds} paired rounds."
+    caption = f"{machine(device)}; float32, matmul precision {precision}; {versions}; {rounds} paired rounds"
+    caption += f", and {rounds} beside {load} busy processes." if load else "."
     publish(output, "loss", table(results), caption, results)

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ pytest.importorskip("lightly")
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("info_nce")
 
-from benchmarks import contenders, loss, processes, scaling, step
+from benchmarks import __main__, contenders, load, loss, processes, scaling, step
 from benchmarks.contenders import BASELINE, Size
 from slr_plugin import SLRLoss, presets
+from slr_plugin.streaming import threads, tiled
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")  # of the compiler about itself
@@ -27,12 +30,89 @@ def test_every_contender_runs(size, compiles, tmp_path, monkeypatch):
     monkeypatch.delenv("SOLO_LEARN_DIR", raising=False)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # needs no C++ compiler
     monkeypatch.setattr(loss, "SIZES", {"tiny": size})
-    loss.run(["tiny"], "cpu", loss.SLOW_ROUNDS, "highest", compiles, tmp_path)
+    loss.run(["tiny"], "cpu", loss.SLOW_ROUNDS, "highest", compiles, 0, tmp_path)
     rows = json.loads((tmp_path / "loss.json").read_text())["results"]["tiny"]
     assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)
     compiled = [row["contender"] for row in rows if "compiled" in row["contender"]]
     assert len(compiled) == compiles * (3 if size.queue else 2)
     assert len(rows) - len(compiled) == (8 if size.queue else 6)
+    assert "under load" not in (tmp_path / "loss.md").read_text()
+
+
+@pytest.mark.parametrize("largest_tensor", [2**30, 1])  # 1: there are contenders that do not fit
+def test_every_contender_is_measured_beside_busy_processes_too(largest_tensor, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "SIZES", {"tiny": Size(4, 6, 3)})
+    monkeypatch.setattr(contenders, "LARGEST_TENSOR", largest_tensor)
+    command = ["benchmarks", "loss", "--load", "1", "--rounds", str(loss.SLOW_ROUNDS), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(load.subprocess, "Popen", started := Recorded(subprocess.Popen))
+    __main__.main()
+    assert len(started.returned) == 1
+    rows = json.loads((tmp_path / "loss.json").read_text())["results"]["tiny"]
+    ran = [row for row in rows if "milliseconds" in row]
+    assert all(row["milliseconds"] > 0 and row["under_load"]["milliseconds"] > 0 for row in ran)
+    assert all(row["under_load"]["worst_ratio"] >= 1 for row in ran)
+    head, line, *body = [line.count("|") for line in (tmp_path / "loss.md").read_text().splitlines()[: len(rows) + 2]]
+    assert {head, line, *body} == {10}
+
+
+class Recorded:
+    """A function that keeps what it returned."""
+
+    def __init__(self, function):
+        self.function, self.returned = function, []
+
+    def __call__(self, *args, **options):
+        self.returned.append(self.function(*args, **options))
+        return self.returned[-1]
+
+
+def test_busy_processes_end_when_the_measurement_fails():
+    started = []
+
+    def measure_and_fail():
+        with load.busy(2) as processes:
+            started.extend(processes)
+            assert [process.poll() for process in processes] == [None, None]
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measure_and_fail()
+    assert [process.poll() is None for process in started] == [False, False]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process there keeps the number of a parent that has ended")
+def test_busy_processes_end_when_the_measuring_process_dies():
+    script = "import os; from benchmarks import load; load.busy(1).__enter__(); os._exit(0)"
+    # Returns when the pipe is closed at every end: the busy process has inherited it.
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=True)
+
+
+def test_memory_of_all_threads_counts():
+    def share():
+        for _ in range(2):  # one after the other
+            torch.empty(1000)
+
+    def step():
+        held = torch.empty(100)
+        threads.run([share] * 3)
+        threads.run([share] * 2)
+        return held
+
+    assert loss.peak_memory(step, "cpu") == 4 * (100 + 3 * 1000)
+
+
+def test_memory_of_a_shared_loss_is_that_of_its_tiles(monkeypatch):
+    monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
+    monkeypatch.setattr(tiled, "CPU_TILE", (256, 1024))
+    step = contenders.contenders(Size(256, 4096, 8), "cpu")["SLRLoss, refinement"]
+    step()
+    peaks = []
+    for count in (1, 3):
+        monkeypatch.setattr(threads, "available", lambda count=count: count)
+        peaks.append(loss.peak_memory(step, "cpu"))
+    # Two more threads need two more tiles, and two columns each: sums and maxima of a tile's rows.
+    assert 2 * 4 * 256 * 1024 < peaks[1] - peaks[0] <= 2 * 4 * 256 * (1024 + 2)
 
 
 def test_the_peers_compute_what_they_are_said_to(monkeypatch):
