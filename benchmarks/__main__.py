@@ -106,7 +106,7 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
             harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
         print(report.write(results))
         if args.document:
-            tables = report.sections(harness.records(results))
+            tables = report.sections(harness.records(results), args.budget)
             filled = report.fill(
                 args.document.read_text(), {f"{args.budget}/{name}": text for name, text in tables.items()}
             )

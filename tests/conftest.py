@@ -10,8 +10,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: the CPU then runs its kernels
 
 collect_ignore = [
+    "_metric_learning.py",
     "_sentences.py",
     "_solo_learn.py",
+    "_stable_pretraining.py",
 ]  # for doctests, of which they have none; they need what they are for
 
 

@@ -19,8 +19,10 @@ RESULTS = (ROOT / "RESULTS.md").read_text()
 
 
 def test_the_tables_are_those_of_the_records():
-    found = harness.records(ROOT / "results" / "representations" / "cpu")
-    tables = {f"cpu/{name}": text for name, text in report.sections(found).items()}
+    tables = {}
+    for budget in ("cpu", "fashion"):
+        found = harness.records(ROOT / "results" / "representations" / budget)
+        tables |= {f"{budget}/{name}": text for name, text in report.sections(found, budget).items()}
     assert set(re.findall(r"<!-- table: (\S+) -->", RESULTS)) == set(tables)
     assert report.fill(RESULTS, tables) == RESULTS, (
         "run: python -m benchmarks representations --only-report --document RESULTS.md"

@@ -266,10 +266,12 @@ def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], labe
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def sections(found: Records) -> dict[str, str]:
-    """Every table that there are records for, by the name of its study; "labels" are all methods'."""
+def sections(found: Records, budget: str) -> dict[str, str]:
+    """Every table of a budget that there are records for, by the name of its study; "labels" are all methods'."""
     tables = {
-        name: table(study, found) for name, study in STUDIES.items() if any(method in found for method in study.methods)
+        name: table(study, found)
+        for name, study in STUDIES.items()
+        if budget in study.budgets and any(method in found for method in study.methods)
     }
     return tables | {"labels": label_table(list(METHODS), found)}
 
@@ -280,7 +282,7 @@ def write(results: Path) -> str:
     draw_accuracy(DRAWN, found).savefig(results / "accuracy.png", dpi=150)
     draw_labels(LABELLED, found).savefig(results / "labels.png", dpi=150)
     titles = {name: study.title for name, study in STUDIES.items()} | {"labels": "Labels"}
-    return "\n\n".join(f"### {titles[name]}\n\n{text}" for name, text in sections(found).items())
+    return "\n\n".join(f"### {titles[name]}\n\n{text}" for name, text in sections(found, results.name).items())
 
 
 def fill(document: str, tables: Mapping[str, str]) -> str:
