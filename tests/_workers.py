@@ -119,7 +119,7 @@ def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]
     return {
         "loss": torch.stack(losses),
         "gradient": torch.stack(gradients),
-        "quality": torch.stack(monitor.measured[-1]),
+        "quality": torch.stack(monitor.measured[-1][:-1]),  # without the purity, a ratio of two
         "queue_classes": monitor.queue_classes,
         **model.criterion.state_dict(),
     }

@@ -501,7 +501,7 @@ def test_an_output_that_does_not_fit_is_refused_and_nothing_written(checkpoint, 
 def test_without_safetensors_the_pip_command_is_named(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("slr_plugin.adapters._require.find_spec", lambda name: None)
     message = 'safetensors is not installed: pip install "slr-plugin[lightly]"'
-    assert fails(capsys, checkpoint, tmp_path / "b.safetensors") == message
+    assert fails(capsys, checkpoint, tmp_path / "b.safetensors").startswith(message)
     assert write(resnet("resnet18").state_dict(), tmp_path / "b.pkl", "detectron2") > 0  # which does not need it
 
 

@@ -17,6 +17,8 @@ from _oracle import one_thread as one_thread
 
 from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
 
+pytestmark = pytest.mark.filterwarnings("ignore:one sample and no queue")
+
 
 class Mode(NamedTuple):
     queue: bool

@@ -277,10 +277,11 @@ def sections(found: Records, budget: str) -> dict[str, str]:
 
 
 def write(results: Path) -> str:
-    """Draw the figures of a folder of records beside them; returns the tables."""
+    """Draw the figures of a budget's records beside them, if it has any; returns the tables."""
     found = records(results)
-    draw_accuracy(DRAWN, found).savefig(results / "accuracy.png", dpi=150)
-    draw_labels(LABELLED, found).savefig(results / "labels.png", dpi=150)
+    if results.name in STUDIES["methods"].budgets:
+        draw_accuracy(DRAWN, found).savefig(results / "accuracy.png", dpi=150)
+        draw_labels(LABELLED, found).savefig(results / "labels.png", dpi=150)
     titles = {name: study.title for name, study in STUDIES.items()} | {"labels": "Labels"}
     return "\n\n".join(f"### {titles[name]}\n\n{text}" for name, text in sections(found, results.name).items())
 
