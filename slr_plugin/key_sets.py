@@ -95,7 +95,9 @@ class KeySet(NamedTuple):
         return torch.cat([first + start for start in self.left_out]) if self.left_out else None
 
     def column_classes(self, local: Tensor, everyone: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes of rows, (r,), and of columns, (K,) or (r, K), from those of samples; -1 for further negatives.
+        """The classes of rows, (r,), and of columns, (K,) or (r, K), from those of samples.
+
+        -1 for further negatives, and for what a row does not see.
 
         Args:
             local: (s,) classes of this process's samples.
@@ -106,6 +108,9 @@ class KeySet(NamedTuple):
         columns = torch.cat([batch, batch.new_full((len(self.keys) - self.batch,), -1), queue])
         if not self.own:
             columns = torch.cat([local[:, None], columns.expand(len(local), -1)], dim=1)
+        left_out = self.left_out_columns()
+        if left_out is not None:
+            columns = columns.expand(len(left_out), -1).scatter(1, left_out[:, None], -1)
         return local.repeat(self.blocks), columns
 
 

@@ -60,7 +60,7 @@ class SLRLoss(HasSettings):
     All settings but the queue's may be assigned later and are checked then, as here.
 
     Keep the loss out of a model whose buffers are averaged too (``AveragedModel(use_buffers=True)``, timm's
-    ``ModelEmaV3``): a mean of queues or of step counts is none. Average the encoder alone.
+    ``ModelEmaV3``): averaging queues or step counts is meaningless. Average the encoder alone.
 
     Args:
         temperature: τ, at least 1e-8 in magnitude. A tensor with one value, such as a parameter, gets its
@@ -71,13 +71,13 @@ class SLRLoss(HasSettings):
             the whole batch, and all queues are equal. Without it every process has its own queue, which DDP's
             ``broadcast_buffers=True`` overwrites with that of process 0.
         sharpening: τ' in (0, 1]; below 1 the refined labels favour the most similar keys more.
-        confidence: μ >= 0, a number or a schedule ``step -> mu``: in a label the one-hot one weighs 1 and an estimate μ
-            times its largest entry, so a sure estimate counts μ-fold and an unsure one little. 0 means one-hot labels.
+        confidence: μ >= 0, a number or a schedule ``step -> mu``: in a label the one-hot one weighs 1 and each of the
+            estimates p and q μ times its largest entry; the weights are then normalised. 0 means one-hot labels.
             A :class:`slr_plugin.CosineConfidence` is evaluated on the device; another callable gets a Python int.
         refined_weight: λ in [0, 1], the weight of the refined term.
         in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, the own positive and the queue;
-            with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise. Without effect on both
-            views against both.
+            with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise. Both views against both
+            see all keys anyway.
         symmetric: both views against both (only without a queue, and then the default), or False for one direction:
             rows are ``out0``, keys are ``out1``.
         estimator_dim: e, if calls bring features ``estimator`` (s, e) and there is a queue: a second queue holds them.
@@ -179,11 +179,11 @@ class SLRLoss(HasSettings):
         settings = self.settings_at(place.step, call.key_set.rows.dtype, stale)
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
+            labelled = call.key_set.for_mixed() if call.mixes else call.key_set
+            for observer in self.observers:
+                observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence
         self._watch.follow(call.key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
-        labelled = call.key_set.for_mixed() if call.mixes else call.key_set
-        for observer in self.observers:
-            observer.compare(labelled, lambda: dense.labels(labelled, settings))
         if advances:
             self._advance(call)
         return loss

@@ -183,8 +183,6 @@ class KeyQueue(nn.Module):
             )
             local.update(own)
         else:
-            if pointer not in local:
-                missing_keys.append(pointer)
             if stored.shape != (self.size, self.dim or stored.shape[-1]):
                 error_msgs.append(
                     f"{bank}: the checkpoint's queue has shape {tuple(stored.shape)}, this loss's "

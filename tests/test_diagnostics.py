@@ -160,13 +160,34 @@ def test_measures_the_labels_of_the_call(size, in_batch_keys):
         monitor.announce(classes)
         criterion(queries, keys)
     if not size:
-        arguments = classes.repeat(2), classes.repeat(2), torch.arange(12).roll(6)
+        key_classes = classes.repeat(2).expand(12, -1).clone().fill_diagonal_(-1)  # a row does not see itself
+        arguments = classes.repeat(2), key_classes, torch.arange(12).roll(6)
     elif in_batch_keys:
         arguments = classes, torch.cat([classes, queue_classes]), torch.arange(6)
     else:
         key_classes = torch.cat([classes[:, None], queue_classes.expand(6, -1)], dim=1)
         arguments = classes, key_classes, torch.zeros(6, dtype=torch.long)
     torch.testing.assert_close(monitor.measured[-1], label_quality(labels, *arguments))
+
+
+def test_without_a_queue_a_row_is_no_key_of_its_own_class():
+    criterion = SLRLoss(0.2)
+    monitor = LabelMonitor(criterion)
+    monitor.announce(torch.arange(4))  # no two samples of a class
+    criterion(torch.randn(4, 8), torch.randn(4, 8))
+    quality = monitor.mean()
+    assert quality.chance == 0
+    torch.testing.assert_close(quality.one_hot_distance, torch.tensor(0.0))
+
+
+def test_measures_float32_labels_under_autocast():
+    found = []
+    criterion = SLRLoss(0.1, (16, 8), sharpening=0.5)
+    monitor = LabelMonitor(criterion)
+    monitor.compare = lambda key_set, labels: found.append(labels())
+    with torch.autocast("cpu", torch.bfloat16):
+        criterion(torch.randn(4, 8), torch.randn(4, 8))
+    assert found[0].dtype == torch.float32
 
 
 def test_changes_nothing_and_measures_where_told():

@@ -1,9 +1,12 @@
 """The threads that share a pass: nobody else's settings change, and nothing hangs."""
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,6 +99,22 @@ def test_an_error_in_a_share_reaches_the_caller():
 
     with pytest.raises(ValueError, match="in a share"):
         threads.run([fail, lambda: None])
+
+
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_each_task_runs_once_where_threads_cannot_be_started(started, monkeypatch):
+    monkeypatch.setattr(threads, "pool", threads.Pool())
+    start, count = threading.Thread.start, itertools.count()
+
+    def fail(self):
+        if self.name.startswith("slr_plugin") and next(count) >= started:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    done = []
+    threads.run([functools.partial(done.append, number) for number in range(3)])
+    assert sorted(done) == [0, 1, 2]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

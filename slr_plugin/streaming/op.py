@@ -19,7 +19,7 @@ from torch import Tensor
 from slr_plugin.streaming import tiled
 from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
 
-# Which backend computes a pass that asks for none: "tiled", or "triton" wherever its kernels can.
+# The backend where none is asked for: "tiled", or "triton" wherever its kernels can.
 DEFAULT_BACKEND = "triton" if os.environ.get("SLR_PLUGIN_FUSED") == "1" else "tiled"
 WIDEST_TRITON = 256  # dimensions that the registers of a GPU hold
 

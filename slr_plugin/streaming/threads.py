@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -31,13 +31,14 @@ def run(tasks: Sequence[Task]) -> None:
     if len(tasks) == 1:
         tasks[0]()
         return
+    futures: list[Future[None]] = []
     try:
-        executor = _pool.of(len(tasks))
-        futures = [executor.submit(_without_gradient, task) for task in tasks]
-    except RuntimeError:  # the interpreter ends and starts no thread
+        executor = pool.of(len(tasks))
         for task in tasks:
+            futures.append(executor.submit(_without_gradient, task))
+    except RuntimeError:  # no thread can be started, as at the interpreter's end
+        for task in tasks[len(futures) :]:
             task()
-        return
     wait(futures)
     for future in futures:
         future.result()
@@ -49,7 +50,7 @@ def _without_gradient(task: Task) -> None:
         task()
 
 
-class _Pool:
+class Pool:
     """The threads, started when they are first needed, and anew where more of them are."""
 
     def __init__(self) -> None:
@@ -62,10 +63,16 @@ class _Pool:
         self.lock = threading.Lock()
 
     def of(self, size: int) -> ThreadPoolExecutor:
-        """At least ``size`` threads."""
+        """At least ``size`` threads, all of them started; raises RuntimeError if they cannot be."""
         with self.lock:
             if self.executor is None or self.size < size:
-                self.executor, self.size = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread), size
+                executor, go = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread), threading.Event()
+                try:
+                    for _ in range(size):  # each waits, so that the next one gets a thread of its own
+                        executor.submit(go.wait)
+                finally:
+                    go.set()
+                self.executor, self.size = executor, size
             return self.executor
 
 
@@ -82,6 +89,6 @@ def _prepare_thread() -> None:
     restorer.join()
 
 
-_pool = _Pool()
+pool = Pool()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.forget)
+    os.register_at_fork(after_in_child=pool.forget)

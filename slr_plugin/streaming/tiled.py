@@ -3,7 +3,7 @@ r"""The streaming pass with torch's own operations, tile by tile, on any device.
 Logits are kept in bits, :math:`c \langle r_i, b_k \rangle / \ln 2`: as exact, and torch's ``exp2`` takes a third of the
 time of its ``exp`` on the CPU. The factor rides on the matrix product for nothing.
 
-Overflow forbids to do without a running maximum, except where logits are known to be small (``bound``). Where the keys
+A running maximum prevents overflow; it is left out where logits are known to be small (``bound``). Where the keys
 are the rows, the logits are a symmetric matrix: a tile then serves its mirror image too, and half the tiles are enough.
 
 After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *queue* through bfloat16 products where the
@@ -29,8 +29,8 @@ from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
 # An accelerator wants fewer, larger launches (not measured yet).
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 8192)
-# A pass over at least so many pairs of rows and keys is shared among threads. Their start takes up to 7 ms, while those
-# of torch's last operation still wait for its next one.
+# A pass over at least so many pairs of rows and keys is shared among threads. Handing it over costs up to 7 ms, while
+# the threads of torch's last operation still spin.
 SHARED_PAIRS = 2**23
 LEAST_HEIGHT = 256  # rows of a tile, however many threads there are
 LN2 = math.log(2)
@@ -52,10 +52,14 @@ class Block(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How a pass is cut into tiles, and the memory of one tile for each thread that computes a share of it."""
+    """How a pass is cut into tiles, and the memory of one tile for each thread that computes a share of it.
+
+    Every sum has one writer at a time and receives its parts in a fixed order, so that results are deterministic for a
+    given number of threads.
+    """
 
     height: int  # rows of a tile
-    width: int  # keys of a tile; the height, where a tile serves its mirror image too
+    width: int  # keys of a tile; equal to the height, where a tile serves its mirror image too
     tiles: list[Tensor]
 
     @classmethod
@@ -81,7 +85,7 @@ class Tiling(NamedTuple):
     def run_pairs(self, count: int, compute: Callable[[Tensor, slice, slice], None]) -> None:
         """Call ``compute(tile, here, there)`` for every two blocks of ``range(count)``, and for each and itself.
 
-        The threads compute at the same time only what has no block in common, and so write into different rows.
+        Pairs that are computed at the same time have no block in common, so no two threads write the same rows.
         """
 
         def share(tile: Tensor, pairs: list[tuple[slice, slice]]) -> None:
