@@ -345,6 +345,7 @@ def test_further_negatives_have_no_class(options):
     rows, own = classes, None
     if criterion.symmetric:
         rows, own = batch, torch.arange(8).roll(4)
+        columns = columns.expand(8, -1).clone().fill_diagonal_(-1)  # a row does not see itself
     if not criterion.in_batch_keys:
         columns, own = torch.cat([classes[:, None], columns.expand(4, -1)], dim=1), torch.zeros(4, dtype=torch.long)
     monitor.announce(classes)
