@@ -1,0 +1,124 @@
+"""Draws the site's figures when it is built, in colours for a light and for a dark page."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from slr_plugin import SLRLoss
+from slr_plugin.diagnostics import plot
+
+RECORDS = Path(__file__).parent.parent / "results" / "representations"
+HIDDEN, NEGATIVE, OWN, OTHER_OWN = range(4)
+MEANING = ["not compared", "negative", "its own positive", "its partner's positive, at weight 1 - θ"]
+SIZE, QUEUE = 4, 3  # samples in the batch, keys in the queue
+STYLES = {
+    "light": {"ink": "#202020", "cells": ["#ffffff", "#e8a598", "#2f7d5b", "#8fc4a9"]},
+    "dark": {"ink": "#d8d8d8", "cells": ["#16191c", "#7d4238", "#58b98c", "#2f6b51"]},
+}
+
+
+def matrix(*, queue: int = 0, negatives: int = 0, **settings: bool) -> torch.Tensor:
+    """Who is whose negative, asked of the loss: with full confidence a label is 0 only on keys that a row is not
+    compared with, and without any it is 1 on the own positive."""
+    torch.manual_seed(0)
+    criterion = SLRLoss(0.5, (queue, 8) if queue else 0, **settings)
+    arguments = torch.randn(SIZE, 8), torch.randn(SIZE, 8)
+    further = torch.randn(negatives, 8) if negatives else None
+    criterion.confidence = 1e6
+    cells = (criterion.labels(*arguments, negatives=further) > 0).long()
+    criterion.confidence = 0.0
+    return torch.where(criterion.labels(*arguments, negatives=further) > 0, OWN, cells)
+
+
+def mixed(cells: torch.Tensor) -> torch.Tensor:
+    """The rows of mixed queries, each mixed with the next sample's positive: two keys are positives."""
+    rows = torch.arange(SIZE)
+    cells = torch.full_like(cells, NEGATIVE)
+    cells[rows, rows] = OWN
+    cells[rows, (rows + 1) % SIZE] = OTHER_OWN
+    return cells
+
+
+def names(letter: str, count: int = SIZE) -> list[str]:
+    """Names such as k₁ to k₄."""
+    return [f"${letter}_{i + 1}$" for i in range(count)]
+
+
+def key_sets() -> dict[str, Callable[[list[str]], Figure]]:
+    """A figure per key set."""
+    keys, queue = names("k"), names("b", QUEUE)
+    own_and_queue = matrix(queue=QUEUE, in_batch_keys=False)
+    spread = torch.full((SIZE, SIZE), HIDDEN)  # every own positive in a column of its own name
+    spread[torch.arange(SIZE), torch.arange(SIZE)] = own_and_queue[:, 0]
+    batch_and_queue = matrix(queue=QUEUE)
+    two_views = matrix()
+    sets = {
+        "moco": (torch.cat([spread, own_and_queue[:, 1:]], 1), names("q"), keys + queue),
+        "batch-queue": (batch_and_queue, names("q"), keys + queue),
+        "two-views": (two_views, names("a") + names("b"), names("a") + names("b")),
+        "one-direction": (matrix(symmetric=False, negatives=2), names("q"), keys + names("n", 2)),
+        "mixed": (mixed(batch_and_queue), names("m"), keys + queue),
+    }
+    return {
+        f"keys-{name}": lambda colours, what=what: grid(*what, colours)  # type: ignore[misc]
+        for name, what in sets.items()
+    }
+
+
+def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list[str]) -> Figure:
+    """Rows are queries, columns keys."""
+    height = 0.36 * len(rows) + 1.0
+    figure = Figure(figsize=(6.2, height), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(cells, cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5, aspect="equal")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for line in range(len(rows) + 1):
+        axes.axhline(line - 0.5, linewidth=1)
+    for line in range(len(columns) + 1):
+        axes.axvline(line - 0.5, linewidth=1)
+    handles = [Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in sorted(set(cells.flatten().tolist()))]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def labels(budget: str, method: str) -> Callable[[list[str]], Figure]:
+    """``slr_plugin.diagnostics.plot`` of the runs that the results report."""
+
+    def figure(colours: list[str]) -> Figure:
+        runs = [json.loads(path.read_text())["labels"] for path in sorted((RECORDS / budget).glob(f"{method}-seed*"))]
+        for row in (row for run in runs for row in run):
+            row["purity"] = row["same"] / (row["same"] + row["other"])
+        return plot(runs, x=[row["epoch"] for row in runs[0]])
+
+    return figure
+
+
+def draw(folder: Path) -> None:
+    """Write every figure as NAME-light.svg and NAME-dark.svg."""
+    folder.mkdir(exist_ok=True)
+    figures = key_sets() | {
+        "labels-sane": labels("cpu", "sane"),
+        "labels-gradients": labels("fashion", "sharp-gradients"),
+    }
+    for style, look in STYLES.items():
+        ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), look["ink"])
+        settings = ink | {
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "lines.color": look["ink"],
+            "svg.hashsalt": "slr-plugin",
+            "savefig.facecolor": "none",
+        }
+        with matplotlib.rc_context(settings):
+            for name, figure in figures.items():
+                path = folder / f"{name}-{style}.svg"
+                figure(look["cells"]).savefig(path, metadata={"Date": None})

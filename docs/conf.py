@@ -1,0 +1,110 @@
+"""How Sphinx builds the site: offline, and any warning is an error (`make docs`)."""
+
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS), str(ROOT)]
+
+import _figures  # noqa: E402  # beside this file
+
+project = "slr-plugin"
+author = "The slr-plugin developers"
+release = importlib.metadata.version("slr-plugin")
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # MathJax and its fonts, copied into the site: nothing is loaded from elsewhere
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+suppress_warnings = ["myst.header"]  # the included results begin with headings of their own
+
+html_theme = "furo"
+html_title = "slr-plugin"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+# The frameworks of the adapters need not be installed to read the adapters' docstrings.
+autodoc_mock_imports = [
+    "accelerate",
+    "datasets",
+    "hydra",
+    "lightly",
+    "lightning",
+    "omegaconf",
+    "pytorch_lightning",
+    "pytorch_metric_learning",
+    "sentence_transformers",
+    "solo",
+    "stable_pretraining",
+    "timm",
+    "torchvision",
+    "transformers",
+]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.MULTILINE)
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
+
+
+def pages_of_included() -> dict[Path, Path]:
+    """Which page shows which file of the repository."""
+    return {
+        (page.parent / name).resolve(): page
+        for page in DOCS.rglob("*.md")
+        for name in INCLUDE.findall(page.read_text(encoding="utf-8"))
+    }
+
+
+def expanded(text: str, source: Path, page: Path) -> str:
+    """A page with the files that it includes, links and pictures of which then lead from the page.
+
+    A link to a file that another page shows leads to that page; one to a file that no page shows becomes its name.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        is_image, words, name, anchor = match.groups()
+        target = (source.parent / name).resolve()
+        target = shown.get(target / "README.md" if target.is_dir() else target, target)
+        if not target.exists():
+            raise FileNotFoundError(f"{source}: there is no {name}")
+        if is_image or (target.is_relative_to(DOCS) and target.is_file()):
+            return f"{is_image}[{words}]({os.path.relpath(target, page.parent)}{anchor or ''})"
+        path = f"`{target.relative_to(ROOT)}`"
+        return path if words.strip("`") in path else f"{words} ({path})"
+
+    def included(match: re.Match[str]) -> str:
+        file = (page.parent / match[1]).resolve()
+        return expanded(file.read_text(encoding="utf-8"), file, page)
+
+    shown = pages_of_included()
+    return INCLUDE.sub(included, LINK.sub(link, text))
+
+
+def expand_page(app: Any, docname: str, source: list[str]) -> None:
+    page = DOCS / f"{docname}.md"
+    source[0] = expanded(source[0], page, page)
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", expand_page)
+    app.connect("builder-inited", lambda _: _figures.draw(DOCS / "_generated"))
