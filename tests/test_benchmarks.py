@@ -83,7 +83,7 @@ def test_busy_processes_end_when_the_measurement_fails():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process there keeps the number of a parent that has ended")
 def test_busy_processes_end_when_the_measuring_process_dies():
-    script = "import os; from benchmarks import load; load.busy(1).__enter__(); os._exit(0)"
+    script = "import os; from benchmarks import load; busy = load.busy(1); busy.__enter__(); os._exit(0)"
     # Returns when the pipe is closed at every end: the busy process has inherited it.
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=True)
 
