@@ -124,8 +124,10 @@ def test_a_forked_process_makes_threads_of_its_own():
     child = os.fork()
     if child == 0:
         found = []
-        threads.run([lambda: found.append(1)] * 2)
-        os._exit(0 if len(found) == 2 else 1)
+        try:
+            threads.run([lambda: found.append(1)] * 2)
+        finally:
+            os._exit(0 if len(found) == 2 else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 

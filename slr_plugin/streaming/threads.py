@@ -57,7 +57,7 @@ class Pool:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew: a forked process has none of its parent's threads, and perhaps a lock that nobody will open."""
+        """Start anew: a forked process has none of its parent's threads, and perhaps a lock that one of them held."""
         self.executor: ThreadPoolExecutor | None = None
         self.size = 0
         self.lock = threading.Lock()
@@ -76,17 +76,21 @@ class Pool:
             return self.executor
 
 
+_preparing = threading.Lock()
+
+
 def _prepare_thread() -> None:
     """Give this thread one intra-op thread, and leave what torch gives to other threads as it was.
 
-    ``torch.set_num_threads`` sets the number of the calling thread, and the number with which threads begin that have
-    not used torch yet. The latter is put back by a thread that ends at once.
+    ``torch.set_num_threads`` sets the number of the calling thread and the default of new threads. The latter is put
+    back by a thread that ends at once; one thread at a time is prepared, or it would read what another one has set.
     """
-    beginners = torch.get_num_threads()
-    torch.set_num_threads(1)
-    restorer = threading.Thread(target=torch.set_num_threads, args=(beginners,))
-    restorer.start()
-    restorer.join()
+    with _preparing:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restorer.start()
+        restorer.join()
 
 
 pool = Pool()

@@ -63,8 +63,8 @@ class Tiling(NamedTuple):
     tiles: list[Tensor]
 
     @classmethod
-    def of(cls, rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool) -> Tiling:
-        """Choose by device, and by the size of the pass."""
+    def of(cls, rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool, shares_rows: bool) -> Tiling:
+        """Choose by device, and by the size of the pass, whose rows are shared among threads or whose keys are."""
         on_cpu = rows.device.type == "cpu"
         pairs = len(rows) * sum(len(source.keys) for source in sources)
         count = threads.available() if on_cpu and pairs >= SHARED_PAIRS else 1
@@ -73,6 +73,10 @@ class Tiling(NamedTuple):
         if mirrored:
             width = height
         longest = max(len(source.keys) for source in sources)
+        if not mirrored and shares_rows:
+            height = min(height, -(-len(rows) // count))
+        elif not mirrored:
+            width = min(width, -(-longest // count))
         height, width = max(1, min(height, len(rows))), max(1, min(width, longest))
         return cls(height, width, [rows.new_empty(height * width) for _ in range(count)])
 
@@ -134,7 +138,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     scale, bound, hidden, symmetric, chunk = plan
     bounded = bound / LN2 <= SAFE_BITS
     mirrored = symmetric and bounded and not chunk
-    tiling = Tiling.of(rows, sources, chunk, mirrored)
+    tiling = Tiling.of(rows, sources, chunk, mirrored, shares_rows=True)
     count, values = len(rows), sources[0].values
     sums = Sums(
         rows.new_full((count, 1), 0.0 if bounded else -torch.inf),
@@ -178,7 +182,7 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     scale, bound, hidden, symmetric, chunk = plan
     bounded = bound / LN2 <= SAFE_BITS
     mirrored = symmetric and bounded and not chunk
-    tiling = Tiling.of(rows, [Source(keys, keys)], chunk, mirrored)
+    tiling = Tiling.of(rows, [Source(keys, keys)], chunk, mirrored, shares_rows=False)
     shift = logsumexp[:, None] / LN2
     values = row_values * (-shift).exp2() if bounded else row_values
     gradient = row_values.new_zeros(len(keys), row_values.shape[1])
