@@ -105,7 +105,7 @@ def test_memory_of_all_threads_counts():
 def test_memory_of_a_shared_loss_is_that_of_its_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
     monkeypatch.setattr(tiled, "CPU_TILE", (256, 1024))
-    step = contenders.contenders(Size(256, 4096, 8), "cpu")["SLRLoss, refinement"]
+    step = contenders.contenders(Size(768, 4096, 8), "cpu")["SLRLoss, refinement"]
     step()
     peaks = []
     for count in (1, 3):

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 Task = Callable[[], None]
+START_SECONDS = 30  # within which the threads have to start
 
 
 def available() -> int:
@@ -63,15 +64,18 @@ class Pool:
         self.lock = threading.Lock()
 
     def of(self, size: int) -> ThreadPoolExecutor:
-        """At least ``size`` threads, all of them started; raises RuntimeError if they cannot be."""
+        """At least ``size`` threads, all of them started and prepared; raises RuntimeError if they cannot be."""
         with self.lock:
             if self.executor is None or self.size < size:
-                executor, go = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread), threading.Event()
+                executor = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread)
+                everyone = threading.Barrier(size + 1, timeout=START_SECONDS)
                 try:
                     for _ in range(size):  # each waits, so that the next one gets a thread of its own
-                        executor.submit(go.wait)
-                finally:
-                    go.set()
+                        executor.submit(everyone.wait)
+                    everyone.wait()  # BrokenBarrierError, which is a RuntimeError, if one does not come
+                except RuntimeError:
+                    everyone.abort()
+                    raise
                 self.executor, self.size = executor, size
             return self.executor
 
