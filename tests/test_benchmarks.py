@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _intra_op import intra_op_threads
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -109,8 +110,8 @@ def test_memory_of_a_shared_loss_is_that_of_its_tiles(monkeypatch):
     step()
     peaks = []
     for count in (1, 3):
-        monkeypatch.setattr(threads, "available", lambda count=count: count)
-        peaks.append(loss.peak_memory(step, "cpu"))
+        with intra_op_threads(count):
+            peaks.append(loss.peak_memory(step, "cpu"))
     # Two more threads need two more tiles, and beside them no more than some columns.
     assert peaks[1] - peaks[0] == pytest.approx(2 * 4 * 256 * 1024, rel=0.02)
 

@@ -19,11 +19,6 @@ Task = Callable[[], None]
 START_SECONDS = 30  # within which the threads have to start
 
 
-def available() -> int:
-    """The number of threads that the caller lets torch use."""
-    return torch.get_num_threads()
-
-
 def run(tasks: Sequence[Task]) -> None:
     """Run tasks at once, each in a thread of its own; a single one here. Raises what the first that fails raises.
 

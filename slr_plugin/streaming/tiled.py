@@ -67,7 +67,7 @@ class Tiling(NamedTuple):
         """Choose by device, and by the size of the pass, whose rows are shared among threads or whose keys are."""
         on_cpu = rows.device.type == "cpu"
         pairs = len(rows) * sum(len(source.keys) for source in sources)
-        count = threads.available() if on_cpu and pairs >= SHARED_PAIRS else 1
+        count = torch.get_num_threads() if on_cpu and pairs >= SHARED_PAIRS else 1
         height, width = CPU_TILE if on_cpu else ACCELERATOR_TILE
         height, width = max(height // count, min(height, LEAST_HEIGHT)), chunk or width
         if mirrored:
