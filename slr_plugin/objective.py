@@ -53,9 +53,9 @@ def slr_objective(key_set: KeySet, trained: Tensor, mixes: Sequence[Mix], settin
         if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
             losses = losses + settings.refined_weight * _logits(rows, own_keys - targets, settings)
         return losses.mean(), labels
-    if key_set.is_symmetric:  # mixed queries see other keys than the rows: a pass of their own
+    if key_set.mixed:  # they see other keys than the rows: a pass of their own
         one_hot, _ = slr_objective(key_set, rows, (), settings.one_hot())
-        key_set, mixed = key_set.for_mixed(), trained[len(rows) // 2 :]
+        key_set, mixed = key_set.mixed, trained[len(key_set.positives) :]
         stats, labels, targets = _compare(key_set, mixed, settings, has_own=False)
         refined = stats.logsumexp_minus(_logits(mixed, _mixed(targets, mixes), settings))
     else:
