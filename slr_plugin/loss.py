@@ -14,7 +14,7 @@ from torch import distributed as dist
 from slr_plugin import dense
 from slr_plugin._inputs import checked_features
 from slr_plugin._misuse import Watch
-from slr_plugin.checkpointing import CallLog, Place
+from slr_plugin.checkpointing import CallLog, Place, is_repeated
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.distributed import broadcast, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, choose
@@ -168,7 +168,8 @@ class SLRLoss(HasSettings):
             RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing repeats the
                 call after the queue or the schedule moved on.
         """
-        for observer in self.observers:
+        observers = () if is_repeated() else tuple(self.observers)  # which saw the call when it was made
+        for observer in observers:
             observer.begin()
         call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
         queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
@@ -179,7 +180,7 @@ class SLRLoss(HasSettings):
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
             labelled = (call.key_set.mixed if call.mixes else None) or call.key_set
-            for observer in self.observers:
+            for observer in observers:
                 observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence
         self._watch.follow(call.key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
@@ -260,8 +261,8 @@ class SLRLoss(HasSettings):
         if prefix + "step" not in state_dict:
             if callable(self.confidence):
                 warnings.warn(
-                    f"the checkpoint holds no step count ({prefix + 'step'!r}): the confidence schedule stays at step "
-                    f"{int(self.step)}",
+                    f"the checkpoint holds no step count ({prefix + 'step'!r}): the confidence schedule stays "
+                    "where it is",
                     stacklevel=2,
                 )
             state_dict = state_dict | {prefix + "step": self.step}

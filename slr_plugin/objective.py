@@ -73,7 +73,15 @@ def _compare(
     """The softmax statistics of rows over their keys, and the labels and target centroids of the key set's rows.
 
     ``rows`` begins with those of the key set, whose own keys are left out, unless ``has_own`` is False. Mixed queries
-    follow, which see all keys.
+    follow, which see all keys. What estimates the labels depends on the key set:
+
+    ======================  ===========================================================================================
+    key set                 estimators, and the pass that compares them with the keys
+    ======================  ===========================================================================================
+    with positives alone    the positives, further rows of the one pass
+    both views              the rows: the pass itself, and at tau' below 1 a second one
+    with other features     these, in a pass of their own over their own keys, which averages the keys
+    ======================  ===========================================================================================
     """
     temperature, sharp = settings.temperature, settings.sharpening
     hidden = key_set.hidden() if has_own else []
