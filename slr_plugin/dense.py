@@ -134,7 +134,7 @@ def slr_loss(
     """
     queries, positives = F.normalize(queries, dim=1), F.normalize(positives, dim=1)
     negatives = None if negatives is None else F.normalize(negatives, dim=1)
-    features = Features(queries, positives, [], negatives, None)
+    features = Features(queries, positives, negatives=negatives)
     has_queue = queue is not None
     key_set = choose(features, in_batch_keys=in_batch_keys, symmetric=symmetric, has_queue=has_queue)
     if queue is not None:

@@ -103,7 +103,7 @@ def slr_loss(
         refines=confidence > 0,
     )
     with torch.autocast(queries.device.type, enabled=False):
-        loss = slr_objective(key_set, features.trained, features.mixes, settings)[0]
+        loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     if not torch.compiler.is_compiling() and loss.requires_grad and is_alone(key_set):
         warnings.warn(ALONE.replace("set memory_bank_size", "a queue"), stacklevel=2)
     return loss

@@ -42,7 +42,7 @@ class KeySet(NamedTuple):
     @property
     def is_square(self) -> bool:
         """Whether the rows are all keys, in their order: half of the logits are then enough."""
-        return self.keys is self.rows
+        return self.is_symmetric and self.keys is self.rows
 
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""
@@ -197,9 +197,9 @@ def choose(
         )
     if not (has_queue or symmetric or in_batch_keys) and negatives is None:
         raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
-    queries, estimator = features.trained[: len(positives)], None
+    queries, estimator = features.queries, None
     if features.estimator is not None:
-        same = Features(features.estimator, features.estimator, [], None, None)
+        same = Features(features.estimator, features.estimator)
         how = {"in_batch_keys": in_batch_keys, "symmetric": symmetric, "has_queue": has_queue}
         estimator = choose(same, **how, gather=gather, offset=offset)
     if negatives is not None and gather:

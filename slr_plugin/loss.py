@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._inputs import checked_features
+from slr_plugin._inputs import Features, checked_features
 from slr_plugin._misuse import Watch
 from slr_plugin.checkpointing import CallLog, Place, is_repeated
 from slr_plugin.checks import check_flag, check_integer
@@ -32,14 +32,13 @@ class Call(NamedTuple):
     """What one call computes with."""
 
     key_set: KeySet
-    trained: Tensor
-    mixes: list[Mix]
+    features: Features
     updates: bool  # whether it asks the queue and the schedule to advance
 
     def fingerprint(self) -> Tensor:
-        """The mean product () of the queries and their positives, by which a repeated call is known."""
-        positives = self.key_set.positives.detach()
-        return (self.trained.detach()[: len(positives)] * positives).mean()
+        """The sum of products () of the queries and their positives, by which a repeated call is known."""
+        queries, positives = self.features[:2]
+        return torch.dot(queries.detach().flatten(), positives.detach().flatten())
 
 
 class SLRLoss(HasSettings):
@@ -178,8 +177,8 @@ class SLRLoss(HasSettings):
         stale = place.version != self.memory_bank.version
         settings = self.settings_at(place.step, call.key_set.rows.dtype, stale)
         with torch.autocast(out0.device.type, enabled=False):
-            loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
-            labelled = (call.key_set.mixed if call.mixes else None) or call.key_set
+            loss, labels = slr_objective(call.key_set, call.features.crops, call.features.mixes, settings)
+            labelled = (call.key_set.mixed if call.features.mixes else None) or call.key_set
             for observer in observers:
                 observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence
@@ -303,7 +302,7 @@ class SLRLoss(HasSettings):
             if gathers:
                 bank.share(functools.partial(broadcast, device=out0.device))
             key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
-        return Call(key_set, features.trained, features.mixes, update)
+        return Call(key_set, features, update)
 
     @torch.no_grad()
     def _advance(self, call: Call) -> None:
