@@ -44,11 +44,12 @@ class UnitRows(torch.autograd.Function):
 class Features(NamedTuple):
     """Unit rows of one dtype: float64 if queries or positives have it, else float32."""
 
-    trained: Tensor  # ((1 + c) * s, d), the queries and then the mixed queries, crop after crop
+    queries: Tensor  # (s, d)
     positives: Tensor  # (s, d)
-    mixes: list[Mix]  # of every crop
-    negatives: Tensor | None  # (m, d)
-    estimator: Tensor | None  # (s, e), without gradient
+    crops: Sequence[Tensor] = ()  # (s, d) each, mixed queries
+    mixes: Sequence[Mix] = ()  # of every crop
+    negatives: Tensor | None = None  # (m, d)
+    estimator: Tensor | None = None  # (s, e), without gradient
 
 
 def checked_features(
@@ -86,10 +87,10 @@ def checked_features(
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
-        trained = torch.cat([rows.to(dtype) for rows in (queries, *crops)]) if crops else queries.to(dtype)
         return Features(
-            UnitRows.apply(trained),
+            UnitRows.apply(queries.to(dtype)),
             UnitRows.apply(positives.to(dtype)),
+            [UnitRows.apply(crop.to(dtype)) for crop in crops],
             mixes,
             None if negatives is None else UnitRows.apply(negatives.to(dtype)),
             None if estimator is None else F.normalize(estimator.detach().to(dtype), dim=1),

@@ -11,6 +11,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
+def is_repeated() -> bool:
+    """Whether the call under way is computed within a backward, for its gradient."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+
+
 class Place(NamedTuple):
     """Where in the run a call stands."""
 
@@ -43,7 +50,7 @@ class CallLog:
         """
         if torch.compiler.is_compiling():
             return now, updates
-        repeated = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+        repeated = is_repeated()
         reentrant = repeated and "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
         advances = updates and (reentrant or not repeated)
         if not matters:

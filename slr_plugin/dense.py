@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slr_plugin._inputs import Features
 from slr_plugin.key_sets import KeySet, choose
 from slr_plugin.mixup import Mix
 from slr_plugin.settings import Settings
@@ -97,7 +98,7 @@ def objective(key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], se
 
     plain = logits(key_set.rows, key_set)
     one_hot_term = F.cross_entropy(plain, key_set.own_columns())
-    mixing = key_set.for_mixed() if crops else key_set
+    mixing = (key_set.mixed if crops else None) or key_set
     with torch.no_grad():
         refined = labels(mixing, settings)
     if not crops:
@@ -133,7 +134,9 @@ def slr_loss(
     """
     queries, positives = F.normalize(queries, dim=1), F.normalize(positives, dim=1)
     negatives = None if negatives is None else F.normalize(negatives, dim=1)
-    key_set = choose(queries, positives, negatives, in_batch_keys=in_batch_keys, symmetric=symmetric)
+    features = Features(queries, positives, negatives=negatives)
+    has_queue = queue is not None
+    key_set = choose(features, in_batch_keys=in_batch_keys, symmetric=symmetric, has_queue=has_queue)
     if queue is not None:
         key_set = key_set.with_queue(queue, None)
     crops = [mixed] if isinstance(mixed, Tensor) else list(mixed or [])

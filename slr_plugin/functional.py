@@ -11,7 +11,7 @@ from torch import Tensor
 from slr_plugin._inputs import checked_features
 from slr_plugin._misuse import ALONE, is_alone
 from slr_plugin.checks import check_flag, check_float_tensor
-from slr_plugin.key_sets import check_choice, choose
+from slr_plugin.key_sets import choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.settings import Settings, as_scalar, check_setting
@@ -37,8 +37,11 @@ def slr_loss(
     ::
 
         loss = (1 - λ) · CE(queries, one-hot labels) + λ · CE(mixed queries, mixed labels)
+        CE(f, y) = mean over i of  -Σ_k y[i, k] · log softmax_k(<f[i], key[k]> / τ)
 
-    as in :class:`slr_plugin.SLRLoss`, whose state it does without.
+    Without mixed queries the second term is CE(queries, refined labels). :class:`slr_plugin.SLRLoss` adds what has
+    state: a queue that advances, a schedule of the confidence, keys gathered over processes.
+
     Equals :func:`slr_plugin.dense.slr_loss` (or ``dense.symmetric_slr_loss``) with the same arguments, without storing
     logits or labels.
 
@@ -81,13 +84,14 @@ def slr_loss(
     if symmetric and queue is not None:
         raise ValueError("symmetric=True compares both views with both and takes no queue: pass queue=None")
     symmetric = queue is None if symmetric is None else symmetric
-    check_choice(
+    key_set = choose(
+        features,
         in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
         symmetric=symmetric,
         has_queue=queue is not None,
-        has_mixed=len(features.mixes) > 0,
-        has_negatives=negatives is not None,
     )
+    if queue is not None:
+        key_set = key_set.with_queue(queue.detach(), None)
     if callable(confidence):
         raise TypeError("confidence must be a number here, since a function counts no steps: pass schedule(step)")
     confidence = check_setting("confidence", confidence)
@@ -98,17 +102,8 @@ def slr_loss(
         confidence,
         refines=confidence > 0,
     )
-    key_set = choose(
-        features.trained[: len(queries)],
-        features.positives,
-        features.negatives,
-        in_batch_keys=in_batch_keys,
-        symmetric=symmetric,
-    )
-    if queue is not None:
-        key_set = key_set.with_queue(queue.detach(), None)
     with torch.autocast(queries.device.type, enabled=False):
-        loss = slr_objective(key_set, features.trained, features.mixes, settings)[0]
+        loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     if not torch.compiler.is_compiling() and loss.requires_grad and is_alone(key_set):
         warnings.warn(ALONE.replace("set memory_bank_size", "a queue"), stacklevel=2)
     return loss

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slr_plugin._inputs import Features
 from slr_plugin.streaming import Diagonal
 
 
@@ -25,18 +26,23 @@ class KeySet(NamedTuple):
     rows: Tensor  # (r, d), trained
     positives: Tensor  # (s, d), one per sample
     keys: Tensor  # (b, d) keys of this step, which may be trained: the batch's, then further negatives
-    queue: Tensor | None  # (n, d) constants
     batch: int  # how many of ``keys`` are the batch's
     own: tuple[int, ...]  # of each block: the key that is its first row's own; () if none of ``keys`` is
+    entering: Tensor  # (S, d), the positives of all processes, which enter the queue after the call
     left_out: tuple[int, ...] = ()  # of each block: a key that its first row does not see, such as the row itself
-    is_symmetric: bool = False  # whether both views are rows: the second ones after the first ones, as in ``keys``
-    is_square: bool = False  # whether the rows are all keys, in their order: half of the logits are then enough
+    mixed: KeySet | None = None  # what mixed queries see, where that is not what the rows see
+    queue: Tensor | None = None  # (n, d) constants
     estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
     @property
-    def blocks(self) -> int:
-        """The number of views that are rows."""
-        return max(1, len(self.own))
+    def is_symmetric(self) -> bool:
+        """Whether both views are rows: the second ones after the first ones, as in ``keys``."""
+        return len(self.own) == 2
+
+    @property
+    def is_square(self) -> bool:
+        """Whether the rows are all keys, in their order: half of the logits are then enough."""
+        return self.is_symmetric and self.keys is self.rows
 
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""
@@ -50,29 +56,9 @@ class KeySet(NamedTuple):
 
     def with_queue(self, queue: Tensor, estimator_queue: Tensor | None) -> KeySet:
         """The key set and these further keys, and their features that estimate labels if there is an estimator."""
-        return self._with(queue, self.estimator and self.estimator._with(estimator_queue, None))
-
-    def _with(self, queue: Tensor | None, estimator: KeySet | None) -> KeySet:
         # Not _replace, which torch.compile cannot trace in torch 2.4.
-        layout = (self.batch, self.own, self.left_out, self.is_symmetric, self.is_square)
-        return KeySet(self.rows, self.positives, self.keys, queue, *layout, estimator)
-
-    def entering(self, gather: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor | None]:
-        """The positives of all processes and their estimators, which enter the queue."""
-        if not self.batch:
-            keys = gather(self.positives.detach()) if gather else self.positives
-        else:
-            keys = self.keys[self.batch // 2 if self.is_symmetric else 0 : self.batch]
-        return keys, self.estimator and self.estimator.entering(gather)[0]
-
-    def for_mixed(self) -> KeySet:
-        """The key set of mixed queries: of both views these see the second ones only, which estimate their labels."""
-        if not self.is_symmetric:
-            return self
-        second = self.batch // 2
-        keys = self.keys[second:]
-        estimator = self.estimator and self.estimator.for_mixed()
-        return KeySet(self.rows[:0], self.positives, keys, None, second, (self.left_out[0],), estimator=estimator)
+        estimator = self.estimator and KeySet(*self.estimator[:-2], estimator_queue)
+        return KeySet(*self[:-2], queue, estimator)
 
     # ------------------------------------------------------------------------- dense matrices, for looking at and tests
 
@@ -111,11 +97,16 @@ class KeySet(NamedTuple):
         left_out = self.left_out_columns()
         if left_out is not None:
             columns = columns.expand(len(left_out), -1).scatter(1, left_out[:, None], -1)
-        return local.repeat(self.blocks), columns
+        return local.repeat(max(1, len(self.own))), columns
 
 
 def batch_and_queue(
-    queries: Tensor, positives: Tensor, batch: Tensor, negatives: Tensor | None = None, offset: int = 0
+    queries: Tensor,
+    positives: Tensor,
+    batch: Tensor,
+    negatives: Tensor | None = None,
+    offset: int = 0,
+    estimator: KeySet | None = None,
 ) -> KeySet:
     """The paper's key set: all positives of the batch, further negatives, the queue. Without a queue: one direction.
 
@@ -125,91 +116,103 @@ def batch_and_queue(
         batch: (S, d), the positives of all processes.
         negatives: (m, d), keys that are nobody's own.
         offset: the number of ``positives[0]`` in ``batch``.
+        estimator: the same for other features of the samples.
     """
-    return KeySet(queries, positives, _joined(batch, negatives), None, len(batch), (offset,))
+    keys = _joined(batch, negatives)
+    return KeySet(queries, positives, keys, len(batch), (offset,), entering=batch, estimator=estimator)
 
 
-def own_positive_and_queue(queries: Tensor, positives: Tensor, negatives: Tensor | None = None) -> KeySet:
-    """MoCo's key set: the own positive, further negatives, the queue."""
-    return KeySet(queries, positives, positives[:0] if negatives is None else negatives, None, 0, ())
+def own_positive_and_queue(
+    queries: Tensor,
+    positives: Tensor,
+    batch: Tensor,
+    negatives: Tensor | None = None,
+    estimator: KeySet | None = None,
+) -> KeySet:
+    """MoCo's key set: the own positive, further negatives, the queue. Arguments as above."""
+    keys = positives[:0] if negatives is None else negatives
+    return KeySet(queries, positives, keys, 0, (), entering=batch, estimator=estimator)
 
 
 def both_views(
     rows: Tensor,
-    positives: Tensor,
     batch: Tensor,
     negatives: Tensor | None = None,
     offset: int = 0,
-    is_square: bool = False,
+    estimator: KeySet | None = None,
 ) -> KeySet:
     """SimCLR's key set: both views are rows and keys; a row sees all keys but itself, its other view is its own key.
 
+    Mixed queries see the second views only, which estimate their labels.
+
     Args:
         rows: (2s, d), the first views and then the second ones.
-        positives: (s, d), the second views.
         batch: (2S, d), the views of all processes; ``rows`` itself in one process.
         negatives: (m, d), keys that are nobody's own.
         offset: the number of ``rows[0]`` in ``batch``.
-        is_square: whether ``batch`` is ``rows`` and there are no negatives.
+        estimator: the same for other features of the samples.
     """
     second = len(batch) // 2
-    keys = _joined(batch, negatives)
+    positives, entering = rows[len(rows) // 2 :], batch[second:]
+    mixed = batch_and_queue(rows[:0], positives, entering, negatives, offset, estimator and estimator.mixed)
     return KeySet(
-        rows, positives, keys, None, len(batch), (second + offset, offset), (offset, second + offset), True, is_square
+        rows,
+        positives,
+        _joined(batch, negatives),
+        len(batch),
+        own=(second + offset, offset),
+        entering=entering,
+        left_out=(offset, second + offset),
+        mixed=mixed,
+        estimator=estimator,
     )
 
 
-def check_choice(
-    *, in_batch_keys: bool, symmetric: bool, has_queue: bool, has_mixed: bool, has_negatives: bool
-) -> None:
-    """Raise ValueError unless these settings leave every row of a call the keys that it needs."""
-    if has_mixed and not in_batch_keys:
-        raise ValueError(
-            "mixed queries need labels over the batch's keys: set in_batch_keys=True, or leave out mixed and mix"
-        )
-    if not (has_queue or symmetric or in_batch_keys or has_negatives):
-        raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
-
-
 def choose(
-    queries: Tensor,
-    positives: Tensor,
-    negatives: Tensor | None = None,
-    estimator: Tensor | None = None,
+    features: Features,
     *,
     in_batch_keys: bool,
     symmetric: bool,
+    has_queue: bool,
     gather: Callable[[Tensor], Tensor] | None = None,
     offset: int = 0,
 ) -> KeySet:
-    """The key set of these settings, before its queue.
+    """The key set of a call, before its queue.
 
     Args:
-        queries: (s, d).
-        positives: (s, d).
-        negatives: (m, d).
-        estimator: (s, e), other features of the samples, which estimate the labels.
+        features: of the call.
         in_batch_keys: whether the batch's other keys are seen.
         symmetric: whether both views are rows.
-        gather: brings the features of all processes; None where there is one.
+        has_queue: whether a queue follows.
+        gather: brings the rows of all processes; None where there is one.
         offset: the number of this process's first sample among them.
+
+    Raises:
+        ValueError: a row would have no keys, or mixed queries not those that their labels need.
     """
+    positives, negatives = features.positives, features.negatives
+    if features.mixes and not in_batch_keys:
+        raise ValueError(
+            "mixed queries need labels over the batch's keys: set in_batch_keys=True, or leave out mixed and mix"
+        )
+    if not (has_queue or symmetric or in_batch_keys) and negatives is None:
+        raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
+    queries, estimator = features.queries, None
+    if features.estimator is not None:
+        same = Features(features.estimator, features.estimator)
+        how = {"in_batch_keys": in_batch_keys, "symmetric": symmetric, "has_queue": has_queue}
+        estimator = choose(same, **how, gather=gather, offset=offset)
     if negatives is not None and gather:
         negatives = gather(negatives)
     if symmetric:
         batch = rows = torch.cat([queries, positives])
         if gather:
-            both = gather(torch.cat([queries, positives], dim=1))  # one exchange
-            batch = torch.cat(both.chunk(2, dim=1))
-        key_set = both_views(rows, positives, batch, negatives, offset, is_square=not gather and negatives is None)
-    elif in_batch_keys:
-        key_set = batch_and_queue(queries, positives, gather(positives) if gather else positives, negatives, offset)
-    else:
-        key_set = own_positive_and_queue(queries, positives, negatives)
-    if estimator is None:
-        return key_set
-    same = choose(estimator, estimator, in_batch_keys=in_batch_keys, symmetric=symmetric, gather=gather, offset=offset)
-    return key_set._with(None, same)
+            batch = torch.cat(gather(torch.cat([queries, positives], dim=1)).chunk(2, dim=1))  # one exchange
+        return both_views(rows, batch, negatives, offset, estimator)
+    batch = gather(positives if in_batch_keys else positives.detach()) if gather else positives
+    if in_batch_keys:
+        return batch_and_queue(queries, positives, batch, negatives, offset, estimator)
+    return own_positive_and_queue(queries, positives, batch, negatives, estimator)
 
 
 def _joined(keys: Tensor, negatives: Tensor | None) -> Tensor:

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._inputs import checked_features
+from slr_plugin._inputs import Features, checked_features
 from slr_plugin._misuse import Watch
-from slr_plugin.checkpointing import CallLog, Place
+from slr_plugin.checkpointing import CallLog, Place, is_repeated
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.distributed import broadcast, gather, rank, world_size
-from slr_plugin.key_sets import KeySet, check_choice, choose
+from slr_plugin.key_sets import KeySet, choose
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.queue import KeyQueue
@@ -32,15 +32,13 @@ class Call(NamedTuple):
     """What one call computes with."""
 
     key_set: KeySet
-    trained: Tensor
-    mixes: list[Mix]
-    entering: Tensor | None  # the keys that enter the queue, of all processes; None if nothing advances
-    entering_estimators: Tensor | None
+    features: Features
+    updates: bool  # whether it asks the queue and the schedule to advance
 
     def fingerprint(self) -> Tensor:
-        """The mean product () of the queries and their positives, by which a repeated call is known."""
-        positives = self.key_set.positives.detach()
-        return (self.trained.detach()[: len(positives)] * positives).mean()
+        """The sum of products () of the queries and their positives, by which a repeated call is known."""
+        queries, positives = self.features[:2]
+        return torch.dot(queries.detach().flatten(), positives.detach().flatten())
 
 
 class SLRLoss(HasSettings):
@@ -169,18 +167,19 @@ class SLRLoss(HasSettings):
             RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing repeats the
                 call after the queue or the schedule moved on.
         """
-        for observer in self.observers:
+        observers = () if is_repeated() else tuple(self.observers)  # which saw the call when it was made
+        for observer in observers:
             observer.begin()
         call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
         queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
         now = Place(self.step, self.memory_bank.version)
-        place, advances = self._calls.place(now, call.entering is not None, queue_or_schedule, call.fingerprint)
+        place, advances = self._calls.place(now, call.updates, queue_or_schedule, call.fingerprint)
         stale = place.version != self.memory_bank.version
         settings = self.settings_at(place.step, call.key_set.rows.dtype, stale)
         with torch.autocast(out0.device.type, enabled=False):
-            loss, labels = slr_objective(call.key_set, call.trained, call.mixes, settings)
-            labelled = call.key_set.for_mixed() if call.mixes else call.key_set
-            for observer in self.observers:
+            loss, labels = slr_objective(call.key_set, call.features.crops, call.features.mixes, settings)
+            labelled = (call.key_set.mixed if call.features.mixes else None) or call.key_set
+            for observer in observers:
                 observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence
         self._watch.follow(call.key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
@@ -261,8 +260,8 @@ class SLRLoss(HasSettings):
         if prefix + "step" not in state_dict:
             if callable(self.confidence):
                 warnings.warn(
-                    f"the checkpoint holds no step count ({prefix + 'step'!r}): the confidence schedule stays at step "
-                    f"{int(self.step)}",
+                    f"the checkpoint holds no step count ({prefix + 'step'!r}): the confidence schedule stays "
+                    "where it is",
                     stacklevel=2,
                 )
             state_dict = state_dict | {prefix + "step": self.step}
@@ -284,13 +283,6 @@ class SLRLoss(HasSettings):
             update = out0.requires_grad and torch.is_grad_enabled()
         check_flag("update", update)
         bank = self.memory_bank
-        check_choice(
-            in_batch_keys=self.in_batch_keys,
-            symmetric=self.symmetric,
-            has_queue=len(bank) > 0,
-            has_mixed=len(features.mixes) > 0,
-            has_negatives=negatives is not None,
-        )
         bank.check(out0, estimator)
         if self.step.is_meta and not out0.is_meta:
             raise RuntimeError(
@@ -298,30 +290,27 @@ class SLRLoss(HasSettings):
             )
         gathers = self.gather_distributed and world_size() > 1
         key_set = choose(
-            features.trained[: len(out0)],
-            features.positives,
-            features.negatives,
-            features.estimator,
+            features,
             in_batch_keys=self.in_batch_keys,
             symmetric=self.symmetric,
+            has_queue=len(bank) > 0,
             gather=gather if gathers else None,
             offset=rank() * len(out0) if gathers else 0,
         )
-        entering = key_set.entering(gather if gathers else None) if update else (None, None)
         if len(bank):
             bank.set_dim(out0.shape[1])
             if gathers:
                 bank.share(functools.partial(broadcast, device=out0.device))
             key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
-        return Call(key_set, features.trained, features.mixes, *entering)
+        return Call(key_set, features, update)
 
     @torch.no_grad()
     def _advance(self, call: Call) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
-        assert call.entering is not None
-        accepted = call.entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
+        entering, estimator = call.key_set.entering, call.key_set.estimator
+        accepted = entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
         if len(self.memory_bank):
-            enqueued = self.memory_bank.enqueue(call.entering, call.entering_estimators, accepted)
+            enqueued = self.memory_bank.enqueue(entering, estimator and estimator.entering, accepted)
             accepted = enqueued.accepted
             for observer in self.observers:
                 observer.enqueue(enqueued)

@@ -36,73 +36,84 @@ from slr_plugin.settings import Settings
 from slr_plugin.streaming import Diagonal, SoftmaxStats, softmax_stats
 
 
-def slr_objective(key_set: KeySet, trained: Tensor, mixes: Sequence[Mix], settings: Settings) -> tuple[Tensor, Labels]:
+def slr_objective(
+    key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings
+) -> tuple[Tensor, Labels]:
     """Compute equation (9), and the refined labels in it.
 
     Args:
         key_set: rows (r, d) and their keys.
-        trained: unit features of the (s, d) queries and, for each of c crops, of (s, d) mixed queries.
+        crops: (s, d) unit features of mixed queries, each.
         mixes: how each of the crops was mixed.
         settings: the numbers.
     """
     rows = key_set.rows
-    if not mixes:
-        stats, labels, targets = _compare(key_set, rows, settings)
+    if not crops:
+        stats, labels, targets = _compare(key_set, [rows], settings)
         own_keys = key_set.own_keys()
         losses = _own_key_added(stats.logsumexp_minus(_logits(rows, own_keys, settings)))
         if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
             losses = losses + settings.refined_weight * _logits(rows, own_keys - targets, settings)
         return losses.mean(), labels
-    if key_set.is_symmetric:  # mixed queries see other keys than the rows: a pass of their own
-        one_hot, _ = slr_objective(key_set, rows, (), settings.one_hot())
-        key_set, mixed = key_set.for_mixed(), trained[len(rows) // 2 :]
-        stats, labels, targets = _compare(key_set, mixed, settings, has_own=False)
-        refined = stats.logsumexp_minus(_logits(mixed, _mixed(targets, mixes), settings))
+    if key_set.mixed:  # they see other keys than the rows: a pass of their own
+        one_hot, _ = slr_objective(key_set, (), (), settings.one_hot())
+        stats, labels, targets = _compare(key_set.mixed, crops, settings, has_own=False)
+        refined = stats.logsumexp_minus(_mixed_logits(crops, targets, mixes, settings))
     else:
-        stats, labels, targets = _compare(key_set, trained, settings)
-        every_target = torch.cat([key_set.positives, _mixed(targets, mixes)])
-        losses = stats.logsumexp_minus(_logits(trained, every_target, settings))
-        losses, refined = torch.split(losses, [len(rows), len(losses) - len(rows)])
+        stats, labels, targets = _compare(key_set, [rows, *crops], settings)
+        own_logits = _logits(rows, key_set.positives, settings)
+        mixed_logits = _mixed_logits(crops, targets, mixes, settings)
+        losses = stats.logsumexp_minus(torch.cat([own_logits, mixed_logits]))
+        losses, refined = torch.split(losses, [len(own_logits), len(mixed_logits)])
         one_hot = _own_key_added(losses).mean()
     return torch.lerp(one_hot, refined.mean(), settings.refined_weight), labels
 
 
 def _compare(
-    key_set: KeySet, rows: Tensor, settings: Settings, has_own: bool = True
+    key_set: KeySet, parts: Sequence[Tensor], settings: Settings, has_own: bool = True
 ) -> tuple[SoftmaxStats, Labels, Tensor]:
     """The softmax statistics of rows over their keys, and the labels and target centroids of the key set's rows.
 
-    ``rows`` begins with those of the key set, whose own keys are left out, unless ``has_own`` is False. Mixed queries
-    follow, which see all keys.
+    ``parts`` begin with the key set's rows, whose own keys are left out, unless ``has_own`` is False. Mixed queries
+    follow, which see all keys. What estimates the labels depends on the key set:
+
+    ======================  ===========================================================================================
+    key set                 estimators, and the pass that compares them with the keys
+    ======================  ===========================================================================================
+    with positives alone    the positives, further rows of the one pass
+    both views              the rows: the pass itself, and at tau' below 1 a second one
+    with other features     these, in a pass of their own over their own keys, which averages the keys
+    ======================  ===========================================================================================
     """
     temperature, sharp = settings.temperature, settings.sharpening
     hidden = key_set.hidden() if has_own else []
     if not settings.refines:
-        stats = _pass(rows, key_set, temperature, hidden, settings)
-        return stats, refinery.one_hot(rows), key_set.positives
+        stats = _pass(parts, key_set, temperature, hidden, settings)
+        return stats, refinery.one_hot(stats.reference), key_set.positives
     if key_set.estimator is None and not key_set.is_symmetric:
         # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
-        both, hidden = torch.cat([rows, key_set.positives.detach() / sharp]), hidden + key_set.hidden(len(rows))
-        stats = _pass(both, key_set, temperature, hidden, settings, longest=1 / sharp)
-        stats, estimates = stats.split(len(rows))
+        count, estimators = sum(map(len, parts)), key_set.positives.detach() / sharp
+        hidden = hidden + key_set.hidden(count)
+        stats = _pass([*parts, estimators], key_set, temperature, hidden, settings, longest=1 / sharp)
+        stats, estimates = stats.split(count)
         return stats, *_refined(key_set.positives, estimates, settings)
-    stats = _pass(rows, key_set, temperature, hidden, settings)
+    stats = _pass(parts, key_set, temperature, hidden, settings)
     constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
     estimator = key_set.estimator
     if estimator is not None:
         estimating = estimator.own_keys()
-        estimates = _pass(estimating, estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
+        estimates = _pass([estimating], estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
         return stats, *_refined(key_set.own_keys(), estimates, settings, estimating)
     # Both views: a row is estimated by its other view, a row too, and so estimates the label of its other view.
     estimates = stats
     if sharp != 1 or isinstance(temperature, Tensor):
-        estimates = _pass(rows.detach(), key_set, constant * sharp, hidden, settings)
-    labels, targets = _refined(rows, estimates, settings)
-    return stats, labels, targets.roll(len(rows) // 2, 0)
+        estimates = _pass([key_set.rows.detach()], key_set, constant * sharp, hidden, settings)
+    labels, targets = _refined(key_set.rows, estimates, settings)
+    return stats, labels, targets.roll(len(key_set.positives), 0)
 
 
 def _pass(
-    rows: Tensor,
+    parts: Sequence[Tensor],
     key_set: KeySet,
     temperature: float | Tensor,
     hidden: list[Diagonal],
@@ -111,6 +122,7 @@ def _pass(
     values: KeySet | None = None,
 ) -> SoftmaxStats:
     """Pass over a key set with rows of at most the length ``longest``; averages its keys, or those of ``values``."""
+    rows = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     scale, bound = 1.0, math.inf
     if isinstance(temperature, Tensor):
         compared = rows / temperature
@@ -145,9 +157,13 @@ def _refined(
     return labels, labels.targets(own_keys, estimates.mean)
 
 
-def _mixed(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
-    """Equation (8) for labels, crop after crop."""
-    return torch.cat([targets[partner].lerp(targets, theta.to(targets)[:, None]) for theta, partner in mixes])
+def _mixed_logits(crops: Sequence[Tensor], targets: Tensor, mixes: Sequence[Mix], settings: Settings) -> Tensor:
+    """The logits of mixed queries with the targets that equation (8) mixes for them, crop after crop."""
+    logits = []
+    for crop, (theta, partner) in zip(crops, mixes, strict=True):
+        mixed_targets = targets[partner].lerp(targets, theta.to(targets)[:, None])
+        logits.append(_logits(crop, mixed_targets, settings))
+    return torch.cat(logits)
 
 
 def _own_key_added(others: Tensor) -> Tensor:

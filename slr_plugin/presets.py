@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,16 +80,4 @@ CIFAR10 = Preset(
 )
 
 # The paper does not state lambda for ImageNet; 0.5 is CIFAR-10's. It also reports 800 epochs.
-IMAGENET = Preset(
-    temperature=0.2,
-    sharpening=1.0,
-    confidence=(0.5, 10.0),
-    refined_weight=0.5,
-    kappa=0.1,
-    queue_size=65536,
-    batch_size=256,
-    learning_rate=0.03,
-    momentum=0.9,
-    weight_decay=1e-4,
-    epochs=200,
-)
+IMAGENET = replace(CIFAR10, sharpening=1.0, confidence=(0.5, 10.0), kappa=0.1, queue_size=65536, epochs=200)

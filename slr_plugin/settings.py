@@ -35,29 +35,7 @@ class Settings(NamedTuple):
 
 def check_setting(name: str, value: Any) -> Any:
     """Return the value as the loss keeps it, or raise ValueError or TypeError that names the setting."""
-    if name == "temperature":
-        return _checked_temperature(value)
-    if name == "confidence" and callable(value):
-        return value
-    if name == "confidence":
-        check_confidence(name, value)
-    elif name == "sharpening":
-        check_number(name, value)
-        if not 1e-8 <= value <= 1:
-            raise ValueError(
-                f"sharpening must be in {'(0, 1]' if value <= 0 or value > 1 else '[1e-8, 1]'}, got {value}"
-            )
-    elif name == "refined_weight":
-        check_number(name, value, low=0.0, high=1.0)
-    elif name == "chunk_size":
-        if value is None:
-            return value
-        check_integer(name, value, low=1)
-        return int(value)
-    else:
-        check_flag(name, value)
-        return value
-    return float(value)
+    return SETTINGS[name](name, value)
 
 
 class HasSettings(nn.Module):
@@ -71,23 +49,13 @@ class HasSettings(nn.Module):
     gather_distributed: bool
     symmetric: bool
     chunk_size: int | None
-    _NAMES = (
-        "temperature",
-        "sharpening",
-        "confidence",
-        "refined_weight",
-        "in_batch_keys",
-        "gather_distributed",
-        "symmetric",
-        "chunk_size",
-    )
     _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
     _refines = True
     _was_compiled = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
-        if name in self._NAMES:
+        if name in SETTINGS:
             value = check_setting(name, value)
             if name == "symmetric" and value and len(self.memory_bank):  # type: ignore[arg-type]
                 raise ValueError(
@@ -140,18 +108,60 @@ def as_scalar(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor
     return temperature.reshape(()).to(dtype) if isinstance(temperature, Tensor) else temperature
 
 
-def _checked_temperature(value: Any) -> float | Tensor:
+def _checked_temperature(name: str, value: Any) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.dtype.is_floating_point:
             raise ValueError(
-                f"temperature must be a number or a floating point tensor with one value, got {value.dtype} of shape "
+                f"{name} must be a number or a floating point tensor with one value, got {value.dtype} of shape "
                 f"{tuple(value.shape)}"
             )
         # Read on the CPU only: elsewhere it would wait for the device whenever it is assigned.
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            _checked_temperature(value.item())
+            _checked_temperature(name, value.item())
         return value
-    check_number("temperature", value)
+    check_number(name, value)
     if abs(value) < 1e-8:
-        raise ValueError(f"temperature must be at least 1e-8 in magnitude, got {value}")
+        raise ValueError(f"{name} must be at least 1e-8 in magnitude, got {value}")
     return float(value)
+
+
+def _checked_sharpening(name: str, value: Any) -> float:
+    check_number(name, value)
+    if not 1e-8 <= value <= 1:
+        raise ValueError(f"{name} must be in {'(0, 1]' if value <= 0 or value > 1 else '[1e-8, 1]'}, got {value}")
+    return float(value)
+
+
+def _checked_confidence(name: str, value: Any) -> Confidence:
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    check_confidence(name, value)
+    return float(value)
+
+
+def _checked_weight(name: str, value: Any) -> float:
+    check_number(name, value, low=0.0, high=1.0)
+    return float(value)
+
+
+def _checked_size(name: str, value: Any) -> int | None:
+    if value is not None:
+        check_integer(name, value, low=1)
+    return value and int(value)
+
+
+def _checked_flag(name: str, value: Any) -> bool:
+    check_flag(name, value)
+    return bool(value)
+
+
+SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": _checked_temperature,
+    "sharpening": _checked_sharpening,
+    "confidence": _checked_confidence,
+    "refined_weight": _checked_weight,
+    "in_batch_keys": _checked_flag,
+    "gather_distributed": _checked_flag,
+    "symmetric": _checked_flag,
+    "chunk_size": _checked_size,
+}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from _intra_op import intra_op_threads
 from torch import Tensor
 
 from slr_plugin import Mix, SLRLoss
@@ -21,10 +22,8 @@ INPUTS = ("out0", "out1", "mixed", "negatives")
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """On matrices this small threads only wait for each other, tenfold where the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with intra_op_threads(1):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------ the mathematics

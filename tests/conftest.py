@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from _intra_op import intra_op_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 if not torch.cuda.is_available():
@@ -20,10 +21,8 @@ collect_ignore = [
 @pytest.fixture
 def one_thread():
     """Small tensors: a second thread costs more than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with intra_op_threads(1):
+        yield
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _intra_op import intra_op_threads
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def test_busy_processes_end_when_the_measurement_fails():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a process there keeps the number of a parent that has ended")
 def test_busy_processes_end_when_the_measuring_process_dies():
-    script = "import os; from benchmarks import load; load.busy(1).__enter__(); os._exit(0)"
+    script = "import os; from benchmarks import load; busy = load.busy(1); busy.__enter__(); os._exit(0)"
     # Returns when the pipe is closed at every end: the busy process has inherited it.
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=True)
 
@@ -105,12 +106,12 @@ def test_memory_of_all_threads_counts():
 def test_memory_of_a_shared_loss_is_that_of_its_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
     monkeypatch.setattr(tiled, "CPU_TILE", (256, 1024))
-    step = contenders.contenders(Size(256, 4096, 8), "cpu")["SLRLoss, refinement"]
+    step = contenders.contenders(Size(768, 4096, 8), "cpu")["SLRLoss, refinement"]
     step()
     peaks = []
     for count in (1, 3):
-        monkeypatch.setattr(threads, "available", lambda count=count: count)
-        peaks.append(loss.peak_memory(step, "cpu"))
+        with intra_op_threads(count):
+            peaks.append(loss.peak_memory(step, "cpu"))
     # Two more threads need two more tiles, and beside them no more than some columns.
     assert peaks[1] - peaks[0] == pytest.approx(2 * 4 * 256 * 1024, rel=0.02)
 

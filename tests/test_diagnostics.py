@@ -353,12 +353,21 @@ def test_further_negatives_have_no_class(options):
     torch.testing.assert_close(monitor.measured[-1], label_quality(labels, rows, columns, own))
 
 
-def test_a_checkpointed_call_is_measured_once():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_call_is_measured_once(reentrant):
     criterion, monitor = watched(0)
     queries, keys = features(torch.arange(4))
     monitor.announce(torch.arange(4))
-    torch.utils.checkpoint.checkpoint(criterion, queries, keys, use_reentrant=False).backward()
+    torch.utils.checkpoint.checkpoint(criterion, queries, keys, use_reentrant=reentrant).backward()
     assert len(monitor.measured) == 1
+
+
+def test_the_classes_of_a_checkpointed_call_enter_with_its_keys():
+    criterion, monitor = watched(8)
+    queries, keys = features(torch.arange(4))
+    monitor.announce(torch.arange(4))
+    torch.utils.checkpoint.checkpoint(criterion, queries, keys, use_reentrant=True).backward()
+    assert monitor.queue_classes.tolist() == [0, 1, 2, 3, -1, -1, -1, -1]
 
 
 def test_measures_the_labels_that_mixed_queries_are_given():

@@ -119,7 +119,7 @@ def test_a_key_set_of_ones_own_may_leave_out_a_key_of_each_row():
     queries, positives, others, queue = (
         torch.nn.functional.normalize(torch.randn(n, 5, dtype=torch.float64), dim=1) for n in (6, 6, 6, 9)
     )
-    key_set = KeySet(queries, positives, others, queue, 0, (), left_out=(0,))
+    key_set = KeySet(queries, positives, others, 0, (), positives, left_out=(0,), queue=queue)
     settings = Settings(0.3, 0.7, 0.6, 2.0, refines=True)
-    loss, _ = slr_objective(key_set, queries, (), settings)
+    loss, _ = slr_objective(key_set, (), (), settings)
     torch.testing.assert_close(loss, dense.objective(key_set, [], [], settings), rtol=0, atol=1e-12)

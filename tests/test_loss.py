@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -242,6 +243,16 @@ def test_the_meta_device_takes_values_by_assignment(mode):
     criterion.load_state_dict(source.state_dict(), assign=True)
     criterion, source = (loss(features(seed=2), features(seed=3)) for loss in (criterion, copy.deepcopy(source)))
     assert torch.equal(criterion, source)
+
+
+def test_a_checkpoint_without_step_leaves_the_meta_device_to_to_empty(mode):
+    criterion, source = on_meta(mode), SLRLoss(0.2, **mode)
+    stored = {name: value for name, value in source.state_dict().items() if name != "step"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # only a schedule warns
+        criterion.load_state_dict(stored, assign=True)
+    with pytest.raises(RuntimeError, match=r"meta device.*to_empty"):
+        criterion(features(), features(seed=1))
 
 
 def test_parameters_can_be_reset(mode):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from _intra_op import intra_op_threads
 from _streaming import HIDDEN, dense, parts
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,10 +22,8 @@ def threads(request, monkeypatch):
     """How many threads share every pass, however small."""
     monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
     monkeypatch.setattr(tiled, "LEAST_HEIGHT", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with intra_op_threads(request.param):
+        yield request.param
 
 
 def tensors(rows=9, keys=14, queue=11, dim=3):

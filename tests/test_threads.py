@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from _intra_op import intra_op_threads
 
 from slr_plugin import SLRLoss
 from slr_plugin.streaming import threads, tiled
@@ -19,10 +20,8 @@ from slr_plugin.streaming import threads, tiled
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with intra_op_threads(2):
+        yield
 
 
 def shared_loss(seed=0):
@@ -50,9 +49,9 @@ def test_a_number_of_threads_gives_one_result_and_all_agree(two_threads):
     shared = shared_loss()
     for again, first in zip(shared_loss(), shared, strict=True):
         assert torch.equal(again, first)
-    torch.set_num_threads(1)
-    for alone, together in zip(shared_loss(), shared, strict=True):
-        torch.testing.assert_close(alone, together)
+    with intra_op_threads(1):
+        for alone, together in zip(shared_loss(), shared, strict=True):
+            torch.testing.assert_close(alone, together)
 
 
 def test_everybody_keeps_their_number_of_threads(two_threads):
@@ -72,10 +71,8 @@ def test_shares_have_one_intra_op_thread(two_threads):
 
 def test_one_thread_is_the_callers_own(monkeypatch):
     monkeypatch.setattr(threads, "ThreadPoolExecutor", None)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    shared_loss()
-    torch.set_num_threads(before)
+    with intra_op_threads(1):
+        shared_loss()
 
 
 def test_several_callers_at_once_get_what_each_gets_alone(two_threads):
@@ -124,8 +121,10 @@ def test_a_forked_process_makes_threads_of_its_own():
     child = os.fork()
     if child == 0:
         found = []
-        threads.run([lambda: found.append(1)] * 2)
-        os._exit(0 if len(found) == 2 else 1)
+        try:
+            threads.run([lambda: found.append(1)] * 2)
+        finally:
+            os._exit(0 if len(found) == 2 else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 

@@ -294,9 +294,9 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
     """The options, for JSON."""
 
     def text(value: Any) -> Any:
-        return (
-            [str(one) for one in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
-        )
+        if isinstance(value, list):
+            return [text(one) for one in value]
+        return str(value) if isinstance(value, Path) else value
 
     return {name: text(value) for name, value in vars(args).items()}
 

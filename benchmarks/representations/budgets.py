@@ -87,19 +87,14 @@ GPU = Budget(
     strong_group=256,
 )
 # Fashion-MNIST: 1,560 steps.
-FASHION = Budget(
+FASHION = replace(
+    CPU,
     encoder=three_layers,
-    feature_dim=128,
     side=28,
     train_images=10000,
     test_images=None,
     epochs=20,
-    batch_size=128,
     queue_size=4096,
-    evaluations=4,
-    threads=1,
-    keeps_views=True,
-    strong_group=8,
     channels=1,
     rates=(0.02, 0.06, 0.18),
 )

@@ -6,6 +6,7 @@ activation checkpointing can save.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import warnings
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr_plugin.streaming import tiled
 from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
 
-# The backend where none is asked for: "tiled", or "triton" wherever its kernels can.
+BACKENDS = ("tiled", "triton")  # modules beside this one, with ``forward`` and ``keys_backward``
+# The one where none is asked for: "tiled", or "triton" wherever its kernels can.
 DEFAULT_BACKEND = "triton" if os.environ.get("SLR_PLUGIN_FUSED") == "1" else "tiled"
 WIDEST_TRITON = 256  # dimensions that the registers of a GPU hold
 
@@ -87,7 +88,7 @@ def softmax_stats(
 
 def resolve(backend: str | None, rows: Tensor, dim: int, chunk_size: int | None) -> str:
     """Choose the backend that computes a pass over at most ``dim`` dimensions."""
-    if backend not in (None, "tiled", "triton"):
+    if backend not in (None, *BACKENDS):
         raise ValueError(f'backend must be "tiled", "triton" or None, got {backend!r}')
     if backend == "triton" and dim > WIDEST_TRITON:
         raise ValueError(f'backend="triton" takes at most {WIDEST_TRITON} dimensions, got {dim}; pass backend="tiled"')
@@ -197,8 +198,5 @@ def _planned(plan: Sequence[Any]) -> Plan:
 
 
 def _backend(plan: Sequence[Any]) -> ModuleType:
-    if plan[-1] == "tiled":
-        return tiled
-    from slr_plugin.streaming import triton  # torch brings Triton along on Linux; elsewhere there may be none
-
-    return triton
+    # Imported when it is used: torch brings Triton along on Linux, elsewhere there may be none.
+    return importlib.import_module(f"slr_plugin.streaming.{plan[-1]}")

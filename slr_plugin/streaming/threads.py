@@ -16,11 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 Task = Callable[[], None]
-
-
-def available() -> int:
-    """The number of threads that the caller lets torch use."""
-    return torch.get_num_threads()
+START_SECONDS = 30  # within which the threads have to start
 
 
 def run(tasks: Sequence[Task]) -> None:
@@ -57,36 +53,43 @@ class Pool:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew: a forked process has none of its parent's threads, and perhaps a lock that nobody will open."""
+        """Start anew: a forked process has none of its parent's threads, and perhaps a lock that one of them held."""
         self.executor: ThreadPoolExecutor | None = None
         self.size = 0
         self.lock = threading.Lock()
 
     def of(self, size: int) -> ThreadPoolExecutor:
-        """At least ``size`` threads, all of them started; raises RuntimeError if they cannot be."""
+        """At least ``size`` threads, all of them started and prepared; raises RuntimeError if they cannot be."""
         with self.lock:
             if self.executor is None or self.size < size:
-                executor, go = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread), threading.Event()
+                executor = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread)
+                everyone = threading.Barrier(size + 1, timeout=START_SECONDS)
                 try:
                     for _ in range(size):  # each waits, so that the next one gets a thread of its own
-                        executor.submit(go.wait)
-                finally:
-                    go.set()
+                        executor.submit(everyone.wait)
+                    everyone.wait()  # BrokenBarrierError, which is a RuntimeError, if one does not come
+                except RuntimeError:
+                    everyone.abort()
+                    raise
                 self.executor, self.size = executor, size
             return self.executor
+
+
+_preparing = threading.Lock()
 
 
 def _prepare_thread() -> None:
     """Give this thread one intra-op thread, and leave what torch gives to other threads as it was.
 
-    ``torch.set_num_threads`` sets the number of the calling thread, and the number with which threads begin that have
-    not used torch yet. The latter is put back by a thread that ends at once.
+    ``torch.set_num_threads`` sets the number of the calling thread and the default of new threads. The latter is put
+    back by a thread that ends at once; one thread at a time is prepared, or it would read what another one has set.
     """
-    beginners = torch.get_num_threads()
-    torch.set_num_threads(1)
-    restorer = threading.Thread(target=torch.set_num_threads, args=(beginners,))
-    restorer.start()
-    restorer.join()
+    with _preparing:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restorer.start()
+        restorer.join()
 
 
 pool = Pool()

@@ -38,19 +38,6 @@ LN2 = math.log(2)
 SAFE_BITS = 32
 
 
-class Block(NamedTuple):
-    """Consecutive keys of one source, ready for products."""
-
-    first: int  # the number of its first key among all keys
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def of(cls, here: slice, keys: Tensor, values: Tensor) -> Block:
-        """A block of keys as they are."""
-        return cls(here.start, keys[here], values[here])
-
-
 class Tiling(NamedTuple):
     """How a pass is cut into tiles, and the memory of one tile for each thread that computes a share of it.
 
@@ -63,16 +50,20 @@ class Tiling(NamedTuple):
     tiles: list[Tensor]
 
     @classmethod
-    def of(cls, rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool) -> Tiling:
-        """Choose by device, and by the size of the pass."""
+    def of(cls, rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool, shares_rows: bool) -> Tiling:
+        """Choose by device, and by the size of the pass, whose rows are shared among threads or whose keys are."""
         on_cpu = rows.device.type == "cpu"
         pairs = len(rows) * sum(len(source.keys) for source in sources)
-        count = threads.available() if on_cpu and pairs >= SHARED_PAIRS else 1
+        count = torch.get_num_threads() if on_cpu and pairs >= SHARED_PAIRS else 1
         height, width = CPU_TILE if on_cpu else ACCELERATOR_TILE
         height, width = max(height // count, min(height, LEAST_HEIGHT)), chunk or width
         if mirrored:
             width = height
         longest = max(len(source.keys) for source in sources)
+        if not mirrored and shares_rows:
+            height = min(height, -(-len(rows) // count))
+        elif not mirrored:
+            width = min(width, -(-longest // count))
         height, width = max(1, min(height, len(rows))), max(1, min(width, longest))
         return cls(height, width, [rows.new_empty(height * width) for _ in range(count)])
 
@@ -134,7 +125,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     scale, bound, hidden, symmetric, chunk = plan
     bounded = bound / LN2 <= SAFE_BITS
     mirrored = symmetric and bounded and not chunk
-    tiling = Tiling.of(rows, sources, chunk, mirrored)
+    tiling = Tiling.of(rows, sources, chunk, mirrored, shares_rows=True)
     count, values = len(rows), sources[0].values
     sums = Sums(
         rows.new_full((count, 1), 0.0 if bounded else -torch.inf),
@@ -145,17 +136,17 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     low = (rows * (scale / LN2)).bfloat16() if sources[-1].may_be_low and uses_bfloat16(rows) else rows
 
     def add_keys(tile: Tensor, share: slice) -> None:
-        for block in _blocks(sources, tiling.width, rows, low.dtype):
-            left = rows if block.keys.dtype == rows.dtype else low
+        for left, block, averaged in _blocks(sources, tiling.width, rows, low.dtype):
+            compared = rows if block.dtype == rows.dtype else low
             for here in _slices(share, tiling.height):
-                logits = _logits(left[here], block, scale, tile, here.start, hidden)
+                logits = _logits(compared[here], block, scale, tile, here.start, left, hidden)
                 part = sums.at(here)
                 if not bounded:
                     part.raise_shift(logits)
-                part.add(logits.exp2_(), block.values)
+                part.add(logits.exp2_(), averaged)
 
     def add_each_other(tile: Tensor, here: slice, there: slice) -> None:
-        weights = _logits(rows[here], Block.of(there, rows, values), scale, tile, here.start, hidden).exp2_()
+        weights = _logits(rows[here], rows[there], scale, tile, here.start, there.start, hidden).exp2_()
         sums.at(here).add(weights, values[there])
         if here != there:
             sums.at(there).add(weights.T, values[here])
@@ -178,13 +169,13 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     scale, bound, hidden, symmetric, chunk = plan
     bounded = bound / LN2 <= SAFE_BITS
     mirrored = symmetric and bounded and not chunk
-    tiling = Tiling.of(rows, [Source(keys, keys)], chunk, mirrored)
+    tiling = Tiling.of(rows, [Source(keys, keys)], chunk, mirrored, shares_rows=False)
     shift = logsumexp[:, None] / LN2
     values = row_values * (-shift).exp2() if bounded else row_values
     gradient = row_values.new_zeros(len(keys), row_values.shape[1])
 
     def weights_of(tile: Tensor, here: slice, there: slice) -> Tensor:
-        weights = _logits(rows[here], Block.of(there, keys, keys), scale, tile, here.start, hidden)
+        weights = _logits(rows[here], keys[there], scale, tile, here.start, there.start, hidden)
         if not bounded:
             weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
         return weights.exp2_()
@@ -207,36 +198,43 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     return gradient
 
 
-def _logits(rows: Tensor, block: Block, scale: float, tile: Tensor, top: int, hidden: Sequence[Diagonal]) -> Tensor:
-    """Logits in bits of rows ``top ..`` with a block, in a tile's memory; minus infinity where hidden.
+def _logits(
+    rows: Tensor, keys: Tensor, scale: float, tile: Tensor, top: int, left: int, hidden: Sequence[Diagonal]
+) -> Tensor:
+    """Logits in bits of rows ``top ..`` with keys ``left ..``, in a tile's memory; minus infinity where hidden.
 
     Rows in bfloat16 are scaled already.
     """
-    height, width = len(rows), len(block.keys)
+    height, width = len(rows), len(keys)
     logits = tile[: height * width].view(height, width)
     if rows.dtype == tile.dtype:
-        torch.addmm(logits, rows, block.keys.T, beta=0, alpha=scale / LN2, out=logits)
+        torch.addmm(logits, rows, keys.T, beta=0, alpha=scale / LN2, out=logits)
     else:
-        logits.copy_(rows @ block.keys.T)
+        logits.copy_(rows @ keys.T)
     for row, key, length in hidden:
         # The part of the diagonal (row + t, key + t), t < length, inside this tile.
-        start = max(top - row, block.first - key, 0)
-        stop = min(top + height - row, block.first + width - key, length)
+        start = max(top - row, left - key, 0)
+        stop = min(top + height - row, left + width - key, length)
         if start < stop:
-            corner = logits[row + start - top :, key + start - block.first :]
+            corner = logits[row + start - top :, key + start - left :]
             corner.diagonal()[: stop - start].fill_(-torch.inf)
     return logits
 
 
-def _blocks(sources: Sequence[Source], width: int, like: Tensor, low: torch.dtype) -> Iterator[Block]:
-    """The keys of all sources in blocks, on the device and in the dtype of ``like``, or ``low`` where that may be."""
+def _blocks(
+    sources: Sequence[Source], width: int, like: Tensor, low: torch.dtype
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """All keys in blocks: the number of the first among all, the keys, their values.
+
+    They come on the device and in the dtype of ``like``, or ``low`` where that may be.
+    """
     first = 0
     for keys, values, may_be_low in sources:
         dtype = low if may_be_low else like.dtype
         for here in _slices(slice(0, len(keys)), width):
             block = keys[here].to(like.device, dtype)
             averaged = block if values is keys else values[here].to(like.device, dtype)
-            yield Block(first + here.start, block, averaged)
+            yield first + here.start, block, averaged
         first += len(keys)
 
 
