@@ -34,6 +34,9 @@ test-neighbours: $(NEIGHBOURS)/.ready ## Run pytorch-metric-learning's (METRIC_L
 	PYTHONPATH=.ci SPT_CACHE_DIR=$(abspath $(NEIGHBOURS))/cache $(NEIGHBOURS)/bin/python -m pytest -p stable_pretraining_substitute -o addopts= -W default --pyargs stable_pretraining.tests.regression.test_methods
 	$(NEIGHBOURS)/bin/python -m pytest tests/test_pytorch_metric_learning.py tests/test_stable_pretraining.py tests/test_sentence_transformers.py tests/test_neighbours.py
 
+docs: $(VENV)/.dev ## Build the documentation into docs/_build/html, offline; a warning or a link that leads nowhere fails
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
+
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,7 +51,7 @@ wheel: $(VENV)/.dev ## Build and check sdist and wheel into dist/
 	$(BIN)/twine check --strict dist/*
 
 clean: ## Remove the environments and everything built
-	rm -rf $(VENV) $(NEIGHBOURS) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEIGHBOURS) build dist docs/_build docs/_generated outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What .dev installs holds what .demo does.
 $(VENV)/.demo: pyproject.toml setup.cfg
@@ -69,5 +72,5 @@ $(NEIGHBOURS)/.ready: pyproject.toml setup.cfg
 	$(NEIGHBOURS)/bin/pip install --quiet --editable ".[lightly,metric-learning,stable-pretraining,sentence-transformers]" pytest accelerate open_clip_torch selfeeg
 	touch $@
 
-.PHONY: help demo matrix test test-lightly test-solo test-neighbours lint bench wheel clean
+.PHONY: help demo matrix test test-lightly test-solo test-neighbours docs lint bench wheel clean
 .DEFAULT_GOAL := help

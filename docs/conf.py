@@ -28,6 +28,7 @@ extensions = [
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
+nitpick_ignore_regex = [("py:class", ".*")]  # types of torch and others have their pages elsewhere
 suppress_warnings = ["myst.header"]  # the included results begin with headings of their own
 
 html_theme = "furo"

@@ -51,7 +51,7 @@ class SLRLoss(HasSettings):
 
     with λ ``refined_weight`` and τ ``temperature``. Without mixed queries the second term is CE(queries, refined
     labels). A refined label moves weight from the query's own positive to the keys that the positive itself resembles
-    (:mod:`slr_plugin.refinery`), the more the larger ``confidence`` is. Without a queue the loss is symmetric in its
+    (``slr_plugin.refinery``), the more the larger ``confidence`` is. Without a queue the loss is symmetric in its
     two views, both of which may be trained. Labels carry no gradient. Time is about that of two products of all rows
     with all keys, memory O(s d): neither logits nor labels are ever stored.
 

@@ -24,7 +24,7 @@ def register(methods: MutableMapping[str, dict[str, Any]], names: Iterable[str] 
 
     Args:
         methods: changed in place: ``methods[name] = {"model": SANE, "transform": ...}``.
-        names: which of :data:`VARIANTS`.
+        names: which of ``sane``, ``sane_single``, ``sane_multi``, and each of them with ``_strong``.
 
     Raises:
         ValueError: an unknown name.
