@@ -25,7 +25,8 @@ STYLES = {
 
 def matrix(*, queue: int = 0, negatives: int = 0, **settings: bool) -> torch.Tensor:
     """Who is whose negative, asked of the loss: with full confidence a label is 0 only on keys that a row is not
-    compared with, and without any it is 1 on the own positive."""
+    compared with, and without any it is 1 on the own positive.
+    """
     torch.manual_seed(0)
     criterion = SLRLoss(0.5, (queue, 8) if queue else 0, **settings)
     arguments = torch.randn(SIZE, 8), torch.randn(SIZE, 8)
@@ -85,7 +86,9 @@ def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list
         axes.axhline(line - 0.5, linewidth=1)
     for line in range(len(columns) + 1):
         axes.axvline(line - 0.5, linewidth=1)
-    handles = [Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in sorted(set(cells.flatten().tolist()))]
+    handles = [
+        Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in sorted(set(cells.flatten().tolist()))
+    ]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
@@ -110,7 +113,9 @@ def draw(folder: Path) -> None:
         "labels-gradients": labels("fashion", "sharp-gradients"),
     }
     for style, look in STYLES.items():
-        ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), look["ink"])
+        ink = dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), look["ink"]
+        )
         settings = ink | {
             "figure.facecolor": "none",
             "axes.facecolor": "none",

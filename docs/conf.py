@@ -37,6 +37,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
 
 # The frameworks of the adapters need not be installed to read the adapters' docstrings.
@@ -102,10 +103,12 @@ def expanded(text: str, source: Path, page: Path) -> str:
 
 
 def expand_page(app: Any, docname: str, source: list[str]) -> None:
+    """Give Sphinx the page with what it includes."""
     page = DOCS / f"{docname}.md"
     source[0] = expanded(source[0], page, page)
 
 
 def setup(app: Any) -> None:
+    """Draw the figures first, and expand every page when it is read."""
     app.connect("source-read", expand_page)
     app.connect("builder-inited", lambda _: _figures.draw(DOCS / "_generated"))

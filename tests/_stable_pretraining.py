@@ -135,7 +135,7 @@ def main(record, kill_at, checkpoint=None):
 
 
 def from_yaml(config, checkpoint=None):
-    """What ``spt run`` is meant to do, as in examples/neighbours.md."""
+    """What ``spt run`` is meant to do, as on the page of stable-pretraining."""
     config = OmegaConf.load(config)
     parts = recursive_instantiate({"module": config.module, "data": config.data})
     spt.Manager(trainer=config.trainer, **parts, seed=config.seed, ckpt_path=checkpoint, weights_only=False)()

@@ -1,0 +1,94 @@
+"""The README and the pages in docs/: their Python runs, their commands exist, their links lead somewhere."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+if not PAGES[0].is_file():
+    pytest.skip("installed without the repository", allow_module_level=True)
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+LINKS = [(page, link) for page, text in TEXTS.items() for link in set(re.findall(r"\]\((?!http|#)([^)#]+)", text))]
+START = "literalinclude} _start.py"
+# What the configuration on the page of stable-pretraining leaves to its user.
+RUN = """
+seed: 0
+trainer:
+  _target_: lightning.Trainer
+  accelerator: cpu
+  max_steps: 2
+  limit_val_batches: 0
+  enable_progress_bar: false
+data:
+  _target_: stable_pretraining.data.DataModule
+  train: {batch_size: 8, dataset: {_target_: _stable_pretraining.Views, shape: [3, 32, 32]}}
+  val: {batch_size: 8, dataset: {_target_: _stable_pretraining.Views, count: 1, shape: [3, 32, 32]}}
+"""
+
+
+def blocks(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", TEXTS[page], flags=re.DOTALL)
+
+
+def missing(code):
+    """The packages that a block imports and that are not installed."""
+    for module in re.findall(r"^(?:from|import) ([\w.]+)", code, flags=re.MULTILINE):
+        if module.startswith("slr_plugin.adapters."):
+            framework = {"pytorch_metric_learning", "stable_pretraining", "sentence_transformers", "lightly"}
+            module = next((name for name in framework if name in module), "slr_plugin")
+        package = module.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            yield package
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks'
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, one_thread):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPT_CACHE_DIR", str(tmp_path / "cache"))
+    for text in blocks(page, "yaml"):
+        Path("config.yaml").write_text(text + RUN)
+    torch.manual_seed(0)
+    names, absent = {}, set()
+    start = [(page.parent / "_start.py").read_text()] if START in TEXTS[page] else []
+    for block in [*start, *blocks(page)]:
+        absent |= set(missing(block))
+        if not absent or not list(missing(block)):
+            try:
+                exec(compile(block, page.name, "exec"), names)
+            except NameError:  # of a block that was left out
+                if not absent:
+                    raise
+    if "loss" in names:
+        assert names["loss"].isfinite()
+    if absent:
+        pytest.skip(f"not installed: {', '.join(sorted(absent))}")
+
+
+def test_the_readmes_whole_method_advances_and_says_what_it_found(capsys):
+    names = {}
+    for block in blocks(PAGES[0]):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["criterion"].step == 1
+    assert "labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: str(getattr(value, "name", value)))
+def test_links_lead_somewhere(page, link):
+    assert (page.parent / link).exists()
+
+
+COMMANDS = sorted({name for text in TEXTS.values() for name in re.findall(r"python -m ([\w.]+)", text)})
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_exist(module):
+    if module in ("pip", "venv", "build", "pytest"):
+        return
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.submodule_search_locations is None or importlib.util.find_spec(f"{module}.__main__") is not None
