@@ -20,7 +20,7 @@ RESULTS = (ROOT / "RESULTS.md").read_text()
 
 def test_the_tables_are_those_of_the_records():
     tables = {}
-    for budget in ("cpu", "fashion"):
+    for budget in ("cpu", "fashion", "few"):
         found = harness.records(ROOT / "results" / "representations" / budget)
         tables |= {f"{budget}/{name}": text for name, text in report.sections(found, budget).items()}
     assert set(re.findall(r"<!-- table: (\S+) -->", RESULTS)) == set(tables)

@@ -54,16 +54,17 @@ def run(
     rates = BUDGETS[budget].rates
     work = functools.partial(_work, budget=budget, data=data, device=device, results=results, cache=cache)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        tuning = [Run(*triple, held_out=True) for triple in itertools.product(methods, range(TUNING_SEEDS), rates)]
-        _finish(tuning, pool, work, results)
+        if len(rates) > 1:
+            tuning = [Run(*triple, held_out=True) for triple in itertools.product(methods, range(TUNING_SEEDS), rates)]
+            _finish(tuning, pool, work, results)
         best = {method: best_rate(method, rates, results) for method in methods}
         _finish([Run(method, seed, best[method]) for seed in range(seeds) for method in methods], pool, work, results)
 
 
 def best_rate(method: str, rates: Sequence[float], results: Path) -> float | None:
     """The learning rate with the best mean of kNN and linear accuracy on held-out training images."""
-    if not rates:
-        return None
+    if len(rates) < 2:
+        return rates[0] if rates else None
 
     def score(rate: float) -> float:
         runs = [Run(method, seed, rate, held_out=True).path(results).read_text() for seed in range(TUNING_SEEDS)]

@@ -200,6 +200,9 @@ METHODS: dict[str, Method] = {
         )
         for name, text in FEATURE_WORDS.items()
     },
+    # Where the queue holds the query's own earlier keys.
+    "one-hot-short": _slr("one-hot labels, a queue of 512", False, ONE_HOT | {"memory_bank_size": (512, DIM)}),
+    "sharp": _slr("tau' 0.25, mu 0.5 to 10, lambda 1", False, SHARP | {"refined_weight": 1.0}),
     "supervised": Method("cross-entropy with the classes", lambda setup: Supervised(), TRAINED),
     "oracle-flat-1.0-all": _oracle(1.0, CIFAR10.sharpening, own_weight=0.0),
 }

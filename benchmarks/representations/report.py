@@ -143,6 +143,12 @@ STUDIES = {
         ),
         budgets=("fashion",),
     ),
+    "few": Study(
+        "A queue longer than the data set",
+        "one-hot",
+        ("one-hot", "one-hot-short", "p+q", "sharp"),
+        budgets=("few",),
+    ),
 }
 
 
