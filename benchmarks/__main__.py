@@ -89,7 +89,7 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
     add("--jobs", type=int, help="runs at a time (default: one per CPU core, or one on a GPU)")
     add("--results", type=Path, default=Path("results/representations"), help="records (default: %(default)s)")
     add("--cache", type=Path, default=Path("outputs/views"), help="for views, 2 GB a seed (default: %(default)s)")
-    add("--document", type=Path, help="Markdown file whose marked tables are replaced, see report.fill")
+    add("--documents", type=Path, nargs="+", default=[], help="Markdown files whose marked tables are replaced")
     add("--only-report", action="store_true", help="train nothing, draw what there is")
 
     def run(args: argparse.Namespace) -> None:
@@ -105,12 +105,10 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
             jobs = args.jobs or (1 if args.device != "cpu" else os.cpu_count() or 1)
             harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
         print(report.write(results))
-        if args.document:
-            tables = report.sections(harness.records(results), args.budget)
-            filled = report.fill(
-                args.document.read_text(), {f"{args.budget}/{name}": text for name, text in tables.items()}
-            )
-            args.document.write_text(filled)
+        tables = report.sections(harness.records(results), args.budget)
+        marked = {f"{args.budget}/{name}": text for name, text in tables.items()}
+        for document in args.documents:
+            document.write_text(report.fill(document.read_text(), marked))
 
     parser.set_defaults(run=run)
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.representations import harness, report
 
-RESULTS = (ROOT / "RESULTS.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "RESULTS.md", ROOT / "results" / "representations" / "README.md")}
 
 
 def test_the_tables_are_those_of_the_records():
@@ -23,10 +23,11 @@ def test_the_tables_are_those_of_the_records():
     for budget in ("cpu", "fashion", "few"):
         found = harness.records(ROOT / "results" / "representations" / budget)
         tables |= {f"{budget}/{name}": text for name, text in report.sections(found, budget).items()}
-    assert set(re.findall(r"<!-- table: (\S+) -->", RESULTS)) == set(tables)
-    assert report.fill(RESULTS, tables) == RESULTS, (
-        "run: python -m benchmarks representations --only-report --document RESULTS.md"
-    )
+    assert sorted(re.findall(r"<!-- table: (\S+) -->", "".join(PAGES.values()))) == sorted(tables)
+    for path, text in PAGES.items():
+        assert report.fill(text, tables) == text, (
+            f"run: python -m benchmarks representations --only-report --documents {path.relative_to(ROOT)}"
+        )
 
 
 def test_fill_replaces_what_is_between_the_marks_only():

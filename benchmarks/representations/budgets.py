@@ -98,8 +98,8 @@ FASHION = replace(
     channels=1,
     rates=(0.02, 0.06, 0.18),
 )
-# 1,000 of these images, of each of which the queue of 4,096 holds some four earlier keys; 1,561 steps. The learning rate
-# is what every method with a queue chose with 10,000 images.
+# 1,000 of these images, of each of which the queue of 4,096 holds some four earlier keys; 1,561 steps. The learning
+# rate is what every method with a queue chose with 10,000 images.
 FEW = replace(FASHION, train_images=1000, epochs=223, rates=(0.06,))
 # For the tests of the harness: seconds, and no result.
 SMOKE = replace(CPU, train_images=96, test_images=64, epochs=2, batch_size=32, queue_size=64, evaluations=2)
