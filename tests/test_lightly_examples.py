@@ -37,7 +37,7 @@ def options(folder, epochs=2):
     return ["--data", str(folder), "--epochs", str(epochs), "--batch-size", "16", "--workers", "0"]
 
 
-@pytest.mark.parametrize("name", ["lightly_moco", "lightly_simclr"])
+@pytest.mark.parametrize("name", ["lightly_moco", "lightly_simclr", "lightly_byol"])
 def test_plain_pytorch(name, folder, capsys):
     importlib.import_module(name).main(options(folder))
     losses = re.findall(r"epoch (\d): mean loss (\S+)", capsys.readouterr().out)

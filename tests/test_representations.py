@@ -14,6 +14,7 @@ from scipy import stats
 for package in ("lightly", "kornia", "sklearn", "matplotlib"):
     pytest.importorskip(package, reason='pip install "slr-plugin[dev]"')
 
+import lightly.loss
 from _digits import write_digits
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.representations import baselines, data, estimators, harness, objectives, report, training
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.methods import METHODS
-from slr_plugin import CosineConfidence, Mix, SLRLoss, dense
+from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss, dense
 
 SMOKE = BUDGETS["smoke"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,6 +137,50 @@ def stats_kl(a, b):
     return (a * (a / b).log()).sum()
 
 
+@pytest.fixture
+def bootstrap():
+    """BYOL around a network of one layer, and a batch of four vectors."""
+
+    def build(**options):
+        torch.manual_seed(0)
+        online = torch.nn.Linear(6, objectives.DIM)
+        objective = objectives.Bootstrap(**options)
+        objective.start(online)
+        torch.nn.init.normal_(objective.target.weight)
+        batch = data.Batch(*torch.randn(2, 4, 6), None, torch.arange(4), torch.arange(4))
+        return objective, online, batch
+
+    return build
+
+
+def test_byol_is_lightlys_loss_in_both_directions(bootstrap):
+    objective, online, batch = bootstrap()
+    distance, predict = lightly.loss.NegativeCosineSimilarity(), objective.prediction_head
+    p0, p1 = predict(online(batch.query)), predict(online(batch.key))
+    z0, z1 = objective.target(batch.query), objective.target(batch.key)
+    torch.testing.assert_close(objective(online, batch), (distance(p0, z1) + distance(p1, z0)) / 2)
+
+
+def test_a_mixed_query_of_byol_approaches_both_targets_by_their_shares(bootstrap):
+    mixup = MomentumMixup(2.0, generator=torch.Generator().manual_seed(1))
+    objective, online, batch = bootstrap(mixup=mixup)
+    plain = bootstrap()[0](online, batch)
+    images, (theta, partner) = MomentumMixup(2.0, generator=torch.Generator().manual_seed(1))(batch.query, batch.key)
+    predictions, targets = objective.prediction_head(online(images)), objective.target(batch.key)
+    cosines = [F.cosine_similarity(predictions, to) for to in (targets, targets[partner])]
+    mixed = -(theta * cosines[0] + (1 - theta) * cosines[1]).mean()
+    torch.testing.assert_close(objective(online, batch), (plain + mixed) / 2)
+
+
+def test_alike_images_of_byol_share_a_target(bootstrap):
+    objective, _, batch = bootstrap(alike=0.9)
+    view = torch.stack([batch.query[0], 1.01 * batch.query[0] + 0.01, *batch.query[1:3]])
+    unit, targets = F.normalize(objective.target(view)), objective.targets(view)
+    torch.testing.assert_close(targets[0], F.normalize(unit[0] + unit[1], dim=0))
+    torch.testing.assert_close(targets[0], targets[1])
+    torch.testing.assert_close(targets[2:], unit[2:])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name, images, tmp_path):
     record = training.train(name, 0, SMOKE, *images, tmp_path)
@@ -144,7 +189,9 @@ def test_every_method_trains(name, images, tmp_path):
     assert 0 <= record["knn"] <= 100
     assert 0 <= record["linear"] <= 100
     soft_labels = bool(record["labels"]) and record["labels"][-1]["own"] < 0.999
-    one_hot = name.startswith(("moco", "simclr", "dcl", "nnclr", "co2", "one-hot", "mm", "vanilla", "supervised"))
+    one_hot = name.startswith(
+        ("byol", "moco", "simclr", "dcl", "nnclr", "co2", "one-hot", "mm", "vanilla", "supervised")
+    )
     one_hot &= not name.endswith(("p+q", "sane")) and "whole" not in name
     assert soft_labels != one_hot
     json.dumps(record)

@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks.representations import baselines
 from benchmarks.representations.objectives import (
     DIM,
+    Bootstrap,
     Momentum,
     NearestNeighbour,
     Objective,
@@ -28,6 +29,7 @@ FORWARD, TRAINED = 1, 3
 PLAIN = TRAINED + FORWARD
 MIXED = 2 * TRAINED + FORWARD
 TWO_VIEWS = 2 * TRAINED
+BOOTSTRAP = TWO_VIEWS + 2 * FORWARD
 COLD = 0.1  # lightly's temperature for DCL, half the paper's
 
 STRONG = ("query", "key", "strong")
@@ -203,6 +205,23 @@ METHODS: dict[str, Method] = {
     # Where the queue holds the query's own earlier keys.
     "one-hot-short": _slr("one-hot labels, a queue of 512", False, ONE_HOT | {"memory_bank_size": (512, DIM)}),
     "sharp": _slr("tau' 0.25, mu 0.5 to 10, lambda 1", False, SHARP | {"refined_weight": 1.0}),
+    # Momentum mixup and a pull towards alike images in BYOL.
+    "byol": Method("BYOL", lambda setup: Bootstrap(), BOOTSTRAP),
+    "byol-longer": Method(
+        "the same, as many passes as with mixup",
+        lambda setup: Bootstrap(),
+        BOOTSTRAP,
+        stretch=(BOOTSTRAP + TRAINED) / BOOTSTRAP,
+    ),
+    "byol-mm": Method(
+        "BYOL, momentum mixup", lambda setup: Bootstrap(CIFAR10.mixup(setup.mixing)), BOOTSTRAP + TRAINED
+    ),
+    "byol-alike": Method(
+        "BYOL, alike images (cosine above 0.9) pulled together", lambda setup: Bootstrap(alike=0.9), BOOTSTRAP
+    ),
+    "byol-mm-alike": Method(
+        "BYOL, both", lambda setup: Bootstrap(CIFAR10.mixup(setup.mixing), 0.9), BOOTSTRAP + TRAINED
+    ),
     "supervised": Method("cross-entropy with the classes", lambda setup: Supervised(), TRAINED),
     "oracle-flat-1.0-all": _oracle(1.0, CIFAR10.sharpening, own_weight=0.0),
 }

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import lightly.loss
 import torch
-from lightly.models.modules import MoCoProjectionHead, NNCLRPredictionHead, NNMemoryBankModule
+import torch.nn.functional as F
+from lightly.models.modules import BYOLPredictionHead, MoCoProjectionHead, NNCLRPredictionHead, NNMemoryBankModule
 from lightly.models.utils import update_momentum
 from torch import Tensor, nn
 
@@ -204,6 +205,56 @@ class NearestNeighbour(Objective):
         p0, p1 = self.prediction_head(z0), self.prediction_head(z1)
         near0, near1 = self.memory_bank(z0.detach(), update=False), self.memory_bank(z1.detach(), update=True)
         return (self.criterion(near0, p1) + self.criterion(near1, p0)) / 2
+
+
+class Bootstrap(Objective):
+    """BYOL: predictions of the online network approach what its moving average makes of the other view.
+
+    Momentum mixup and the pull towards alike images are ours: a mixed query approaches the same mixture of targets, and
+    a target is the mean over the images of the batch that the moving average finds alike.
+
+    Args:
+        mixup: makes mixed queries.
+        alike: the cosine of two targets from which on their images count as alike; above 1, none do.
+    """
+
+    def __init__(self, mixup: MomentumMixup | None = None, alike: float = 2.0) -> None:
+        super().__init__()
+        self.criterion = nn.Identity()  # none with labels
+        self.prediction_head = BYOLPredictionHead(DIM, HIDDEN, DIM)
+        self.mixup = mixup
+        self.alike = alike
+
+    def start(self, online: Network) -> None:
+        """The momentum network is a copy at first."""
+        self.target = copy.deepcopy(online).requires_grad_(False)
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """Both views, and the mixed queries with half of the weight."""
+        targets = {name: self.targets(view) for name, view in (("query", batch.query), ("key", batch.key))}
+        loss = self.distance(online(batch.query), targets["key"]) / 2
+        loss = loss + self.distance(online(batch.key), targets["query"]) / 2
+        if self.mixup is None:
+            return loss
+        images, (theta, partner) = self.mixup(batch.query, batch.key)
+        mixed = targets["key"][partner].lerp(targets["key"], theta[:, None])
+        return (loss + self.distance(online(images), mixed)) / 2
+
+    @torch.no_grad()
+    def targets(self, view: Tensor) -> Tensor:
+        """Unit rows (s, 128), or the means of those that are alike."""
+        unit = F.normalize(self.target(view))
+        near = unit @ unit.T > self.alike
+        near.fill_diagonal_(True)
+        return F.normalize(near.float() @ unit)
+
+    def distance(self, projections: Tensor, targets: Tensor) -> Tensor:
+        """The mean negative cosine of predictions with unit targets; linear in the targets."""
+        return -(F.normalize(self.prediction_head(projections)) * targets).sum(1).mean()
+
+    def after_step(self, online: Network) -> None:
+        """Exponential moving average of the parameters."""
+        update_momentum(online, self.target, m=EMA_MOMENTUM)
 
 
 class Supervised(Objective):

@@ -125,6 +125,7 @@ STUDIES = {
             "supervised",
         ),
     ),
+    "byol": Study("BYOL", "byol", ("byol", "byol-longer", "byol-mm", "byol-alike", "byol-mm-alike")),
     "estimators": Study(
         "Labels from other features, a queue",
         "one-hot",
