@@ -2,10 +2,10 @@
 
     python examples/lightly_byol.py --data DIR    images as DIR/<class>/*; without --data, CIFAR-10 is downloaded
 
-BYOL has no negatives and hence no labels to refine. Momentum mixup carries over: a mixed query approaches the same mixture
-of targets. So does the idea behind refined labels: a target is the mean over those images of the batch that the momentum
-network finds alike. Both are definitions of this package, not of the paper. The lines marked ``new`` are all that separates
-this from lightly's BYOL example; ``python -m benchmarks representations --studies byol`` compares them.
+BYOL has no negatives and hence no labels to refine. Momentum mixup carries over: a mixed query approaches the same
+mixture of targets. So does the idea behind refined labels: a target is the mean over those images of the batch that the
+momentum network finds alike. Both are definitions of this package, not of the paper. The lines marked ``new`` are all
+that separates this from lightly's BYOL example; ``python -m benchmarks representations --studies byol`` compares them.
 """
 
 from __future__ import annotations
