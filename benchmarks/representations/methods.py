@@ -204,6 +204,7 @@ METHODS: dict[str, Method] = {
     },
     # Where the queue holds the query's own earlier keys.
     "one-hot-short": _slr("one-hot labels, a queue of 512", False, ONE_HOT | {"memory_bank_size": (512, DIM)}),
+    "eager": _slr("refined labels, mu 0.5 to 10", False, {"confidence": (0.5, 10.0)}),
     "sharp": _slr("tau' 0.25, mu 0.5 to 10, lambda 1", False, SHARP | {"refined_weight": 1.0}),
     # Momentum mixup and a pull towards alike images in BYOL.
     "byol": Method("BYOL", lambda setup: Bootstrap(), BOOTSTRAP),

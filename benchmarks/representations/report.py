@@ -147,7 +147,7 @@ STUDIES = {
     "few": Study(
         "A queue longer than the data set",
         "one-hot",
-        ("one-hot", "one-hot-short", "p+q", "sharp"),
+        ("one-hot", "one-hot-short", "p+q", "eager", "sharp"),
         budgets=("few",),
     ),
 }
