@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from comparison import interval
 from images import Dataset, load_folder, load_scans, minibatches
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import t as student
 from sklearn.base import ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -187,10 +187,9 @@ def spread(values: np.ndarray, sign: str = "") -> str:
 
 def verdict(measure: str, differences: np.ndarray) -> str:
     """What the paired differences allow to say: Student's 95 % interval of their mean."""
-    count, mean = len(differences), differences.mean()
-    if count < 2:
-        return f"{measure}: SANE {mean:+.2f} points on one seed; take --seeds 3 or more to tell it from chance"
-    margin = student.ppf(0.975, count - 1) * differences.std(ddof=1) / count**0.5
+    if len(differences) < 2:
+        return f"{measure}: SANE {differences[0]:+.2f} points on one seed; take --seeds 3 or more to tell it from chance"
+    mean, margin = interval(differences)
     finding = "no clear difference" if abs(mean) <= margin else "SANE is ahead" if mean > 0 else "SANE is behind"
     return f"{measure}: {finding}; SANE {mean:+.2f} points, 95 % interval {mean - margin:+.2f} to {mean + margin:+.2f}"
 
