@@ -188,7 +188,8 @@ def spread(values: np.ndarray, sign: str = "") -> str:
 def verdict(measure: str, differences: np.ndarray) -> str:
     """What the paired differences allow to say: Student's 95 % interval of their mean."""
     if len(differences) < 2:
-        return f"{measure}: SANE {differences[0]:+.2f} points on one seed; take --seeds 3 or more to tell it from chance"
+        one = f"{measure}: SANE {differences[0]:+.2f} points on one seed"
+        return f"{one}; take --seeds 3 or more to tell it from chance"
     mean, margin = interval(differences)
     finding = "no clear difference" if abs(mean) <= margin else "SANE is ahead" if mean > 0 else "SANE is behind"
     return f"{measure}: {finding}; SANE {mean:+.2f} points, 95 % interval {mean - margin:+.2f} to {mean + margin:+.2f}"

@@ -58,7 +58,16 @@ STUDIES = {
     "two-views": Study(
         "Two trained views, temperature 0.1",
         "simclr-cold",
-        ("simclr", "simclr-cold", "dcl", "dcl-longer", "simclr-cold-p+q", "simclr-cold-mm", "simclr-cold-sane"),
+        (
+            "simclr",
+            "simclr-cold",
+            "dcl",
+            "dcl-longer",
+            "simclr-cold-p+q",
+            "simclr-cold-whole-gradients",
+            "simclr-cold-mm",
+            "simclr-cold-sane",
+        ),
     ),
     "two-views-compute": Study(
         "The same at equal compute", "dcl-longer", ("dcl-longer", "simclr-cold-mm", "simclr-cold-sane")
