@@ -50,8 +50,8 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
 
     Attributes:
         criterion: the :class:`slr_plugin.SLRLoss`, whose settings may be assigned.
-        positive_weight, alpha, beta, mu, label_entropy: its ``stats`` of the last call as numbers, which their
-            record keeper logs; with ``collect_stats=True``.
+        positive_weight: with ``collect_stats=True``, from its ``stats`` of the last call, as a number that their record
+            keeper logs; so are ``alpha``, ``beta``, ``mu`` and ``label_entropy``.
 
     Raises:
         ValueError: an argument is out of range; in a call, labels do not pair the samples, or pairs were mined.

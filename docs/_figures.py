@@ -15,7 +15,7 @@ from slr_plugin.diagnostics import plot
 
 RECORDS = Path(__file__).parent.parent / "results" / "representations"
 HIDDEN, NEGATIVE, OWN, OTHER_OWN = range(4)
-MEANING = ["not compared", "negative", "its own positive", "its partner's positive, at weight 1 - θ"]
+MEANING = ["not compared", "negative", "its own positive", "its partner's positive, of weight 1 - θ"]
 SIZE, QUEUE = 4, 3  # samples in the batch, keys in the queue
 STYLES = {
     "light": {"ink": "#202020", "cells": ["#ffffff", "#e8a598", "#2f7d5b", "#8fc4a9"]},
@@ -74,8 +74,7 @@ def key_sets() -> dict[str, Callable[[list[str]], Figure]]:
 
 def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list[str]) -> Figure:
     """Rows are queries, columns keys."""
-    height = 0.36 * len(rows) + 1.0
-    figure = Figure(figsize=(6.2, height), layout="constrained")
+    figure = Figure(figsize=(4.8, 0.36 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     axes.imshow(cells, cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5, aspect="equal")
     axes.set_xticks(range(len(columns)), columns)
@@ -89,7 +88,7 @@ def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list
     handles = [
         Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in sorted(set(cells.flatten().tolist()))
     ]
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, ncols=1 if len(handles) > 2 else 2)
     return figure
 
 
@@ -100,7 +99,8 @@ def labels(budget: str, method: str) -> Callable[[list[str]], Figure]:
         runs = [json.loads(path.read_text())["labels"] for path in sorted((RECORDS / budget).glob(f"{method}-seed*"))]
         for row in (row for run in runs for row in run):
             row["purity"] = row["same"] / (row["same"] + row["other"])
-        return plot(runs, x=[row["epoch"] for row in runs[0]])
+        axes = Figure(figsize=(5.2, 6), layout="constrained").subplots(2, 1)  # one above the other, for narrow screens
+        return plot(runs, x=[row["epoch"] for row in runs[0]], axes=axes)
 
     return figure
 

@@ -1,11 +1,15 @@
 """How Sphinx builds the site: offline, and any warning is an error (`make docs`)."""
 
+import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from sphinx.ext.autodoc.mock import mock
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -28,7 +32,9 @@ extensions = [
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-nitpick_ignore_regex = [("py:class", ".*")]  # types of torch and others have their pages elsewhere
+# Types that have their pages elsewhere; a misspelt reference to one of ours fails.
+ELSEWHERE = r"(torch|collections\.abc|pathlib|pytorch_metric_learning)\..*|Tensor|nn\.Module|Figure|Axes|Run|Confidence"
+nitpick_ignore_regex = [("py:class", ELSEWHERE)]
 suppress_warnings = ["myst.header"]  # the included results begin with headings of their own
 
 html_theme = "furo"
@@ -54,6 +60,7 @@ autodoc_mock_imports = [
     "solo",
     "stable_pretraining",
     "timm",
+    "torchmetrics",
     "torchvision",
     "transformers",
 ]
@@ -64,16 +71,16 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.MULTILINE)
+INCLUDE = re.compile(r"^(?:## (.+)\n\n)?```\{include\} (\S+)\n```$", re.MULTILINE)  # with the heading above it
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 
 
-def pages_of_included() -> dict[Path, Path]:
-    """Which page shows which file of the repository."""
+def pages_of_included() -> dict[Path, tuple[Path, str]]:
+    """Which page shows which file of the repository, and under which of its anchors."""
     return {
-        (page.parent / name).resolve(): page
+        (page.parent / name).resolve(): (page, heading and "#" + heading.lower().replace(" ", "-"))
         for page in DOCS.rglob("*.md")
-        for name in INCLUDE.findall(page.read_text(encoding="utf-8"))
+        for heading, name in INCLUDE.findall(page.read_text(encoding="utf-8"))
     }
 
 
@@ -86,17 +93,19 @@ def expanded(text: str, source: Path, page: Path) -> str:
     def link(match: re.Match[str]) -> str:
         is_image, words, name, anchor = match.groups()
         target = (source.parent / name).resolve()
-        target = shown.get(target / "README.md" if target.is_dir() else target, target)
+        target, heading = shown.get(target / "README.md" if target.is_dir() else target, (target, ""))
         if not target.exists():
             raise FileNotFoundError(f"{source}: there is no {name}")
         if is_image or (target.is_relative_to(DOCS) and target.is_file()):
-            return f"{is_image}[{words}]({os.path.relpath(target, page.parent)}{anchor or ''})"
+            return f"{is_image}[{words}]({os.path.relpath(target, page.parent)}{anchor or heading})"
         path = f"`{target.relative_to(ROOT)}`"
         return path if words.strip("`") in path else f"{words} ({path})"
 
     def included(match: re.Match[str]) -> str:
-        file = (page.parent / match[1]).resolve()
-        return expanded(file.read_text(encoding="utf-8"), file, page)
+        heading, name = match.groups()
+        file = (page.parent / name).resolve()
+        above = f"## {heading}\n\n" if heading else ""
+        return above + expanded(file.read_text(encoding="utf-8"), file, page)
 
     shown = pages_of_included()
     return INCLUDE.sub(included, LINK.sub(link, text))
@@ -108,7 +117,19 @@ def expand_page(app: Any, docname: str, source: list[str]) -> None:
     source[0] = expanded(source[0], page, page)
 
 
+def own_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
+    """The arguments of our class's own constructor, where a mocked base would hide them."""
+    if what == "class" and "__init__" in vars(obj):
+        parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+        return str(inspect.Signature(bare)), returns
+    return None
+
+
 def setup(app: Any) -> None:
     """Draw the figures first, and expand every page when it is read."""
+    with mock(autodoc_mock_imports):  # this class goes by another name, and would be listed as an alias only
+        importlib.import_module("slr_plugin.adapters.pytorch_metric_learning").SLRLoss.__name__ = "SLRLoss"
+    app.connect("autodoc-process-signature", own_signature)
     app.connect("source-read", expand_page)
     app.connect("builder-inited", lambda _: _figures.draw(DOCS / "_generated"))

@@ -212,10 +212,10 @@ class SLRLoss(HasSettings):
             estimator: as in :meth:`forward`.
 
         Returns:
-            Rows that sum to 1. With a queue (s, K): the minibatch's keys (``in_batch_keys=False``: the own positive),
-            then ``negatives``, then the queue. Without, (2s, 2s + m): rows and keys are ``out0`` then ``out1``, and a
-            row's own view has label 0; in one direction (s, s + m). With ``gather_distributed`` the columns are those
-            of all processes.
+            Rows that sum to 1. With a queue they have shape (s, K), over the minibatch's keys (the own positive alone
+            with ``in_batch_keys=False``), then ``negatives``, then the queue. Without, (2s, 2s + m): rows and keys are
+            ``out0`` then ``out1``, and a row's own view has label 0; in one direction (s, s + m). With
+            ``gather_distributed`` the columns are those of all processes.
         """
         call = self._prepare(out0, out1, None, None, negatives, estimator, update=False)
         with torch.autocast(out0.device.type, enabled=False):

@@ -55,9 +55,9 @@ class CosineConfidence:
         """Return the confidence at ``step``.
 
         Returns:
-            A float for a number. For a tensor of steps a tensor, computed on its device without synchronisation:
-            float64 from float64, else float32 (Apple's GPUs have no float64), within 5e-7 of the larger of ``start``
-            and ``end`` at every step.
+            A float for a number. For a tensor of steps a tensor, computed on its device without synchronisation, in
+            float64 from float64, else in float32 (Apple's GPUs have no float64), within 5e-7 of the larger of
+            ``start`` and ``end`` at every step.
         """
         if isinstance(step, Tensor):
             progress = step.to(torch.promote_types(step.dtype, torch.float32)) / self.total_steps

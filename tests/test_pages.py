@@ -1,11 +1,14 @@
 """The README and the pages in docs/: their Python runs, their commands exist, their links lead somewhere."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from slr_plugin import MomentumMixup, SLRLoss, presets
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -14,6 +17,7 @@ if not PAGES[0].is_file():
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 LINKS = [(page, link) for page, text in TEXTS.items() for link in set(re.findall(r"\]\((?!http|#)([^)#]+)", text))]
 START = "literalinclude} _start.py"
+PRESET_NAMES = {"memory_bank_size": "queue_size"}
 # What the configuration on the page of stable-pretraining leaves to its user.
 RUN = """
 seed: 0
@@ -82,13 +86,47 @@ def test_links_lead_somewhere(page, link):
     assert (page.parent / link).exists()
 
 
-COMMANDS = sorted({name for text in TEXTS.values() for name in re.findall(r"python -m ([\w.]+)", text)})
+def named(pattern):
+    """What commands on the pages name, such as a module."""
+    return sorted({name for text in TEXTS.values() for name in re.findall(pattern, text)})
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_commands_exist(module):
-    if module in ("pip", "venv", "build", "pytest"):
-        return
+@pytest.mark.parametrize("module", set(named(r"python -m ([\w.]+)")) - {"pip", "venv", "build", "pytest"})
+def test_modules_in_commands_run(module):
     spec = importlib.util.find_spec(module)
     assert spec is not None
     assert spec.submodule_search_locations is None or importlib.util.find_spec(f"{module}.__main__") is not None
+
+
+@pytest.mark.parametrize("script", named(r"python (examples/[\w/]+\.py)"))
+def test_scripts_in_commands_exist(script):
+    assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("target", named(r"`(?:\w+=\S+ )?make ([a-z-]+)"))
+def test_make_has_the_targets_in_commands(target):
+    assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("name", named(r"\bsane-(?:cpu|cifar|imagenet)[\w-]*"))
+def test_solo_learns_configurations_exist(name):
+    assert (ROOT / "adapters" / "solo_learn" / "configs" / f"{name}.yaml").is_file()
+
+
+@pytest.mark.parametrize("extra", named(r'pip install "\.\[([\w-]+)\]"'))
+def test_extras_in_commands_exist(extra):
+    assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_table_of_settings_has_the_defaults_and_the_presets():
+    loss, mixup = (inspect.signature(kind).parameters for kind in (SLRLoss, MomentumMixup))
+    rows = re.findall(
+        r"^\| `(\w+)`.*?\|.*?\| (.*?) \| (.*?) \| (.*?) \|$", TEXTS[ROOT / "docs" / "choose.md"], re.MULTILINE
+    )
+    assert len(rows) == 6
+    for name, *cells in rows:
+        default = mixup[name].default if name == "kappa" else loss[name].default
+        settings = [getattr(preset, PRESET_NAMES.get(name, name)) for preset in (presets.CIFAR10, presets.IMAGENET)]
+        for cell, value in zip(cells, [default, *settings], strict=True):
+            shown = [float(number.replace(",", "")) for number in cell.split(" to ")]
+            assert shown == list(value if isinstance(value, tuple) else [value]), name

@@ -59,7 +59,8 @@ class SANE(LightningModule):
         warmup_epochs: of linear growth of the learning rate, before its cosine decay (lightly's, to a thousandth).
 
     Attributes:
-        backbone, projection_head: the network that is trained; key_backbone, key_projection_head: its moving average.
+        backbone: the network that is trained; ``key_backbone`` is its moving average.
+        projection_head: the same; ``key_projection_head`` is its moving average.
         criterion: the :class:`slr_plugin.SLRLoss`; its stats are logged as ``slr/...``.
 
     Raises:
