@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sphinx.ext.autodoc.mock import mock
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
+warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # torchmetrics 0.11, which Sphinx imports for its source
 sys.path[:0] = [str(DOCS), str(ROOT)]
 
 import _figures  # noqa: E402  # beside this file
