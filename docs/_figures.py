@@ -74,7 +74,8 @@ def key_sets() -> dict[str, Callable[[list[str]], Figure]]:
 
 def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list[str]) -> Figure:
     """Rows are queries, columns keys."""
-    figure = Figure(figsize=(4.8, 0.36 * len(rows) + 1.2), layout="constrained")
+    meanings = sorted(set(cells.flatten().tolist()))
+    figure = Figure(figsize=(4.8, 0.4 * len(rows) + 0.24 * len(meanings) + 0.4), layout="constrained")
     axes = figure.subplots()
     axes.imshow(cells, cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5, aspect="equal")
     axes.set_xticks(range(len(columns)), columns)
@@ -85,10 +86,8 @@ def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list
         axes.axhline(line - 0.5, linewidth=1)
     for line in range(len(columns) + 1):
         axes.axvline(line - 0.5, linewidth=1)
-    handles = [
-        Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in sorted(set(cells.flatten().tolist()))
-    ]
-    figure.legend(handles=handles, loc="outside lower left", frameon=False, ncols=1 if len(handles) > 2 else 2)
+    handles = [Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in meanings]
+    figure.legend(handles=handles, loc="outside lower left", frameon=False)
     return figure
 
 

@@ -14,10 +14,12 @@ from sphinx.ext.autodoc.mock import mock
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # torchmetrics 0.11, which Sphinx imports for its source
+warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # of torchmetrics 0.11, whose source Sphinx reads
 sys.path[:0] = [str(DOCS), str(ROOT)]
 
 import _figures  # noqa: E402  # beside this file
+
+from slr_plugin import presets  # noqa: E402
 
 project = "slr-plugin"
 author = "The slr-plugin developers"
@@ -123,9 +125,16 @@ def own_signature(app: Any, what: str, name: str, obj: Any, options: Any, signat
     """The arguments of our class's own constructor, where a mocked base would hide them."""
     if what == "class" and "__init__" in vars(obj):
         parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
-        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+        bare = [p.replace(annotation=inspect.Parameter.empty, default=named(p.default)) for p in parameters]
         return str(inspect.Signature(bare)), returns
     return None
+
+
+def named(default: Any) -> Any:
+    """A default that a signature shows by its name: a preset or a function."""
+    known = {id(value): f"presets.{name}" for name, value in vars(presets).items() if name.isupper()}
+    name = default.__name__ if inspect.isfunction(default) else known.get(id(default))
+    return type("", (), {"__repr__": lambda self: name})() if name else default
 
 
 def setup(app: Any) -> None:
