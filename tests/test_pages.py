@@ -101,11 +101,6 @@ def test_modules_in_commands_run(module):
     assert spec.submodule_search_locations is None or importlib.util.find_spec(f"{module}.__main__") is not None
 
 
-@pytest.mark.parametrize("script", named(r"python (examples/[\w/]+\.py)"))
-def test_scripts_in_commands_exist(script):
-    assert (ROOT / script).is_file()
-
-
 @pytest.mark.parametrize("target", named(r"`(?:\w+=\S+ )?make ([a-z-]+)"))
 def test_make_has_the_targets_in_commands(target):
     assert f"\n{target}:" in (ROOT / "Makefile").read_text()
