@@ -197,6 +197,11 @@ def test_every_method_trains(name, images, tmp_path):
     json.dumps(record)
 
 
+def test_a_single_learning_rate_needs_no_tuning(tmp_path):
+    assert harness.best_rate("sane", (0.06,), tmp_path) == 0.06
+    assert harness.best_rate("sane", (), tmp_path) is None
+
+
 def test_a_run_repeats(images, tmp_path):
     runs = [training.train("sane", 1, SMOKE, *images, tmp_path) for _ in range(2)]
     for run in runs:
