@@ -15,7 +15,12 @@ from slr_plugin.diagnostics import plot
 
 RECORDS = Path(__file__).parent.parent / "results" / "representations"
 HIDDEN, NEGATIVE, OWN, OTHER_OWN = range(4)
-MEANING = ["not compared", "negative", "its own positive", "its partner's positive, of weight 1 - θ"]
+MEANING = [
+    "not compared",
+    "negative",
+    "its own positive",
+    "its partner's positive, of weight 1 - θ",
+]
 SIZE, QUEUE = 4, 3  # samples in the batch, keys in the queue
 STYLES = {
     "light": {"ink": "#202020", "cells": ["#ffffff", "#e8a598", "#2f7d5b", "#8fc4a9"]},
@@ -55,7 +60,9 @@ def key_sets() -> dict[str, Callable[[list[str]], Figure]]:
     """A figure per key set."""
     keys, queue = names("k"), names("b", QUEUE)
     own_and_queue = matrix(queue=QUEUE, in_batch_keys=False)
-    spread = torch.full((SIZE, SIZE), HIDDEN)  # every own positive in a column of its own name
+    spread = torch.full(
+        (SIZE, SIZE), HIDDEN
+    )  # every own positive in a column of its own name
     spread[torch.arange(SIZE), torch.arange(SIZE)] = own_and_queue[:, 0]
     batch_and_queue = matrix(queue=QUEUE)
     two_views = matrix()
@@ -63,7 +70,11 @@ def key_sets() -> dict[str, Callable[[list[str]], Figure]]:
         "moco": (torch.cat([spread, own_and_queue[:, 1:]], 1), names("q"), keys + queue),
         "batch-queue": (batch_and_queue, names("q"), keys + queue),
         "two-views": (two_views, names("a") + names("b"), names("a") + names("b")),
-        "one-direction": (matrix(symmetric=False, negatives=2), names("q"), keys + names("n", 2)),
+        "one-direction": (
+            matrix(symmetric=False, negatives=2),
+            names("q"),
+            keys + names("n", 2),
+        ),
         "mixed": (mixed(batch_and_queue), names("m"), keys + queue),
     }
     return {
@@ -72,9 +83,14 @@ def key_sets() -> dict[str, Callable[[list[str]], Figure]]:
     }
 
 
-def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list[str]) -> Figure:
+def grid(
+    cells: torch.Tensor, rows: list[str], columns: list[str], colours: list[str]
+) -> Figure:
     """Rows are queries, columns keys."""
-    figure = Figure(figsize=(4.8, 0.36 * len(rows) + 1.2), layout="constrained")
+    meanings = sorted(set(cells.flatten().tolist()))
+    figure = Figure(
+        figsize=(4.8, 0.4 * len(rows) + 0.24 * len(meanings) + 0.4), layout="constrained"
+    )
     axes = figure.subplots()
     axes.imshow(cells, cmap=ListedColormap(colours), vmin=-0.5, vmax=3.5, aspect="equal")
     axes.set_xticks(range(len(columns)), columns)
@@ -86,9 +102,9 @@ def grid(cells: torch.Tensor, rows: list[str], columns: list[str], colours: list
     for line in range(len(columns) + 1):
         axes.axvline(line - 0.5, linewidth=1)
     handles = [
-        Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in sorted(set(cells.flatten().tolist()))
+        Patch(facecolor=colours[i], edgecolor="grey", label=MEANING[i]) for i in meanings
     ]
-    figure.legend(handles=handles, loc="outside lower left", frameon=False, ncols=1 if len(handles) > 2 else 2)
+    figure.legend(handles=handles, loc="outside lower left", frameon=False)
     return figure
 
 
@@ -96,12 +112,54 @@ def labels(budget: str, method: str) -> Callable[[list[str]], Figure]:
     """``slr_plugin.diagnostics.plot`` of the runs that the results report."""
 
     def figure(colours: list[str]) -> Figure:
-        runs = [json.loads(path.read_text())["labels"] for path in sorted((RECORDS / budget).glob(f"{method}-seed*"))]
+        runs = [
+            json.loads(path.read_text())["labels"]
+            for path in sorted((RECORDS / budget).glob(f"{method}-seed*"))
+        ]
         for row in (row for run in runs for row in run):
             row["purity"] = row["same"] / (row["same"] + row["other"])
-        axes = Figure(figsize=(5.2, 6), layout="constrained").subplots(2, 1)  # one above the other, for narrow screens
+        axes = Figure(figsize=(5.2, 6), layout="constrained").subplots(
+            2, 1
+        )  # one above the other, for narrow screens
         return plot(runs, x=[row["epoch"] for row in runs[0]], axes=axes)
 
+    return figure
+
+
+def scaling(colours: list[str]) -> Figure:
+    """Memory and time of the loss over the length of the queue."""
+    records = json.loads((RECORDS.parent / "loss" / "scaling.json").read_text())["results"][
+        "keys"
+    ]
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    contenders = {
+        "lightly NTXentLoss": ("NTXentLoss", "tab:orange"),
+        "SLRLoss, refinement": ("SLRLoss", "tab:blue"),
+        "SLRLoss, refinement and mixup": ("SLRLoss with mixed queries", "tab:green"),
+    }
+    for panel, unit, label in zip(
+        panels,
+        ("megabytes", "milliseconds"),
+        ("peak memory (MB)", "time (ms)"),
+        strict=True,
+    ):
+        for contender, (name, colour) in contenders.items():
+            rows = [row for row in records if row["contender"] == contender]
+            panel.loglog(
+                [row["queue"] for row in rows],
+                [row[unit] for row in rows],
+                ".-",
+                label=name,
+                color=colour,
+            )
+        panel.set_ylabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+    keys = [row["queue"] for row in records if row["contender"] == "lightly NTXentLoss"]
+    panels[1].set_xticks(keys, [f"{count:,}" for count in keys])
+    panels[1].minorticks_off()
+    panels[1].set_xlabel("keys in the queue")
+    panels[0].legend(frameon=False)
     return figure
 
 
@@ -109,12 +167,20 @@ def draw(folder: Path) -> None:
     """Write every figure as NAME-light.svg and NAME-dark.svg."""
     folder.mkdir(exist_ok=True)
     figures = key_sets() | {
+        "scaling": scaling,
         "labels-sane": labels("cpu", "sane"),
         "labels-gradients": labels("fashion", "sharp-gradients"),
     }
     for style, look in STYLES.items():
         ink = dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), look["ink"]
+            (
+                "text.color",
+                "axes.labelcolor",
+                "axes.edgecolor",
+                "xtick.color",
+                "ytick.color",
+            ),
+            look["ink"],
         )
         settings = ink | {
             "figure.facecolor": "none",

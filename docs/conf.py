@@ -14,10 +14,13 @@ from sphinx.ext.autodoc.mock import mock
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-warnings.filterwarnings("ignore", "pkg_resources is deprecated")  # torchmetrics 0.11, which Sphinx imports for its source
+warnings.filterwarnings(
+    "ignore", "pkg_resources is deprecated"
+)  # of torchmetrics 0.11, whose source Sphinx reads
 sys.path[:0] = [str(DOCS), str(ROOT)]
 
 import _figures  # noqa: E402  # beside this file
+from slr_plugin import presets  # noqa: E402
 
 project = "slr-plugin"
 author = "The slr-plugin developers"
@@ -73,14 +76,19 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-INCLUDE = re.compile(r"^(?:## (.+)\n\n)?```\{include\} (\S+)\n```$", re.MULTILINE)  # with the heading above it
+INCLUDE = re.compile(
+    r"^(?:## (.+)\n\n)?```\{include\} (\S+)\n```$", re.MULTILINE
+)  # with the heading above it
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def pages_of_included() -> dict[Path, tuple[Path, str]]:
     """Which page shows which file of the repository, and under which of its anchors."""
     return {
-        (page.parent / name).resolve(): (page, heading and "#" + heading.lower().replace(" ", "-"))
+        (page.parent / name).resolve(): (
+            page,
+            heading and "#" + heading.lower().replace(" ", "-"),
+        )
         for page in DOCS.rglob("*.md")
         for heading, name in INCLUDE.findall(page.read_text(encoding="utf-8"))
     }
@@ -95,7 +103,9 @@ def expanded(text: str, source: Path, page: Path) -> str:
     def link(match: re.Match[str]) -> str:
         is_image, words, name, anchor = match.groups()
         target = (source.parent / name).resolve()
-        target, heading = shown.get(target / "README.md" if target.is_dir() else target, (target, ""))
+        target, heading = shown.get(
+            target / "README.md" if target.is_dir() else target, (target, "")
+        )
         if not target.exists():
             raise FileNotFoundError(f"{source}: there is no {name}")
         if is_image or (target.is_relative_to(DOCS) and target.is_file()):
@@ -119,19 +129,39 @@ def expand_page(app: Any, docname: str, source: list[str]) -> None:
     source[0] = expanded(source[0], page, page)
 
 
-def own_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
+def own_signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> Any:
     """The arguments of our class's own constructor, where a mocked base would hide them."""
     if what == "class" and "__init__" in vars(obj):
         parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
-        bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+        bare = [
+            p.replace(annotation=inspect.Parameter.empty, default=named(p.default))
+            for p in parameters
+        ]
         return str(inspect.Signature(bare)), returns
     return None
 
 
+def named(default: Any) -> Any:
+    """A default that a signature shows by its name: a preset or a function."""
+    known = {
+        id(value): f"presets.{name}"
+        for name, value in vars(presets).items()
+        if name.isupper()
+    }
+    name = default.__name__ if inspect.isfunction(default) else known.get(id(default))
+    return type("", (), {"__repr__": lambda self: name})() if name else default
+
+
 def setup(app: Any) -> None:
     """Draw the figures first, and expand every page when it is read."""
-    with mock(autodoc_mock_imports):  # this class goes by another name, and would be listed as an alias only
-        importlib.import_module("slr_plugin.adapters.pytorch_metric_learning").SLRLoss.__name__ = "SLRLoss"
+    with mock(
+        autodoc_mock_imports
+    ):  # this class goes by another name, and would be listed as an alias only
+        importlib.import_module(
+            "slr_plugin.adapters.pytorch_metric_learning"
+        ).SLRLoss.__name__ = "SLRLoss"
     app.connect("autodoc-process-signature", own_signature)
     app.connect("source-read", expand_page)
     app.connect("builder-inited", lambda _: _figures.draw(DOCS / "_generated"))
