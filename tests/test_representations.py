@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("installed without the repository", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.representations import baselines, data, estimators, harness, objectives, report, training
+from benchmarks.representations import baselines, data, estimators, features, harness, objectives, report, training
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.methods import METHODS
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss, dense
@@ -133,6 +134,25 @@ def test_co2_is_infonce_and_a_symmetric_divergence():
     assert out0.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("attracts", [False, True])
+def test_keys_nearer_to_the_positive_than_its_query_are_no_negatives(attracts):
+    degrees = {"queries": [35.0, 180.0], "positives": [5.0, 90.0], "bank": [20.0, -40.0, 85.0]}
+    queries, positives, bank = (
+        torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+        for angle in (torch.tensor(values).deg2rad() for values in degrees.values())
+    )
+    loss = baselines.NeighbourLoss((3, 2), 0.5, attracts)
+    loss.memory_bank.bank.copy_(bank)
+    logits = queries @ torch.cat([positives, bank]).T / 0.5
+    alike = [[0, 2], [0, 1, 2, 4]]  # the second query is 90 degrees off
+    if attracts:
+        rows = [logits[row].logsumexp(0) - logits[row, keys].mean() for row, keys in enumerate(alike)]
+    else:
+        kept = [[column for column in range(5) if column == row or column not in alike[row]] for row in range(2)]
+        rows = [logits[row, kept[row]].logsumexp(0) - logits[row, row] for row in range(2)]
+    torch.testing.assert_close(loss(queries, positives), torch.stack(rows).mean())
+
+
 def stats_kl(a, b):
     return (a * (a / b).log()).sum()
 
@@ -147,7 +167,7 @@ def bootstrap():
         objective = objectives.Bootstrap(**options)
         objective.start(online)
         torch.nn.init.normal_(objective.target.weight)
-        batch = data.Batch(*torch.randn(2, 4, 6), None, torch.arange(4), torch.arange(4))
+        batch = data.Batch(*torch.randn(2, 4, 6), None, torch.arange(4), torch.arange(4), torch.empty(0))
         return objective, online, batch
 
     return build
@@ -190,7 +210,20 @@ def test_every_method_trains(name, images, tmp_path):
     assert 0 <= record["linear"] <= 100
     soft_labels = bool(record["labels"]) and record["labels"][-1]["own"] < 0.999
     one_hot = name.startswith(
-        ("byol", "moco", "simclr", "dcl", "nnclr", "co2", "one-hot", "mm", "vanilla", "supervised")
+        (
+            "byol",
+            "moco",
+            "simclr",
+            "dcl",
+            "nnclr",
+            "co2",
+            "one-hot",
+            "mm",
+            "vanilla",
+            "supervised",
+            "eliminate",
+            "attract",
+        )
     )
     one_hot &= not name.endswith(("p+q", "sane")) and "whole" not in name
     assert soft_labels != one_hot
@@ -247,6 +280,19 @@ def test_views_are_random_and_belong_to_their_images(tmp_path):
     later = next(data.minibatches(images, SMOKE, 0, 2, ("query", "weak"), tmp_path))
     assert torch.equal(first.query, again.query)
     assert not torch.equal(first.classes, later.classes)
+
+
+def test_copies_of_an_image_differ_and_lie_together(folder):
+    budget = replace(SMOKE, copies=4)
+    images, _ = data.load(folder, budget, torch.device("cpu"))
+    originals, _ = data.load(folder, replace(SMOKE, train_images=24), torch.device("cpu"))
+    assert len(images) == SMOKE.train_images
+    assert torch.equal(images.classes, originals.classes.repeat_interleave(4))
+    assert len(images.pixels.flatten(1).unique(dim=0)) == len(images)
+    known = F.normalize(features.FEATURES["copies"](images))
+    same = torch.arange(24).repeat_interleave(4)
+    torch.testing.assert_close(known @ known.T, (same[:, None] == same).float(), rtol=0, atol=0.3)
+    assert torch.equal(known[0], known[3])
 
 
 def test_the_harness_runs_what_is_missing(folder, tmp_path, capsys):

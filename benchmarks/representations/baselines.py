@@ -102,6 +102,46 @@ def sce(temperature: float = 0.05, own_weight: float = 0.5) -> Labeler:
     return labeler
 
 
+class NeighbourLoss(nn.Module):
+    """InfoNCE over batch and queue in which keys that are surely alike are no negatives.
+
+    These are the keys more similar to the positive than its own query is, of its ten nearest.
+
+    Args:
+        memory_bank_size: (n, d) of the queue.
+        temperature: of the logits.
+        attracts: they share the label with the positive; otherwise they leave the denominator.
+    """
+
+    def __init__(self, memory_bank_size: tuple[int, int], temperature: float, attracts: bool) -> None:
+        super().__init__()
+        self.memory_bank = KeyQueue(memory_bank_size)
+        self.temperature = temperature
+        self.attracts = attracts
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of queries and keys, (s, d) each."""
+        queries, positives = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        keys = torch.cat([positives, self.memory_bank.bank])
+        logits = queries @ keys.T / self.temperature
+        near = self.near(queries.detach(), positives, keys)
+        target = torch.eye(*logits.shape, device=logits.device)
+        if self.attracts:
+            target = F.normalize(target + near, p=1, dim=1)
+        else:
+            logits = logits.masked_fill(near, -torch.inf)
+        self.memory_bank.enqueue(positives)
+        return F.cross_entropy(logits, target.argmax(1) if not self.attracts else target)
+
+    @staticmethod
+    def near(queries: Tensor, positives: Tensor, keys: Tensor) -> Tensor:
+        """(s, K), true for the keys that are surely alike."""
+        similarity = positives @ keys.T
+        similarity.fill_diagonal_(-1.0)
+        tenth = similarity.topk(min(10, len(keys)), dim=1).values[:, -1:]
+        return similarity > torch.maximum(tenth, (queries * positives).sum(1, keepdim=True))
+
+
 class CO2Loss(nn.Module):
     """Consistent contrast (Wei et al., ICLR 2021): InfoNCE, and query and key must resemble the negatives alike.
 

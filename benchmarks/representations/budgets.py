@@ -30,6 +30,7 @@ class Budget:
     keeps_views: bool  # on the disk, for the other methods of the seed
     strong_group: int  # images that share one draw of strong operations, which kornia makes once per call
     channels: int = 3  # 1: images are grey, and so are augmented otherwise
+    copies: int = 1  # of every training image, all different, among the train_images
     rates: tuple[
         float, ...
     ] = ()  # learning rates, of which each method takes its best on held-out images; (): the preset's
@@ -101,9 +102,11 @@ FASHION = replace(
 # 1,000 of these images, of each of which the queue of 4,096 holds some four earlier keys; 1,561 steps. The learning
 # rate is what every method with a queue chose with 10,000 images.
 FEW = replace(FASHION, train_images=1000, epochs=223, rates=(0.06,))
+# 8,000 images that are copies of 8,000, 4,000, 2,000 or 1,000; 1,550 steps. The queue of 4,096 holds every second one.
+COPIES = {f"copies-{copies}": replace(FEW, train_images=8000, copies=copies, epochs=25) for copies in (1, 2, 4, 8)}
 # For the tests of the harness: seconds, and no result.
 SMOKE = replace(CPU, train_images=96, test_images=64, epochs=2, batch_size=32, queue_size=64, evaluations=2)
-BUDGETS = {"cpu": CPU, "gpu": GPU, "fashion": FASHION, "few": FEW, "smoke": SMOKE}
+BUDGETS = {"cpu": CPU, "gpu": GPU, "fashion": FASHION, "few": FEW, **COPIES, "smoke": SMOKE}
 
 
 def precision(device: torch.device) -> torch.autocast:

@@ -29,6 +29,7 @@ class Images(NamedTuple):
 
     pixels: Tensor
     classes: Tensor
+    copies: int = 1  # so many in a row show the same
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -42,6 +43,7 @@ class Batch(NamedTuple):
     strong: Tensor | None  # a further view, strongly augmented, for the mixup
     classes: Tensor
     index: Tensor  # (s,) the numbers of the images
+    plain: Tensor  # the images as they are
 
 
 # The stream of random numbers of each view, so that it is the same whichever others a method takes; 0 is the order's.
@@ -60,7 +62,8 @@ def load(root: Path, budget: Budget, device: torch.device, held_out: bool = Fals
     """
     train, order = _part(root, "train")
     rest = len(order) - min(HELD_OUT, len(order) // 5) if held_out else len(order)
-    images = _gather(train, order[: min(rest, budget.train_images or rest)], device)
+    count = min(rest, budget.train_images or rest) // budget.copies
+    images = _copies(_gather(train, order[:count], device), budget.copies)
     if held_out:
         return images, _gather(train, order[rest:], device)
     test, order = _part(root, "test")
@@ -82,6 +85,20 @@ def _part(root: Path, part: str) -> tuple[Dataset[Any], list[int]]:
 def _gather(dataset: Dataset[Any], indices: list[int], device: torch.device) -> Images:
     pixels, classes = zip(*DataLoader(Subset(dataset, indices), batch_size=256), strict=True)
     return Images(torch.cat(pixels).to(device), torch.cat(classes).to(device))
+
+
+def _copies(images: Images, copies: int) -> Images:
+    """Every image so many times, shifted by up to two pixels and up to a tenth lighter or darker, as in a burst."""
+    if copies == 1:
+        return images
+    pixels, classes = (values.repeat_interleave(copies, 0) for values in images[:2])
+    shake = K.AugmentationSequential(
+        K.RandomAffine(0, (2 / pixels.shape[3], 2 / pixels.shape[2]), p=1.0), K.RandomBrightness((0.9, 1.1), p=1.0)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pixels = torch.cat([shake(part / 255) for part in pixels.split(500)])
+    return Images((pixels.clamp(0, 1) * 255).round().to(torch.uint8), classes, copies)
 
 
 def _idx(path: Path, header: int) -> Tensor:
@@ -107,7 +124,8 @@ def minibatches(
     whole = len(order) // budget.batch_size * budget.batch_size
     for index in order[:whole].to(images.pixels.device).split(budget.batch_size):
         query, key, *rest = (normalize(view[index]) for view in views)
-        yield Batch(query, key, rest[0] if rest else None, images.classes[index], index)
+        plain = normalize(images.pixels[index])
+        yield Batch(query, key, rest[0] if rest else None, images.classes[index], index, plain)
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -123,6 +141,7 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
     path = (
         cache
         / f"{len(images)}-images-{budget.side}-pixels{'-grey' * (budget.channels == 1)}"
+        / (f"{images.copies}-copies" if images.copies > 1 else "")
         / f"seed-{seed}"
         / f"epoch-{epoch}-{name}.pt"
     )

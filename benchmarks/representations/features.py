@@ -28,7 +28,19 @@ def classes(images: Images) -> Tensor:
     return F.one_hot(images.classes).float()
 
 
-FEATURES: dict[str, Callable[[Images], Tensor]] = {"pixels": pixels, "gradients": gradients, "classes": classes}
+def copies(images: Images) -> Tensor:
+    """Which image each is a copy of, as random signs: the cosine of two others is 0 but for some 0.04."""
+    numbers = torch.arange(len(images), device=images.pixels.device) // images.copies
+    signs = torch.randint(2, (int(numbers.max()) + 1, 512), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return signs.to(numbers.device)[numbers]
+
+
+FEATURES: dict[str, Callable[[Images], Tensor]] = {
+    "pixels": pixels,
+    "gradients": gradients,
+    "copies": copies,
+    "classes": classes,
+}
 
 
 def principal(table: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from benchmarks.representations.objectives import (
     NearestNeighbour,
     Objective,
     Oracle,
+    Plain,
     Setup,
     Siamese,
     Supervised,
@@ -131,6 +133,10 @@ def _moco(summary: str, temperature: float = CIFAR10.temperature, **options: Any
     return _method(summary, lambda setup: lightly.loss.NTXentLoss(temperature, setup.queue), mixed=False, **options)
 
 
+def _neighbour_loss(attracts: bool, setup: Setup) -> nn.Module:
+    return baselines.NeighbourLoss(setup.queue, CIFAR10.temperature, attracts)
+
+
 ONE_HOT: dict[str, Any] = {"confidence": 0.0}
 COLD_BATCH: dict[str, Any] = {"memory_bank_size": 0, "temperature": COLD}
 SHARP: dict[str, Any] = {"sharpening": 0.25, "confidence": (0.5, 10.0)}
@@ -202,8 +208,24 @@ METHODS: dict[str, Method] = {
         )
         for name, text in FEATURE_WORDS.items()
     },
-    # Where the queue holds the query's own earlier keys.
+    "whole-plain": Method(
+        "all of the label, from the images as they are",
+        lambda setup: Plain(_slr_loss(WHOLE | {"estimator_dim": DIM})(setup)),
+        PLAIN + FORWARD,
+    ),
+    # Labels for what is surely alike, and no others.
+    **{
+        name: _method(summary, functools.partial(_neighbour_loss, attracts), mixed=False)
+        for name, attracts, summary in (
+            ("eliminate", False, "keys surely alike are no negatives"),
+            ("attract", True, "keys surely alike share the label"),
+        )
+    },
+    # Where the queue holds the query's own earlier keys, or copies of its image.
     "one-hot-short": _slr("one-hot labels, a queue of 512", False, ONE_HOT | {"memory_bank_size": (512, DIM)}),
+    "sharp-copies": _slr(
+        "all of the label, from what is a copy of what", False, WHOLE | {"sharpening": 0.25}, features="copies"
+    ),
     "eager": _slr("refined labels, mu 0.5 to 10", False, {"confidence": (0.5, 10.0)}),
     "sharp": _slr("tau' 0.25, mu 0.5 to 10, lambda 1", False, SHARP | {"refined_weight": 1.0}),
     # Momentum mixup and a pull towards alike images in BYOL.

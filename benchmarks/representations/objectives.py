@@ -122,6 +122,18 @@ class Momentum(Objective):
         update_momentum(online, self.target, m=EMA_MOMENTUM)
 
 
+class Plain(Momentum):
+    """Labels are estimated from the images as they are, through the momentum network: a forward pass more."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__(criterion, estimator=self.features)
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """The argument of the criterion."""
+        return {"estimator": self.target(batch.plain)}
+
+
 class Oracle(Momentum):
     """What if the estimator knew? Q's part of each label is divided between own class and others by the classes.
 

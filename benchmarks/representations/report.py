@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
+from benchmarks.representations.budgets import COPIES
 from benchmarks.representations.harness import records
 from benchmarks.representations.methods import METHODS, PLAIN
 
@@ -138,7 +139,18 @@ STUDIES = {
     "estimators": Study(
         "Labels from other features, a queue",
         "one-hot",
-        ("one-hot", "p+q", "whole", "whole-pixels", "whole-gradients", "sharp-gradients", "whole-classes"),
+        (
+            "one-hot",
+            "p+q",
+            "whole",
+            "whole-pixels",
+            "whole-plain",
+            "whole-gradients",
+            "sharp-gradients",
+            "eliminate",
+            "attract",
+            "whole-classes",
+        ),
         budgets=("fashion",),
     ),
     "estimators-two-views": Study(
@@ -156,8 +168,8 @@ STUDIES = {
     "few": Study(
         "A queue longer than the data set",
         "one-hot",
-        ("one-hot", "one-hot-short", "p+q", "eager", "sharp"),
-        budgets=("few",),
+        ("one-hot", "one-hot-short", "p+q", "eager", "sharp", "eliminate", "sharp-copies"),
+        budgets=("few", *COPIES),
     ),
 }
 
