@@ -185,13 +185,17 @@ def difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{mean:+.2f} ({mean - margin:+.2f} to {mean + margin:+.2f})"
 
 
-def compare(task: Task, steps: int, count: int, name: str = "", report: Callable[[str], None] = tqdm.write) -> Results:
-    """Choose settings on the first fold's training samples, train on every fold."""
+def compare(task: Task, steps: int, count: int, name: str = "", only: Sequence[str] = ()) -> Results:
+    """Choose settings on the first fold's training samples, train on every fold; NT-Xent and ``only``, or all."""
     parts, results = folds(task, count), {}
-    for method, title in tqdm(methods(task).items(), desc=name, unit="method"):
+    titles = methods(task)
+    if unknown := set(only) - set(titles.values()):
+        raise SystemExit(f"no method is called {', '.join(unknown)}; there are {', '.join(titles.values())}")
+    wanted = {key: title for key, title in titles.items() if not only or title in only or key == "nt-xent"}
+    for method, title in tqdm(wanted.items(), desc=name, unit="method"):
         settings = choose(method, task, parts[0][0], steps)
         results[title] = [run(method, task, *part, settings, steps) for part in parts]
-        report(f"{name} {title}: {settings}")
+        tqdm.write(f"{name} {title}: {settings}")
     return results
 
 
@@ -240,13 +244,16 @@ def main(description: str | None, tasks: Callable[[Path | None], Mapping[str, Ta
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="see above")
     parser.add_argument("--only", nargs="*", help="these data sets only")
+    parser.add_argument(
+        "--methods", nargs="*", default=[], help="of these and NT-Xent only, by their names in the table"
+    )
     parser.add_argument("--steps", type=int, default=steps, help="default: %(default)s")
     parser.add_argument("--folds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="a figure")
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {name: task for name, task in tasks(args.data).items() if not args.only or name in args.only}
-    results = {name: compare(task, args.steps, args.folds, name) for name, task in chosen.items()}
+    results = {name: compare(task, args.steps, args.folds, name, args.methods) for name, task in chosen.items()}
     print(table(results))
     if args.output:
         draw(results, args.output)

@@ -31,6 +31,7 @@ class KeySet(NamedTuple):
     entering: Tensor  # (S, d), the positives of all processes, which enter the queue after the call
     left_out: tuple[int, ...] = ()  # of each block: a key that its first row does not see, such as the row itself
     mixed: KeySet | None = None  # what mixed queries see, where that is not what the rows see
+    # These two stay last: with_queue replaces them by position.
     queue: Tensor | None = None  # (n, d) constants
     estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
@@ -42,7 +43,7 @@ class KeySet(NamedTuple):
     @property
     def is_square(self) -> bool:
         """Whether the rows are all keys, in their order: half of the logits are then enough."""
-        return self.is_symmetric and self.keys is self.rows
+        return self.is_symmetric and self.keys is self.rows and self.queue is None
 
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""

@@ -49,7 +49,7 @@ def slr_objective(
     """
     rows = key_set.rows
     if not crops:
-        stats, labels, targets = _compare(key_set, [rows], settings)
+        stats, labels, targets = _compare(key_set, [rows], key_set.hidden(), settings)
         own_keys = key_set.own_keys()
         losses = _own_key_added(stats.logsumexp_minus(_logits(rows, own_keys, settings)))
         if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
@@ -57,10 +57,10 @@ def slr_objective(
         return losses.mean(), labels
     if key_set.mixed:  # they see other keys than the rows: a pass of their own
         one_hot, _ = slr_objective(key_set, (), (), settings.one_hot())
-        stats, labels, targets = _compare(key_set.mixed, crops, settings, has_own=False)
+        stats, labels, targets = _compare(key_set.mixed, crops, [], settings)
         refined = stats.logsumexp_minus(_mixed_logits(crops, targets, mixes, settings))
     else:
-        stats, labels, targets = _compare(key_set, [rows, *crops], settings)
+        stats, labels, targets = _compare(key_set, [rows, *crops], key_set.hidden(), settings)
         own_logits = _logits(rows, key_set.positives, settings)
         mixed_logits = _mixed_logits(crops, targets, mixes, settings)
         losses = stats.logsumexp_minus(torch.cat([own_logits, mixed_logits]))
@@ -70,12 +70,12 @@ def slr_objective(
 
 
 def _compare(
-    key_set: KeySet, parts: Sequence[Tensor], settings: Settings, has_own: bool = True
+    key_set: KeySet, parts: Sequence[Tensor], hidden: list[Diagonal], settings: Settings
 ) -> tuple[SoftmaxStats, Labels, Tensor]:
     """The softmax statistics of rows over their keys, and the labels and target centroids of the key set's rows.
 
-    ``parts`` begin with the key set's rows, whose own keys are left out, unless ``has_own`` is False. Mixed queries
-    follow, which see all keys. What estimates the labels depends on the key set:
+    ``parts`` are the key set's rows, which do not see the ``hidden`` keys, or mixed queries, which see all, or both.
+    What estimates the labels depends on the key set:
 
     ======================  ===========================================================================================
     key set                 estimators, and the pass that compares them with the keys
@@ -86,7 +86,6 @@ def _compare(
     ======================  ===========================================================================================
     """
     temperature, sharp = settings.temperature, settings.sharpening
-    hidden = key_set.hidden() if has_own else []
     if not settings.refines:
         stats = _pass(parts, key_set, temperature, hidden, settings)
         return stats, refinery.one_hot(stats.reference), key_set.positives
@@ -101,7 +100,7 @@ def _compare(
     constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
     estimator = key_set.estimator
     if estimator is not None:
-        estimating = estimator.own_keys()
+        estimating = estimator.own_keys()  # of two views both halves are the same features
         estimates = _pass([estimating], estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
         return stats, *_refined(key_set.own_keys(), estimates, settings, estimating)
     # Both views: a row is estimated by its other view, a row too, and so estimates the label of its other view.

@@ -1,4 +1,4 @@
-"""The paper's settings, once for everybody."""
+"""Settings of whole trainings, once for everybody: the paper's two, and ours for labels from known features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slr_plugin.schedules import CosineConfidence
 
 @dataclass(frozen=True)
 class Preset:
-    """Holds one column of the paper's table of settings; ``dataclasses.replace`` makes another.
+    """Holds the settings of a training; ``dataclasses.replace`` makes another.
 
     Raises:
         ValueError: a setting is out of its range. SLRLoss and MomentumMixup check theirs when they are built.
@@ -34,7 +34,7 @@ class Preset:
     confidence: tuple[float, float]  # (m1, m2) of CosineConfidence
     refined_weight: float
     kappa: float
-    queue_size: int
+    queue_size: int  # 0 for none
     batch_size: int
     learning_rate: float  # for batch_size; SGD, cosine decay to 0
     momentum: float
@@ -42,8 +42,8 @@ class Preset:
     epochs: int
 
     def __post_init__(self) -> None:
-        for name in ("queue_size", "batch_size", "epochs"):
-            check_integer(name, getattr(self, name), low=1)
+        for name, low in (("queue_size", 0), ("batch_size", 1), ("epochs", 1)):
+            check_integer(name, getattr(self, name), low=low)
         for name in ("learning_rate", "momentum", "weight_decay"):
             check_number(name, getattr(self, name), low=0.0)
         if not isinstance(self.confidence, tuple | list) or len(self.confidence) != 2:
@@ -53,7 +53,7 @@ class Preset:
         """The :class:`slr_plugin.SLRLoss` for features of ``dim`` dimensions and a run of ``total_steps`` steps."""
         settings: dict[str, Any] = {
             "temperature": self.temperature,
-            "memory_bank_size": (self.queue_size, dim),
+            "memory_bank_size": (self.queue_size, dim) if self.queue_size else 0,
             "sharpening": self.sharpening,
             "confidence": CosineConfidence(*self.confidence, total_steps=total_steps),
             "refined_weight": self.refined_weight,
@@ -81,3 +81,17 @@ CIFAR10 = Preset(
 
 # The paper does not state lambda for ImageNet; 0.5 is CIFAR-10's. It also reports 800 epochs.
 IMAGENET = replace(CIFAR10, sharpening=1.0, confidence=(0.5, 10.0), kappa=0.1, queue_size=65536, epochs=200)
+
+# Ours, for two trained views and calls with ``estimator``: the label is what the estimator says, and no part of it is
+# one-hot. A queue wants temperature 0.2, sharpening 0.5 and ``estimator_dim``.
+FROM_FEATURES = replace(
+    CIFAR10,
+    temperature=0.1,
+    sharpening=1.0,
+    confidence=(1000.0, 1000.0),
+    refined_weight=1.0,
+    queue_size=0,
+    batch_size=128,
+    learning_rate=0.02,
+    epochs=20,
+)

@@ -72,8 +72,8 @@ def estimate(stats: SoftmaxStats, own_logit: Tensor, mean_logit: Tensor | None, 
     return Labels(own, rest, alpha, beta, q_entropy)
 
 
-def one_hot(positives: Tensor) -> Labels:
-    """The labels at confidence 0: all weight on the positive."""
-    ones = positives.new_ones(len(positives))
+def one_hot(like: Tensor) -> Labels:
+    """The labels at confidence 0, all weight on the positive, for as many rows as ``like`` has."""
+    ones = like.new_ones(len(like))
     zeros = torch.zeros_like(ones)
     return Labels(ones, zeros, zeros, zeros, zeros)

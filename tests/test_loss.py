@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from _devices import WithoutFloat64
 from lightly.loss import NTXentLoss
 from torch.autograd import forward_ad
@@ -198,6 +199,19 @@ def test_presets_carry_the_papers_table():
         values = (criterion.temperature, criterion.sharpening, confidence, criterion.refined_weight, mixup.kappa)
         assert (*values, len(criterion.memory_bank)) == expected
     assert presets.CIFAR10.loss(2, 10, temperature=0.1).temperature == 0.1
+
+
+def test_the_preset_for_known_features_leaves_the_label_to_them():
+    criterion = presets.FROM_FEATURES.loss(dim=4, total_steps=10)
+    assert criterion.symmetric
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    out0, out1 = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    labels = criterion.labels(out0, out1, estimator=F.one_hot(groups).float())
+    rows = groups.repeat(2)
+    same = rows[:, None] == rows
+    assert ((labels * same).sum(1) > 0.99).all()
+    assert labels.max() < 0.25  # no part of the five alike keys' label is one-hot
+    assert (criterion(out0.requires_grad_(), out1, estimator=F.one_hot(groups).float())).isfinite()
 
 
 MODES = {

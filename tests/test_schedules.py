@@ -127,7 +127,7 @@ def test_settings_cannot_change_and_copies_are_equal():
 @pytest.mark.parametrize(
     ("error", "message", "settings"),
     [
-        (ValueError, "queue_size must be >= 1, got 0", {"queue_size": 0}),
+        (ValueError, "queue_size must be >= 0, got -1", {"queue_size": -1}),
         (TypeError, "queue_size must be an integer", {"queue_size": 4096.0}),
         (ValueError, "batch_size must be >= 1, got 0", {"batch_size": 0}),
         (ValueError, "epochs must be >= 1, got -1", {"epochs": -1}),

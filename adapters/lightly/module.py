@@ -101,11 +101,13 @@ class SANE(LightningModule):
             raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
         super().__init__()
         preset = preset if isinstance(preset, Preset) else Preset(**preset)
+        preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
+        check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without
         # Plain values alone, for a checkpoint that loads with weights_only=True.
         objects = ["backbone", "projection_head", "preset"] + (["confidence"] if callable(confidence) else [])
         self.save_hyperparameters(ignore=objects)
         self.save_hyperparameters({"preset": asdict(preset)})
-        self.preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
+        self.preset = preset
         self.confidence = preset.confidence if confidence is None else confidence
         self.batch_size_per_device = batch_size_per_device
         self.ema_momentum = ema_momentum
