@@ -10,8 +10,9 @@ NEIGHBOURS := .venv-neighbours
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.demo ## Pretrain on scikit-learn's digits with MoCo and with SANE, print a table, draw a figure
+demo: $(VENV)/.demo ## Pretrain on scikit-learn's digits: MoCo and SANE with a figure; labels from the other half of each image
 	$(BIN)/python examples/compare.py
+	$(BIN)/python examples/views.py --only "upper half" --methods "labels from the other views"
 
 # The oldest and the newest of what is supported, and the Python of CI between them; "newest" is what pip finds.
 MATRIX ?= 3.10:2.4.0 3.11:newest 3.13:newest

@@ -1,11 +1,13 @@
 """The examples beyond images at toy size, on data that ships with scikit-learn."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.io import wavfile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 if not EXAMPLES.is_dir():
@@ -16,14 +18,12 @@ sys.path.insert(0, str(EXAMPLES))
 
 import comparison
 import signals
+import speech
 import tabular
 import views
 
-TASKS = {
-    f"{module.__name__}: {name}": task
-    for module in (signals, tabular, views)
-    for name, task in module.tasks(None).items()
-}
+MODULES = (signals, tabular, views, *([speech] if importlib.util.find_spec("torchaudio") else []))
+TASKS = {f"{module.__name__}: {name}": task for module in MODULES for name, task in module.tasks(None).items()}
 
 
 def small(task, count=160):
@@ -81,6 +81,48 @@ def test_windows_of_a_recording_resemble_each_other_the_more_the_nearer_they_are
     cosines = torch.nn.functional.normalize(table) @ torch.nn.functional.normalize(table).T
     assert cosines[0, 1] > cosines[0, 2]
     assert cosines[0, 3] == 0
+
+
+def test_recordings_are_cut_into_windows_that_overlap():
+    signal = np.arange(20.0).reshape(10, 2)
+    windows = signals.cut([signal, signal[:5]], length=4, overlap=50)
+    assert windows.samples.shape == (5, 2, 4)
+    assert windows.recordings.tolist() == [0, 0, 0, 0, 1]
+    torch.testing.assert_close(windows.samples[1, :, :2], windows.samples[0, :, 2:])
+    torch.testing.assert_close(windows.samples.mean((0, 2)), torch.zeros(2))
+
+
+def test_pressure_is_read_from_both_files_and_judged_on_other_recordings(tmp_path):
+    folder = tmp_path / "Pig"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for part, pigs in (("TRAIN", [1, 2]), ("TEST", [1, 2, 2])):
+        np.savetxt(folder / f"Pig_{part}.txt", np.c_[pigs, generator.normal(size=(len(pigs), 2000))])
+    task = signals.tasks(folder)["pressure, 0 % overlap"]
+    assert task.samples.shape == (5 * 4, 1, 500)
+    assert task.classes[::4].tolist() == [0, 1, 0, 1, 1]
+    assert task.groups.tolist() == sorted(4 * list(range(5)))
+
+
+def test_prompts_are_read_but_for_pauses_and_short_ones(tmp_path):
+    for name, length in (("en/digits/1", 9000), ("fr/digits/1", 9000), ("en/short", 100), ("en/silence/1", 9000)):
+        path = tmp_path / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wavfile.write(path, speech.RATE, np.full(length, 16384, dtype=np.int16))
+    assert [found[:2] for found in speech.prompts(tmp_path)] == [("en", "digits/1.wav"), ("fr", "digits/1.wav")]
+    assert speech.prompts(tmp_path)[0][2].max() == 0.5
+    wavfile.write(tmp_path / "en" / "fast.wav", 16000, np.zeros(9000, dtype=np.int16))
+    with pytest.raises(SystemExit, match="16000 samples a second"):
+        speech.prompts(tmp_path)
+    with pytest.raises(SystemExit, match=r"no LANGUAGE/PROMPT\.wav"):
+        speech.prompts(tmp_path / "fr" / "digits")
+
+
+def test_methods_are_chosen_by_their_names_in_the_table(one_thread):
+    task = small(TASKS["tabular: wines"], 178)
+    assert list(comparison.compare(task, 1, 2, only=["momentum mixup"])) == ["NT-Xent", "momentum mixup"]
+    with pytest.raises(SystemExit, match="no method is called other"):
+        comparison.compare(task, 1, 2, only=["other"])
 
 
 def test_the_table_pairs_folds_with_ntxent():

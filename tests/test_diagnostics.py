@@ -508,3 +508,12 @@ def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot([quality_of(0.7, 0.2, 0.1)])
+
+
+def test_labels_of_both_views_are_not_taken_for_those_of_one_direction():
+    criterion = SLRLoss(0.1)
+    labels = criterion.labels(*torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)))
+    classes = torch.tensor([0, 0, 1, 1]).repeat(2)
+    with pytest.raises(ValueError, match="no label has weight on its own column"):
+        label_quality(labels, classes, classes)
+    assert label_quality(labels, classes, classes, own=torch.arange(8).roll(4)).own > 0

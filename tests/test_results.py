@@ -20,7 +20,7 @@ PAGES = {path: path.read_text() for path in (ROOT / "RESULTS.md", ROOT / "result
 
 def test_the_tables_are_those_of_the_records():
     tables = {}
-    for budget in ("cpu", "fashion", "few"):
+    for budget in ("cpu", "fashion", "few", "copies-1", "copies-2", "copies-4", "copies-8"):
         found = harness.records(ROOT / "results" / "representations" / budget)
         tables |= {f"{budget}/{name}": text for name, text in report.sections(found, budget).items()}
     assert sorted(re.findall(r"<!-- table: (\S+) -->", "".join(PAGES.values()))) == sorted(tables)

@@ -111,7 +111,7 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
         ``reason`` tells.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or ``own`` is None and the labels show that it is not query i's key i.
         TypeError: a tensor has the wrong dtype.
 
     >>> labels = torch.tensor([[0.8, 0.2, 0.0, 0.0], [0.3, 0.6, 0.0, 0.1]])
@@ -126,6 +126,11 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
     if labels.ndim != 2:
         raise ValueError(f"labels must have shape (queries, keys), got {tuple(labels.shape)}")
     rows, keys = labels.shape
+    if own is None and rows == keys and not bool(labels.diagonal().any()) and bool(labels.any()):
+        raise ValueError(
+            "no label has weight on its own column: of labels of both views, row i has the own column i + s; pass "
+            "own=torch.arange(2 * s).roll(s)"
+        )
     own = torch.arange(rows, device=labels.device) if own is None else own
     shapes: dict[str, list[tuple[int, ...]]] = {
         "classes": [(rows,)],
