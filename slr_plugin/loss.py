@@ -22,7 +22,7 @@ from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.queue import KeyQueue
 from slr_plugin.refinery import Labels
-from slr_plugin.settings import Confidence, HasSettings
+from slr_plugin.settings import SETTINGS, Confidence, HasSettings
 
 if TYPE_CHECKING:
     from slr_plugin.diagnostics.monitor import Observer
@@ -244,8 +244,7 @@ class SLRLoss(HasSettings):
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
-        names = ("temperature", "sharpening", "confidence", "refined_weight", "in_batch_keys", "gather_distributed")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS if name != "chunk_size")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SLRLoss:
         """Move or convert; the step starts at 0 where it leaves the meta device, as the queue starts afresh."""

@@ -180,13 +180,14 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
     else:
         row_values = grad_mean
         if grad_offset is not None:
-            factor = ctx.plan[0] * grad_offset[:, None]
+            scale = ctx.plan[0]
+            factor = scale * grad_offset[:, None]
             grad_rows = factor * mean if ctx.needs_input_grad[0] else None
             if ctx.needs_input_grad[1]:
                 row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
         if ctx.needs_input_grad[1] and row_values is not None:
             grad_keys = _keys_backward(rows, keys, logsumexp, row_values, *ctx.plan)
-    return grad_rows, grad_keys, None, grad_values, *[None] * 8
+    return grad_rows, grad_keys, None, grad_values, *[None] * 8  # queue_values, stale and the plan
 
 
 _forward.register_autograd(_backward, setup_context=_save)
