@@ -28,7 +28,7 @@ from slr_plugin import CosineConfidence
 from slr_plugin.adapters._require import require
 from slr_plugin.adapters.lightly import MULTI, SANE, SINGLE, VARIANTS, SANETransform, register, transform
 from slr_plugin.adapters.lightly import __main__ as launcher
-from slr_plugin.presets import CIFAR10, IMAGENET
+from slr_plugin.presets import CIFAR10, FROM_FEATURES, IMAGENET
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning"),
@@ -375,6 +375,8 @@ def test_two_processes(tmp_path):
     [
         ({"mixup": True, "in_batch_keys": False}, ValueError, "add mixup=False"),
         ({"knn_k": 0}, ValueError, "knn_k must be >= 1"),
+        ({"queue_size": 0}, ValueError, "queue_size must be >= 1"),
+        ({"preset": FROM_FEATURES}, ValueError, "queue_size must be >= 1"),
         ({"ema_momentum": 1.5}, ValueError, "ema_momentum must be between"),
         ({"confidence": -1.0}, ValueError, "confidence must be between 0"),
         ({"feature_dim": 0}, ValueError, "feature_dim must be >= 1"),
