@@ -240,7 +240,7 @@ def draw(results: Mapping[str, Results], path: Path) -> None:
 
 
 def main(description: str | None, tasks: Callable[[Path | None], Mapping[str, Task]], steps: int) -> None:
-    """The command of an example: compares on every task, prints a table and draws a figure."""
+    """The command of an example: compares on every task, prints a table of each and draws a figure."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="see above")
     parser.add_argument("--only", nargs="*", help="these data sets only")
@@ -253,8 +253,10 @@ def main(description: str | None, tasks: Callable[[Path | None], Mapping[str, Ta
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {name: task for name, task in tasks(args.data).items() if not args.only or name in args.only}
-    results = {name: compare(task, args.steps, args.folds, name, args.methods) for name, task in chosen.items()}
-    print(table(results))
+    results = {}
+    for name, task in chosen.items():
+        results[name] = compare(task, args.steps, args.folds, name, args.methods)
+        print(table({name: results[name]}), flush=True)
     if args.output:
         draw(results, args.output)
 
