@@ -46,9 +46,14 @@ def augment(windows: Tensor, pool: Tensor) -> Tensor:
     """Scale channels, add noise, and hide a part of the time (Um and others, 2017)."""
     count, channels, length = windows.shape
     scaled = windows * (1 + 0.2 * torch.randn(count, channels, 1)) + 0.1 * torch.randn_like(windows)
-    start = torch.randint(length, (count, 1, 1))
-    time = torch.arange(length)
-    return scaled.masked_fill((time >= start) & (time < start + length // 4), 0.0)
+    return scaled.masked_fill(stretch(count, length, length // 4, length), 0.0)
+
+
+def stretch(count: int, length: int, width: int, starts: int) -> Tensor:
+    """A random part of each sample's ``length``, (count, 1, length), which begins before ``starts``."""
+    start = torch.randint(starts, (count, 1, 1))
+    place = torch.arange(length)
+    return (place >= start) & (place < start + width)
 
 
 class Windows(NamedTuple):

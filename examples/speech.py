@@ -30,9 +30,8 @@ HIDDEN_BANDS = 10
 
 def augment(windows: Tensor, pool: Tensor) -> Tensor:
     """A signal's view, and a range of bands at their mean."""
-    start = torch.randint(BANDS - HIDDEN_BANDS + 1, (len(windows), 1, 1))
-    band = torch.arange(BANDS)[:, None]
-    return signals.augment(windows, pool).masked_fill((band >= start) & (band < start + HIDDEN_BANDS), 0.0)
+    hidden = signals.stretch(len(windows), BANDS, HIDDEN_BANDS, BANDS - HIDDEN_BANDS + 1)
+    return signals.augment(windows, pool).masked_fill(hidden.transpose(1, 2), 0.0)
 
 
 def tones() -> list[tuple[str, str, np.ndarray]]:

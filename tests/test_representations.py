@@ -167,7 +167,7 @@ def bootstrap():
         objective = objectives.Bootstrap(**options)
         objective.start(online)
         torch.nn.init.normal_(objective.target.weight)
-        batch = data.Batch(*torch.randn(2, 4, 6), None, torch.arange(4), torch.arange(4), torch.empty(0))
+        batch = data.Batch(*torch.randn(2, 4, 6), None, torch.arange(4), torch.arange(4))
         return objective, online, batch
 
     return build

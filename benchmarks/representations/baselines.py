@@ -105,7 +105,7 @@ def sce(temperature: float = 0.05, own_weight: float = 0.5) -> Labeler:
 class NeighbourLoss(nn.Module):
     """InfoNCE over batch and queue in which keys that are surely alike are no negatives.
 
-    These are the keys more similar to the positive than its own query is, of its ten nearest.
+    These are the keys more similar to the positive than its own query is, of its nine nearest.
 
     Args:
         memory_bank_size: (n, d) of the queue.
@@ -125,13 +125,11 @@ class NeighbourLoss(nn.Module):
         keys = torch.cat([positives, self.memory_bank.bank])
         logits = queries @ keys.T / self.temperature
         near = self.near(queries.detach(), positives, keys)
-        target = torch.eye(*logits.shape, device=logits.device)
-        if self.attracts:
-            target = F.normalize(target + near, p=1, dim=1)
-        else:
-            logits = logits.masked_fill(near, -torch.inf)
         self.memory_bank.enqueue(positives)
-        return F.cross_entropy(logits, target.argmax(1) if not self.attracts else target)
+        if self.attracts:
+            own = torch.eye(*logits.shape, device=logits.device)
+            return F.cross_entropy(logits, F.normalize(own + near, p=1, dim=1))
+        return F.cross_entropy(logits.masked_fill(near, -torch.inf), torch.arange(len(logits), device=logits.device))
 
     @staticmethod
     def near(queries: Tensor, positives: Tensor, keys: Tensor) -> Tensor:

@@ -40,10 +40,9 @@ class Batch(NamedTuple):
 
     query: Tensor
     key: Tensor
-    strong: Tensor | None  # a further view, strongly augmented, for the mixup
+    further: Tensor | None  # strongly augmented, for the mixup, or the images as they are
     classes: Tensor
     index: Tensor  # (s,) the numbers of the images
-    plain: Tensor  # the images as they are
 
 
 # The stream of random numbers of each view, so that it is the same whichever others a method takes; 0 is the order's.
@@ -98,7 +97,12 @@ def _copies(images: Images, copies: int) -> Images:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pixels = torch.cat([shake(part / 255) for part in pixels.split(500)])
-    return Images((pixels.clamp(0, 1) * 255).round().to(torch.uint8), classes, copies)
+    return Images(_bytes(pixels), classes, copies)
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    """From [0, 1] to uint8."""
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _idx(path: Path, header: int) -> Tensor:
@@ -116,7 +120,7 @@ def minibatches(
         budget: the batch size s, the side of the views, and whether to keep them for the seed's other methods.
         seed: with ``epoch``, determines order and views, whatever the method draws.
         epoch: counts from 1.
-        names: of STREAMS, those of query and key and perhaps a strong one.
+        names: of STREAMS, those of query and key and perhaps a strong one; "plain" are the images as they are.
         cache: the folder in which views are kept, 9 MB per view and epoch of 5,000 images.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_stream(seed, epoch, 0)))
@@ -124,8 +128,7 @@ def minibatches(
     whole = len(order) // budget.batch_size * budget.batch_size
     for index in order[:whole].to(images.pixels.device).split(budget.batch_size):
         query, key, *rest = (normalize(view[index]) for view in views)
-        plain = normalize(images.pixels[index])
-        yield Batch(query, key, rest[0] if rest else None, images.classes[index], index, plain)
+        yield Batch(query, key, rest[0] if rest else None, images.classes[index], index)
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -138,6 +141,8 @@ def normalize(pixels: Tensor) -> Tensor:
 
 def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cache: Path) -> Tensor:
     """One view of every image, (n, 3, side, side) in uint8."""
+    if name == "plain":
+        return images.pixels
     path = (
         cache
         / f"{len(images)}-images-{budget.side}-pixels{'-grey' * (budget.channels == 1)}"
@@ -155,7 +160,7 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
         views = torch.cat([augment(part / 255) for part in images.pixels.split(512)])
         if name == "strong":
             views = torch.cat([_strengthen(group) for group in views.split(budget.strong_group)])
-    views = (views.clamp(0, 1) * 255).round().to(torch.uint8)
+    views = _bytes(views)
     if budget.keeps_views:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")  # another process may be making the same file

@@ -212,6 +212,7 @@ METHODS: dict[str, Method] = {
         "all of the label, from the images as they are",
         lambda setup: Plain(_slr_loss(WHOLE | {"estimator_dim": DIM})(setup)),
         PLAIN + FORWARD,
+        views=("query", "key", "plain"),
     ),
     # Labels for what is surely alike, and no others.
     **{

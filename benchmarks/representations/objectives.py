@@ -109,9 +109,9 @@ class Momentum(Objective):
             keys = self.target(batch.key)
         if self.mixup is None:
             return self.criterion(queries, keys, **self.estimator(batch))
-        first, second = batch.query, batch.key if batch.strong is None else batch.strong
+        first, second = batch.query, batch.key if batch.further is None else batch.further
         if self.vanilla:  # among queries
-            first = second = batch.query if batch.strong is None else batch.strong
+            first = second = batch.query if batch.further is None else batch.further
         images, mix = self.mixup(first, second)
         mixed = online(images)
         queries = mixed if queries is None else queries  # their weight is 0: any will do
@@ -131,7 +131,7 @@ class Plain(Momentum):
     @torch.no_grad()
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The argument of the criterion."""
-        return {"estimator": self.target(batch.plain)}
+        return {"estimator": self.target(batch.further)}
 
 
 class Oracle(Momentum):
