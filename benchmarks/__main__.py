@@ -86,7 +86,7 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"instead of a study's: {', '.join(METHODS)}")
     add("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    add("--jobs", type=int, help="runs at a time (default: one per CPU core, or one on a GPU)")
+    add("--jobs", type=int, help="runs at a time (default: one per CPU core, or eight on a GPU)")
     add("--results", type=Path, default=Path("results/representations"), help="records (default: %(default)s)")
     add("--cache", type=Path, default=Path("outputs/views"), help="for views, 2 GB a seed (default: %(default)s)")
     add("--documents", type=Path, nargs="+", default=[], help="Markdown files whose marked tables are replaced")
@@ -102,7 +102,7 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
                     f"{args.data}"
                 )
             methods = args.methods or dict.fromkeys(name for study in studies for name in STUDIES[study].methods)
-            jobs = args.jobs or (1 if args.device != "cpu" else os.cpu_count() or 1)
+            jobs = args.jobs or (8 if args.device != "cpu" else os.cpu_count() or 1)
             harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
         print(report.write(results))
         tables = report.sections(harness.records(results), args.budget)

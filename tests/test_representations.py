@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch.nn.utils import parameters_to_vector
 
 for package in ("lightly", "kornia", "sklearn", "matplotlib"):
     pytest.importorskip(package, reason='pip install "slr-plugin[dev]"')
@@ -201,6 +202,15 @@ def test_alike_images_of_byol_share_a_target(bootstrap):
     torch.testing.assert_close(targets[2:], unit[2:])
 
 
+def test_the_decoupled_loss_is_lightlys():
+    (out0, out1, *_), (other0, other1, *_) = draw(), draw()
+    out1.requires_grad_(), other1.requires_grad_()
+    loss, expected = baselines.DecoupledLoss(0.1)(out0, out1), lightly.loss.DCLLoss(0.1)(other0, other1)
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = torch.autograd.grad(loss, (out0, out1)), torch.autograd.grad(expected, (other0, other1))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name, images, tmp_path):
     record = training.train(name, 0, SMOKE, *images, tmp_path)
@@ -221,6 +231,7 @@ def test_every_method_trains(name, images, tmp_path):
             "mm",
             "vanilla",
             "supervised",
+            "decoupled",
             "eliminate",
             "attract",
         )
@@ -233,6 +244,33 @@ def test_every_method_trains(name, images, tmp_path):
 def test_a_single_learning_rate_needs_no_tuning(tmp_path):
     assert harness.best_rate("sane", (0.06,), tmp_path) == 0.06
     assert harness.best_rate("sane", (), tmp_path) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "name", ["one-hot", "sane", "one-hot-batch", "decoupled", "whole-plain", "simclr-cold-sane", "oracle-1.0", "p+mm"]
+)
+def test_recorded_steps_train_as_others_do(name, folder, tmp_path, monkeypatch):
+    budget = replace(SMOKE, epochs=8, evaluations=1)
+    images = data.load(folder, budget, torch.device("cuda"))
+    torch.manual_seed(0)
+    ends = [parameters_to_vector(training.Network(budget).cuda().parameters()).detach()]
+
+    def keep(network):
+        ends.append(parameters_to_vector(network.parameters()).detach())
+
+    for warm_up in (3, 1000):
+        monkeypatch.setattr("benchmarks.representations.recorded.WARM_UP", warm_up)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            training.train(name, 0, budget, *images, tmp_path, observe=keep)
+    start, replayed, called = ends
+    assert (replayed - called).norm() < 0.1 * (called - start).norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recorded_runs_share_a_gpu(folder, tmp_path):
+    harness.run(["one-hot", "sane"], 2, "smoke", folder, "cuda", 3, tmp_path / "results", tmp_path / "views")
+    assert len(list((tmp_path / "results").glob("*.json"))) == 4
 
 
 def test_a_run_repeats(images, tmp_path):
@@ -273,8 +311,8 @@ def test_views_are_random_and_belong_to_their_images(tmp_path):
     first, second = data.minibatches(images, SMOKE, 0, 1, ("query", "weak"), tmp_path)
     assert sorted(torch.cat([first.classes, second.classes]).tolist()) == list(range(64))
     own = data.normalize(images.pixels)[first.classes][..., :24, :24]
-    torch.testing.assert_close(first.key, own, rtol=0, atol=0.03)
-    changed = (first.query - own).abs().amax((1, 2, 3)) > 0.1
+    torch.testing.assert_close(data.normalize(first.key), own, rtol=0, atol=0.03)
+    changed = (data.normalize(first.query) - own).abs().amax((1, 2, 3)) > 0.1
     assert 0.5 < changed.float().mean() < 1
     again = next(data.minibatches(images, SMOKE, 0, 1, ("query", "weak"), tmp_path))
     later = next(data.minibatches(images, SMOKE, 0, 2, ("query", "weak"), tmp_path))

@@ -13,8 +13,8 @@ from slr_plugin.diagnostics import Observer
 from slr_plugin.key_sets import batch_and_queue
 from slr_plugin.queue import KeyQueue
 
-# (similarity (s, K), the column of each positive (s,), prior confidence) -> labels (s, K)
-Labeler = Callable[[Tensor, Tensor, float], Tensor]
+# (similarity (s, K), the column of each positive (s,), prior confidence ()) -> labels (s, K)
+Labeler = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SoftLabelLoss(nn.Module):
@@ -77,13 +77,13 @@ class SoftLabelLoss(nn.Module):
         positives = F.normalize(out1, dim=1)
         similarity = positives @ torch.cat([positives, self.memory_bank.bank]).T
         own = torch.arange(len(positives), device=positives.device)
-        return self.labeler(similarity, own, self.confidence(int(self.step)))
+        return self.labeler(similarity, own, self.confidence(self.step.double()))
 
 
 def one_estimator(which: str, temperature: float) -> Labeler:
     """Equation (5) with p alone or q alone: the other's share is 0, also in z."""
 
-    def labeler(similarity: Tensor, own: Tensor, confidence: float) -> Tensor:
+    def labeler(similarity: Tensor, own: Tensor, confidence: Tensor) -> Tensor:
         labels = dense.self_labels(similarity, own, temperature=temperature, confidence=0.0)
         estimate = getattr(labels, which)
         weight = confidence * estimate.amax(1, keepdim=True)
@@ -95,11 +95,28 @@ def one_estimator(which: str, temperature: float) -> Labeler:
 def sce(temperature: float = 0.05, own_weight: float = 0.5) -> Labeler:
     """Similarity contrastive estimation (Denize et al., WACV 2023): half one-hot, half similarities of the key."""
 
-    def labeler(similarity: Tensor, own: Tensor, confidence: float) -> Tensor:
+    def labeler(similarity: Tensor, own: Tensor, confidence: Tensor) -> Tensor:
         labels = dense.self_labels(similarity, own, temperature=temperature, confidence=0.0)
         return own_weight * labels.refined + (1 - own_weight) * labels.q
 
     return labeler
+
+
+class DecoupledLoss(nn.Module):
+    """lightly's ``DCLLoss`` by masks in place of boolean indices, whose count a CUDA graph cannot wait for."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of two views, (s, d) each."""
+        views = F.normalize(torch.cat([out0, out1]), dim=1)
+        logits = views @ views.T / self.temperature
+        numbers = torch.arange(len(views), device=views.device)
+        own = numbers.roll(len(out0))[:, None]  # the image's other view
+        negatives = logits.masked_fill((numbers == own) | (numbers == numbers[:, None]), -torch.inf)
+        return (negatives.logsumexp(1) - logits.gather(1, own)[:, 0]).mean()
 
 
 class NeighbourLoss(nn.Module):

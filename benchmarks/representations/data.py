@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ class Images(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Normalised views, and the classes (s,), which no method may use but those that are told them."""
+    """Views, in uint8 until they are normalised, and the classes (s,), which only those methods use that are told."""
 
     query: Tensor
     key: Tensor
@@ -47,6 +48,9 @@ class Batch(NamedTuple):
 
 # The stream of random numbers of each view, so that it is the same whichever others a method takes; 0 is the order's.
 STREAMS = {"query": 1, "key": 2, "strong": 3, "weak": 3}
+
+# Views that are kept for the other runs of this process, by the names that their files would have.
+_ON_GPU: dict[Path, Tensor] = {}
 
 
 def load(root: Path, budget: Budget, device: torch.device, held_out: bool = False) -> tuple[Images, Images]:
@@ -121,22 +125,25 @@ def minibatches(
         seed: with ``epoch``, determines order and views, whatever the method draws.
         epoch: counts from 1.
         names: of STREAMS, those of query and key and perhaps a strong one; "plain" are the images as they are.
-        cache: the folder in which views are kept, 9 MB per view and epoch of 5,000 images.
+        cache: the folder in which views are kept, 9 MB per view and epoch of 5,000 images; on a GPU they stay there.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_stream(seed, epoch, 0)))
     views = [_views(images, budget, seed, epoch, name, cache) for name in names]
     whole = len(order) // budget.batch_size * budget.batch_size
     for index in order[:whole].to(images.pixels.device).split(budget.batch_size):
-        query, key, *rest = (normalize(view[index]) for view in views)
+        query, key, *rest = (view[index] for view in views)
         yield Batch(query, key, rest[0] if rest else None, images.classes[index], index)
 
 
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 to float32 of mean 0 and variance 1 per channel."""
-    mean, std = (
-        pixels.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in STATISTICS[pixels.shape[1]]
-    )
+    mean, std = _statistics(pixels.shape[1], pixels.device)
     return ((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _statistics(channels: int, device: torch.device) -> list[Tensor]:
+    return [torch.tensor(values, device=device).view(-1, 1, 1) for values in STATISTICS[channels]]
 
 
 def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cache: Path) -> Tensor:
@@ -150,22 +157,28 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
         / f"seed-{seed}"
         / f"epoch-{epoch}-{name}.pt"
     )
-    if path.exists():
+    on_cpu = images.pixels.device.type == "cpu"
+    if path in _ON_GPU:
+        return _ON_GPU[path]
+    if on_cpu and path.exists():
         return torch.load(path)
     with torch.random.fork_rng():
         torch.manual_seed(_stream(seed, epoch, STREAMS[name]))
         augment = (
             _grey_augmentation(budget.side) if budget.channels == 1 else _augmentation(budget.side, name != "weak")
         )
-        views = torch.cat([augment(part / 255) for part in images.pixels.split(512)])
+        views = torch.cat([augment(part / 255) for part in images.pixels.split(512 if on_cpu else 8192)])
         if name == "strong":
             views = torch.cat([_strengthen(group) for group in views.split(budget.strong_group)])
     views = _bytes(views)
-    if budget.keeps_views:
+    if budget.keeps_views and on_cpu:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")  # another process may be making the same file
         torch.save(views, unfinished)
         unfinished.replace(path)
+    elif budget.keeps_views:
+        torch.cuda.current_stream().synchronize()  # other runs read it on streams of their own
+        _ON_GPU[path] = views
     return views
 
 

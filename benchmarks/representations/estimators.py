@@ -85,7 +85,7 @@ def compare(method: str, seed: int, budget: Budget, train_images: Images, test_i
     project = networks[0].train()  # batch norm as in training
     with torch.no_grad():
         batches = list(minibatches(train_images, budget, seed, 1, ("query", "key"), cache))
-        views = torch.cat([F.normalize(project(batch.key)) for batch in batches])
+        views = torch.cat([F.normalize(project(normalize(batch.key))) for batch in batches])
         view_classes = torch.cat([batch.classes for batch in batches])
         parts = train_images.pixels.split(budget.batch_size)
         plain = torch.cat([F.normalize(project(normalize(part))) for part in parts])

@@ -6,8 +6,9 @@ import functools
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import Images, load
-from benchmarks.representations.training import train
+from benchmarks.representations.training import finished, training
 
 
 class Run(NamedTuple):
@@ -48,17 +49,24 @@ def run(
     """Train every method with every seed, but for the runs whose record lies in ``results`` already.
 
     If the budget names learning rates, each method is trained with all of them first, and its seeds with that one which
-    was best on held-out training images. ``jobs`` runs go on at a time, each in a process of its own. All methods of a
-    seed come before the next seed.
+    was best on held-out training images. ``jobs`` runs go on at a time: on CPUs each in a process of its own, on a GPU
+    each on a stream of its own. All methods of a seed come before the next seed.
     """
     rates = BUDGETS[budget].rates
-    work = functools.partial(_work, budget=budget, data=data, device=device, results=results, cache=cache)
+    start = functools.partial(_start, budget=budget, data=data, device=device, cache=cache)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        go = _in_processes if device == "cpu" else _on_streams
+
+        def finish(wanted: Sequence[Run]) -> None:
+            missing = [one for one in wanted if not one.is_done(results)]
+            for one, record in tqdm(go(missing, start, pool, jobs), total=len(missing), unit="run"):
+                _write(one.path(results), record)
+                tqdm.write(f"{one}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")
+
         if len(rates) > 1:
-            tuning = [Run(*triple, held_out=True) for triple in itertools.product(methods, range(TUNING_SEEDS), rates)]
-            _finish(tuning, pool, work, results)
+            finish([Run(*triple, held_out=True) for triple in itertools.product(methods, range(TUNING_SEEDS), rates)])
         best = {method: best_rate(method, rates, results) for method in methods}
-        _finish([Run(method, seed, best[method]) for seed in range(seeds) for method in methods], pool, work, results)
+        finish([Run(method, seed, best[method]) for seed in range(seeds) for method in methods])
 
 
 def best_rate(method: str, rates: Sequence[float], results: Path) -> float | None:
@@ -73,14 +81,35 @@ def best_rate(method: str, rates: Sequence[float], results: Path) -> float | Non
     return max(rates, key=score)
 
 
-def _finish(
-    wanted: Sequence[Run], pool: ProcessPoolExecutor, work: Callable[[Run], dict[str, Any]], results: Path
-) -> None:
-    """Do the runs that have no record yet."""
-    runs = {pool.submit(work, one): one for one in wanted if not one.is_done(results)}
-    for finished in tqdm(as_completed(runs), total=len(runs), unit="run"):
-        record = finished.result()
-        tqdm.write(f"{runs[finished]}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")
+Record = dict[str, Any]
+Start = Callable[..., Generator[None, None, Record]]
+
+
+def _in_processes(
+    runs: Sequence[Run], start: Start, pool: ProcessPoolExecutor, jobs: int
+) -> Iterator[tuple[Run, Record]]:
+    """Runs and their records, each computed in a process."""
+    tasks = {pool.submit(_exhaust, start, one): one for one in runs}
+    for task in as_completed(tasks):
+        yield tasks[task], task.result()
+
+
+def _on_streams(
+    runs: Sequence[Run], start: Start, pool: ProcessPoolExecutor, jobs: int
+) -> Iterator[tuple[Run, Record]]:
+    """The same on one GPU, whose launches take turns, an epoch each; processes fit the linear classifiers."""
+    waiting, going = deque(runs), deque[tuple[Run, torch.cuda.Stream, Generator[None, None, Record]]]()
+    while waiting or going:
+        while waiting and len(going) < jobs:
+            one = waiting.popleft()
+            going.append((one, torch.cuda.Stream(), start(one, probes=pool)))
+        one, stream, epochs = going.popleft()
+        try:
+            with torch.cuda.stream(stream):
+                next(epochs)
+            going.append((one, stream, epochs))
+        except StopIteration as end:
+            yield one, end.value
 
 
 def records(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -92,15 +121,22 @@ def records(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def _work(one: Run, budget: str, data: Path, device: str, results: Path, cache: Path) -> dict[str, Any]:
+def _start(
+    one: Run, budget: str, data: Path, device: str, cache: Path, probes: Executor | None = None
+) -> Generator[None, None, Record]:
     images = _images(data, budget, device, one.held_out)
-    record = train(one.method, one.seed, BUDGETS[budget], *images, cache, rate=one.rate)
-    path = one.path(results)
+    return training(one.method, one.seed, BUDGETS[budget], *images, cache, rate=one.rate, probes=probes)
+
+
+def _exhaust(start: Start, one: Run) -> Record:
+    return finished(start(one))
+
+
+def _write(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(path)
-    return record
 
 
 @functools.cache

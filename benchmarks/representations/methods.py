@@ -214,6 +214,13 @@ METHODS: dict[str, Method] = {
         PLAIN + FORWARD,
         views=("query", "key", "plain"),
     ),
+    # The same losses as simclr-cold and dcl, in operations that a CUDA graph can repeat.
+    "one-hot-batch": _both("NT-Xent, 0.1", _slr_loss(ONE_HOT | COLD_BATCH)),
+    "decoupled": _both("DCL, 0.1", lambda setup: baselines.DecoupledLoss(COLD)),
+    "decoupled-longer": _both(
+        "the same, as many passes as with mixup", lambda setup: baselines.DecoupledLoss(COLD), stretch=3 / 2
+    ),
+    "one-hot-longer": _slr("one-hot labels, as many passes as SANE", False, ONE_HOT, stretch=MIXED / PLAIN),
     # Labels for what is surely alike, and no others.
     **{
         name: _method(summary, functools.partial(_neighbour_loss, attracts), mixed=False)

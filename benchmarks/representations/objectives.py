@@ -161,7 +161,7 @@ class Oracle(Momentum):
         self.monitor.announce(batch.classes, measure=False)
         return super().forward(online, batch)
 
-    def label(self, similarity: Tensor, own: Tensor, confidence: float) -> Tensor:
+    def label(self, similarity: Tensor, own: Tensor, confidence: Tensor) -> Tensor:
         """A labeler, see :mod:`benchmarks.representations.baselines`."""
         label = self.estimate(similarity, own, confidence)
         key_classes = torch.cat([self.classes, self.monitor.queue_classes])

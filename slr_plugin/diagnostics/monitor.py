@@ -72,6 +72,7 @@ class LabelMonitor:
         """The classes (n,) of the keys in the queue, -1 where unknown."""
         if self._generation != self.criterion.memory_bank.generation:
             self._queue_classes, self._generation = self._unknown()
+        self._queue_classes = self._queue_classes.to(self.criterion.memory_bank.bank.device)
         return self._queue_classes
 
     def announce(self, classes: Tensor, measure: bool = True) -> None:
@@ -99,7 +100,7 @@ class LabelMonitor:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the criterion's."""
-        return {"queue_classes": self.queue_classes}
+        return {"queue_classes": self.queue_classes.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, after the criterion did.
@@ -113,7 +114,7 @@ class LabelMonitor:
                 f"the checkpoint's queue_classes has {len(stored)} entries, the queue {len(self.queue_classes)} keys; "
                 "build the loss with the memory_bank_size of the checkpoint's run, or start a new monitor"
             )
-        self._queue_classes = stored.to(self.queue_classes)
+        self._queue_classes = stored.to(self.queue_classes, copy=True)
 
     # ---------------------------------------------------------- what the criterion calls, see Observer
 
@@ -145,9 +146,8 @@ class LabelMonitor:
         assert self._classes is not None
         classes = self.queue_classes
         newest = self._classes[-len(places) :].to(classes.device)
-        places, accepted = places.to(classes.device), accepted.to(classes.device)
-        # Without reading back whether the keys were finite.
-        self._queue_classes = classes.index_copy(0, places, torch.where(accepted, newest, classes[places]))
+        # Without reading back whether the keys were finite; in place, as a CUDA graph repeats it.
+        classes.index_copy_(0, places, torch.where(accepted, newest, classes[places]))
 
     def _unknown(self) -> tuple[Tensor, int]:
         bank = self.criterion.memory_bank
