@@ -165,7 +165,9 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
     with torch.random.fork_rng():
         torch.manual_seed(_stream(seed, epoch, STREAMS[name]))
         augment = (
-            _grey_augmentation(budget.side) if budget.channels == 1 else _augmentation(budget.side, name != "weak")
+            _grey_augmentation(budget.side, on_cpu)
+            if budget.channels == 1
+            else _augmentation(budget.side, name != "weak", on_cpu)
         )
         views = torch.cat([augment(part / 255) for part in images.pixels.split(512 if on_cpu else 8192)])
         if name == "strong":
@@ -182,20 +184,25 @@ def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cac
     return views
 
 
-def _augmentation(side: int, colours: bool) -> K.AugmentationSequential:
+def _augmentation(side: int, colours: bool, on_cpu: bool) -> K.AugmentationSequential:
     """The MoCo authors' CIFAR demo's; without colours the weak one of ReSSL and SCE."""
     geometric = [
-        K.RandomResizedCrop((side, side), scale=(0.08 if colours else 0.2, 1.0)),
+        _crop(side, 0.08 if colours else 0.2, on_cpu),
         K.RandomHorizontalFlip(),
     ]
     coloured = [K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), K.RandomGrayscale(p=0.2)]
     return K.AugmentationSequential(*geometric, *(coloured if colours else []), data_keys=["input"])
 
 
-def _grey_augmentation(side: int) -> K.AugmentationSequential:
+def _crop(side: int, least: float, on_cpu: bool) -> K.RandomResizedCrop:
+    """The same pixels either way, but for rounding; "slice" takes the images one by one."""
+    return K.RandomResizedCrop((side, side), (least, 1.0), cropping_mode="slice" if on_cpu else "resample")
+
+
+def _grey_augmentation(side: int, on_cpu: bool) -> K.AugmentationSequential:
     """Milder crops, since clothes fill the image, and what ColorJitter does to grey."""
     return K.AugmentationSequential(
-        K.RandomResizedCrop((side, side), scale=(0.3, 1.0)),
+        _crop(side, 0.3, on_cpu),
         K.RandomHorizontalFlip(),
         K.RandomBrightness((0.6, 1.4)),
         K.RandomContrast((0.6, 1.4)),
