@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss, processes, scaling, step
+from benchmarks import loss, processes, scaling, step, tiles
 from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
@@ -34,7 +34,8 @@ def add_rounds(parser: argparse.ArgumentParser, rounds: int) -> None:
 def add_loss(parser: argparse.ArgumentParser) -> None:
     """Time and memory of the loss."""
     add_timing(parser, rounds=15)
-    parser.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(loss.SIZES))
+    usual = [name for name in loss.SIZES if name not in loss.HUGE]
+    parser.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=usual)
     parser.add_argument("--compile", action="store_true", help="ours and lightly's under torch.compile, too")
     parser.add_argument(
         "--load", type=int, default=0, metavar="N", help="measure again beside N busy processes (default: %(default)s)"
@@ -64,6 +65,12 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(
         run=lambda args: step.run(args.workloads, args.device, args.rounds, args.precision, args.output)
     )
+
+
+def add_tiles(parser: argparse.ArgumentParser) -> None:
+    """Tiles of other sizes."""
+    add_timing(parser, rounds=15)
+    parser.set_defaults(run=lambda args: tiles.run(args.device, args.rounds, args.precision, args.output))
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +112,7 @@ def add_representations(parser: argparse.ArgumentParser) -> None:
             jobs = args.jobs or (8 if args.device != "cpu" else os.cpu_count() or 1)
             harness.run(list(methods), args.seeds, args.budget, args.data, args.device, jobs, results, args.cache)
         print(report.write(results))
-        tables = report.sections(harness.records(results), args.budget)
+        tables = report.sections(results)
         marked = {f"{args.budget}/{name}": text for name, text in tables.items()}
         for document in args.documents:
             document.write_text(report.fill(document.read_text(), marked))
@@ -135,6 +142,7 @@ def main() -> None:
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
     add_scaling(names.add_parser("scaling", help="how time and memory grow with keys, rows and dimension"))
     add_step(names.add_parser("step", help="where the time of a whole training step goes"))
+    add_tiles(names.add_parser("tiles", help="the pass over the keys in tiles of other sizes"))
     add_processes(names.add_parser("processes", help="what gathering over processes costs"))
     add_representations(names.add_parser("representations", help="accuracy of encoders trained with each method"))
     add_estimators(names.add_parser("estimators", help="how well ways to weigh the other keys see classes"))

@@ -19,6 +19,7 @@ from slr_plugin.streaming import op, tiled
 
 TEMPERATURE = 0.2
 BASELINE, LIMIT = "lightly NTXentLoss", "bare products"
+GRAPH = ", CUDA graph"
 ATTENTION = "torch's attention, forward only"
 
 # A contender that would hold one tensor beyond this many bytes is named but not run.
@@ -78,6 +79,10 @@ def contenders(size: Size, device: str, compiles: bool = False) -> dict[str, Cal
     if device != "cpu" and torch.get_float32_matmul_precision() != "highest":
         steps |= {
             f"{name}, triton": with_triton(run) for name, run in steps.items() if name.startswith("SLRLoss") and run
+        }
+    if device != "cpu":
+        steps |= {
+            f"{name}{GRAPH}": in_a_graph(run) for name, run in steps.items() if name.startswith("SLRLoss") and run
         }
     if size.queue:
         steps[ATTENTION] = attention(size, device)
@@ -154,6 +159,19 @@ def with_triton(step: Callable[[], Any]) -> Callable[[], Any]:
         op.DEFAULT_BACKEND = "tiled"
 
     return run
+
+
+def in_a_graph(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a CUDA graph, which is launched as one; lightly's losses read values back and cannot be recorded."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # before a recording every library must have run
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def attention(size: Size, device: str) -> Callable[[], Any]:

@@ -18,7 +18,7 @@ pytest.importorskip("lightly")
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("info_nce")
 
-from benchmarks import __main__, contenders, load, loss, processes, scaling, step
+from benchmarks import __main__, contenders, load, loss, processes, scaling, step, tiles
 from benchmarks.contenders import BASELINE, Size
 from slr_plugin import SLRLoss, presets
 from slr_plugin.streaming import threads, tiled
@@ -87,6 +87,15 @@ def test_busy_processes_end_when_the_measuring_process_dies():
     script = "import os; from benchmarks import load; busy = load.busy(1); busy.__enter__(); os._exit(0)"
     # Returns when the pipe is closed at every end: the busy process has inherited it.
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=True)
+
+
+def test_every_tile_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "SIZES", {"queue": Size(4, 6, 3), "views": Size(4, 0, 3)})
+    monkeypatch.setattr(tiles, "CPU_TILES", [(2, 4), (8, 8)])
+    tiles.run("cpu", 1, "highest", tmp_path)
+    results = json.loads((tmp_path / "tiles.json").read_text())["results"]
+    assert list(results) == ["tiled CPU_TILE (2, 4)", "tiled CPU_TILE (8, 8)"]
+    assert all(list(row) == ["queue, forward", "views, forward", "views, backward"] for row in results.values())
 
 
 def test_memory_of_all_threads_counts():

@@ -19,6 +19,9 @@ from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import Images, load
 from benchmarks.representations.training import finished, training
 
+Record = dict[str, Any]
+Start = Callable[..., Generator[None, None, Record]]
+
 
 class Run(NamedTuple):
     """One training."""
@@ -69,6 +72,15 @@ def run(
         finish([Run(method, seed, best[method]) for seed in range(seeds) for method in methods])
 
 
+def tuning(results: Path) -> dict[str, dict[float, list[Record]]]:
+    """The runs on held-out images: method, learning rate, records."""
+    found: dict[str, dict[float, list[Record]]] = {}
+    for path in sorted((results / "held-out").glob("*-seed*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["method"], {}).setdefault(record["rate"], []).append(record)
+    return found
+
+
 def best_rate(method: str, rates: Sequence[float], results: Path) -> float | None:
     """The learning rate with the best mean of kNN and linear accuracy on held-out training images."""
     if len(rates) < 2:
@@ -76,13 +88,14 @@ def best_rate(method: str, rates: Sequence[float], results: Path) -> float | Non
 
     def score(rate: float) -> float:
         runs = [Run(method, seed, rate, held_out=True).path(results).read_text() for seed in range(TUNING_SEEDS)]
-        return sum(float(record["knn"] + record["linear"]) for record in map(json.loads, runs))
+        return accuracy([json.loads(run) for run in runs])
 
     return max(rates, key=score)
 
 
-Record = dict[str, Any]
-Start = Callable[..., Generator[None, None, Record]]
+def accuracy(runs: Sequence[Record]) -> float:
+    """The mean of kNN and linear accuracy of some runs."""
+    return sum(float(run["knn"] + run["linear"]) for run in runs) / (2 * len(runs))
 
 
 def _in_processes(

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from benchmarks.representations.budgets import COPIES
-from benchmarks.representations.harness import records
+from benchmarks.representations.harness import accuracy, records, tuning
 from benchmarks.representations.methods import METHODS, PLAIN
 
-Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # method, seed, record
+Record = Mapping[str, Any]
+Records = Mapping[str, Mapping[int, Record]]  # method, seed, record
 MEASURES = ("knn", "linear")
 DRAWN = ("moco", "moco-longer", "mm", "sane", "sane-lambda-1.0", "sane-lambda-1.0-longer")
 LABELLED = ("p", "q", "p+q", "sane")
@@ -165,6 +166,23 @@ STUDIES = {
         ),
         budgets=("fashion",),
     ),
+    "long": Study(
+        "Long trainings",
+        "one-hot",
+        (
+            "one-hot",
+            "one-hot-longer",
+            "p+q",
+            "mm",
+            "sane",
+            "one-hot-batch",
+            "decoupled",
+            "decoupled-longer",
+            "simclr-cold-mm",
+            "simclr-cold-sane",
+        ),
+        budgets=("cpu-long",),
+    ),
     "few": Study(
         "A queue longer than the data set",
         "one-hot",
@@ -172,6 +190,8 @@ STUDIES = {
         budgets=("few", *COPIES),
     ),
 }
+
+TITLES = {"labels": "Labels", "rates": "Learning rates, on held-out training images"}
 
 
 def table(study: Study, records: Records) -> str:
@@ -294,24 +314,42 @@ def band(axes: Axes, x: Sequence[float], curves: Sequence[Sequence[float]], labe
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def sections(found: Records, budget: str) -> dict[str, str]:
-    """Every table of a budget that there are records for, by the name of its study; "labels" are all methods'."""
+def rate_table(tuned: Mapping[str, Mapping[float, Sequence[Record]]]) -> str:
+    """Accuracy on held-out training images at every learning rate, kNN / linear, each method's best in bold."""
+    rates = sorted({rate for runs in tuned.values() for rate in runs})
+    lines = ["| method | seeds | " + " | ".join(map(str, rates)) + " | cost |", "|---|--:|" + "--:|" * (len(rates) + 1)]
+    for method in (name for name in METHODS if name in tuned):
+        runs = tuned[method]
+        best = max(runs, key=lambda rate: accuracy(runs[rate]))
+        cells = [f"{method}: {METHODS[method].summary}", str(len(runs[best]))]
+        for rate in rates:
+            means = (float(np.mean([run[measure] for run in runs.get(rate, [])])) for measure in MEASURES)
+            cell = " / ".join(f"{mean:.2f}" for mean in means) if rate in runs else ""
+            cells.append(f"**{cell}**" if rate == best else cell)
+        lines.append("| " + " | ".join([*cells, f"{cost(method):.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def sections(results: Path) -> dict[str, str]:
+    """Every table that there are records for in a budget's folder, by the name of its study or of TITLES."""
+    found, tuned, budget = records(results), tuning(results), results.name
     tables = {
         name: table(study, found)
         for name, study in STUDIES.items()
         if budget in study.budgets and any(method in found for method in study.methods)
     }
-    return tables | {"labels": label_table(list(METHODS), found)}
+    tables |= {"labels": label_table(list(METHODS), found)} if found else {}
+    return tables | ({"rates": rate_table(tuned)} if tuned else {})
 
 
 def write(results: Path) -> str:
     """Draw the figures of a budget's records beside them, if it has any; returns the tables."""
     found = records(results)
-    if results.name in STUDIES["methods"].budgets:
+    if found and results.name in STUDIES["methods"].budgets:
         draw_accuracy(DRAWN, found).savefig(results / "accuracy.png", dpi=150)
         draw_labels(LABELLED, found).savefig(results / "labels.png", dpi=150)
-    titles = {name: study.title for name, study in STUDIES.items()} | {"labels": "Labels"}
-    return "\n\n".join(f"### {titles[name]}\n\n{text}" for name, text in sections(found, results.name).items())
+    titles = TITLES | {name: study.title for name, study in STUDIES.items()}
+    return "\n\n".join(f"### {titles[name]}\n\n{text}" for name, text in sections(results).items())
 
 
 def fill(document: str, tables: Mapping[str, str]) -> str:
