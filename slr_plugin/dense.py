@@ -76,7 +76,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def labels(key_set: KeySet, settings: Settings) -> Tensor:
     """The refined labels (r, K) of a key set's rows, its columns in their order."""
-    estimators = key_set.estimator or key_set
+    estimators = key_set.estimator_keys or key_set
     return self_labels(
         estimators.similarity(estimators.own_keys()),
         key_set.own_columns(),
@@ -98,7 +98,7 @@ def objective(key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], se
 
     plain = logits(key_set.rows, key_set)
     one_hot_term = F.cross_entropy(plain, key_set.own_columns())
-    mixing = (key_set.mixed if crops else None) or key_set
+    mixing = (key_set.mixed_keys if crops else None) or key_set
     with torch.no_grad():
         refined = labels(mixing, settings)
     if not crops:

@@ -26,14 +26,14 @@ class KeySet(NamedTuple):
     rows: Tensor  # (r, d), trained
     positives: Tensor  # (s, d), one per sample
     keys: Tensor  # (b, d) keys of this step, which may be trained: the batch's, then further negatives
-    batch: int  # how many of ``keys`` are the batch's
+    batch_count: int  # how many of ``keys`` are the batch's
     own: tuple[int, ...]  # of each block: the key that is its first row's own; () if none of ``keys`` is
     entering: Tensor  # (S, d), the positives of all processes, which enter the queue after the call
     left_out: tuple[int, ...] = ()  # of each block: a key that its first row does not see, such as the row itself
-    mixed: KeySet | None = None  # what mixed queries see, where that is not what the rows see
+    mixed_keys: KeySet | None = None  # what mixed queries see, where that is not what the rows see
     # These two stay last: with_queue replaces them by position.
     queue: Tensor | None = None  # (n, d) constants
-    estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
+    estimator_keys: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
     @property
     def is_symmetric(self) -> bool:
@@ -58,7 +58,7 @@ class KeySet(NamedTuple):
     def with_queue(self, queue: Tensor, estimator_queue: Tensor | None) -> KeySet:
         """The key set and these further keys, and their features that estimate labels if there is an estimator."""
         # Not _replace, which torch.compile cannot trace in torch 2.4.
-        estimator = self.estimator and KeySet(*self.estimator[:-2], estimator_queue)
+        estimator = self.estimator_keys and KeySet(*self.estimator_keys[:-2], estimator_queue)
         return KeySet(*self[:-2], queue, estimator)
 
     # ------------------------------------------------------------------------- dense matrices, for looking at and tests
@@ -91,8 +91,8 @@ class KeySet(NamedTuple):
             everyone: (S,) of the samples of all processes.
             queue: (n,) of the queue's keys.
         """
-        batch = everyone.repeat(self.batch // len(everyone))
-        columns = torch.cat([batch, batch.new_full((len(self.keys) - self.batch,), -1), queue])
+        batch = everyone.repeat(self.batch_count // len(everyone))
+        columns = torch.cat([batch, batch.new_full((len(self.keys) - self.batch_count,), -1), queue])
         if not self.own:
             columns = torch.cat([local[:, None], columns.expand(len(local), -1)], dim=1)
         left_out = self.left_out_columns()
@@ -120,7 +120,7 @@ def batch_and_queue(
         estimator: the same for other features of the samples.
     """
     keys = _joined(batch, negatives)
-    return KeySet(queries, positives, keys, len(batch), (offset,), entering=batch, estimator=estimator)
+    return KeySet(queries, positives, keys, len(batch), (offset,), entering=batch, estimator_keys=estimator)
 
 
 def own_positive_and_queue(
@@ -132,7 +132,7 @@ def own_positive_and_queue(
 ) -> KeySet:
     """MoCo's key set: the own positive, further negatives, the queue. Arguments as above."""
     keys = positives[:0] if negatives is None else negatives
-    return KeySet(queries, positives, keys, 0, (), entering=batch, estimator=estimator)
+    return KeySet(queries, positives, keys, 0, (), entering=batch, estimator_keys=estimator)
 
 
 def both_views(
@@ -155,7 +155,7 @@ def both_views(
     """
     second = len(batch) // 2
     positives, entering = rows[len(rows) // 2 :], batch[second:]
-    mixed = batch_and_queue(rows[:0], positives, entering, negatives, offset, estimator and estimator.mixed)
+    mixed = batch_and_queue(rows[:0], positives, entering, negatives, offset, estimator and estimator.mixed_keys)
     return KeySet(
         rows,
         positives,
@@ -164,8 +164,8 @@ def both_views(
         own=(second + offset, offset),
         entering=entering,
         left_out=(offset, second + offset),
-        mixed=mixed,
-        estimator=estimator,
+        mixed_keys=mixed,
+        estimator_keys=estimator,
     )
 
 

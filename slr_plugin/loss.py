@@ -178,7 +178,7 @@ class SLRLoss(HasSettings):
         settings = self.settings_at(place.step, call.key_set.rows.dtype, stale)
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.features.crops, call.features.mixes, settings)
-            labelled = (call.key_set.mixed if call.features.mixes else None) or call.key_set
+            labelled = (call.key_set.mixed_keys if call.features.mixes else None) or call.key_set
             for observer in observers:
                 observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence
@@ -306,7 +306,7 @@ class SLRLoss(HasSettings):
     @torch.no_grad()
     def _advance(self, call: Call) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
-        entering, estimator = call.key_set.entering, call.key_set.estimator
+        entering, estimator = call.key_set.entering, call.key_set.estimator_keys
         accepted = entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
         if len(self.memory_bank):
             enqueued = self.memory_bank.enqueue(entering, estimator and estimator.entering, accepted)

@@ -47,26 +47,45 @@ def slr_objective(
         mixes: how each of the crops was mixed.
         settings: the numbers.
     """
-    rows = key_set.rows
     if not crops:
-        stats, labels, targets = _compare(key_set, [rows], key_set.hidden(), settings)
-        own_keys = key_set.own_keys()
-        losses = _own_key_added(stats.logsumexp_minus(_logits(rows, own_keys, settings)))
-        if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
-            losses = losses + settings.refined_weight * _logits(rows, own_keys - targets, settings)
+        losses, labels = _unmixed_losses(key_set, settings)
         return losses.mean(), labels
-    if key_set.mixed:  # they see other keys than the rows: a pass of their own
-        one_hot, _ = slr_objective(key_set, (), (), settings.one_hot())
-        stats, labels, targets = _compare(key_set.mixed, crops, [], settings)
-        refined = stats.logsumexp_minus(_mixed_logits(crops, targets, mixes, settings))
+    if key_set.mixed_keys:  # which are not what the rows see: a pass of their own
+        one_hot, _ = _unmixed_losses(key_set, settings.one_hot())
+        refined, labels = _mixed_losses(key_set.mixed_keys, crops, mixes, settings)
     else:
-        stats, labels, targets = _compare(key_set, [rows, *crops], key_set.hidden(), settings)
-        own_logits = _logits(rows, key_set.positives, settings)
-        mixed_logits = _mixed_logits(crops, targets, mixes, settings)
-        losses = stats.logsumexp_minus(torch.cat([own_logits, mixed_logits]))
-        losses, refined = torch.split(losses, [len(own_logits), len(mixed_logits)])
-        one_hot = _own_key_added(losses).mean()
-    return torch.lerp(one_hot, refined.mean(), settings.refined_weight), labels
+        one_hot, refined, labels = _losses_of_one_pass(key_set, crops, mixes, settings)
+    return torch.lerp(one_hot.mean(), refined.mean(), settings.refined_weight), labels
+
+
+def _unmixed_losses(key_set: KeySet, settings: Settings) -> tuple[Tensor, Labels]:
+    """The losses (r,) of rows whose label is one-hot by 1 - lambda and refined by lambda."""
+    stats, labels, targets = _compare(key_set, [key_set.rows], key_set.hidden(), settings)
+    own_keys = key_set.own_keys()
+    losses = _own_key_added(stats.logsumexp_minus(_logits(key_set.rows, own_keys, settings)))
+    if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
+        losses = losses + settings.refined_weight * _logits(key_set.rows, own_keys - targets, settings)
+    return losses, labels
+
+
+def _mixed_losses(
+    key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings
+) -> tuple[Tensor, Labels]:
+    """The losses of mixed queries, crop after crop, over keys that only they see."""
+    stats, labels, targets = _compare(key_set, crops, [], settings)
+    return stats.logsumexp_minus(_mixed_logits(crops, targets, mixes, settings)), labels
+
+
+def _losses_of_one_pass(
+    key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings
+) -> tuple[Tensor, Tensor, Labels]:
+    """The losses (s,) of rows with one-hot labels, and those of mixed queries over the same keys."""
+    rows = key_set.rows
+    stats, labels, targets = _compare(key_set, [rows, *crops], key_set.hidden(), settings)
+    mixed_logits = _mixed_logits(crops, targets, mixes, settings)
+    losses = stats.logsumexp_minus(torch.cat([_logits(rows, key_set.positives, settings), mixed_logits]))
+    others, refined = torch.split(losses, [len(rows), len(mixed_logits)])
+    return _own_key_added(others), refined, labels
 
 
 def _compare(
@@ -89,7 +108,7 @@ def _compare(
     if not settings.refines:
         stats = _pass(parts, key_set, temperature, hidden, settings)
         return stats, refinery.one_hot(stats.reference), key_set.positives
-    if key_set.estimator is None and not key_set.is_symmetric:
+    if key_set.estimator_keys is None and not key_set.is_symmetric:
         # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
         count, estimators = sum(map(len, parts)), key_set.positives.detach() / sharp
         hidden = hidden + key_set.hidden(count)
@@ -98,7 +117,7 @@ def _compare(
         return stats, *_refined(key_set.positives, estimates, settings)
     stats = _pass(parts, key_set, temperature, hidden, settings)
     constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    estimator = key_set.estimator
+    estimator = key_set.estimator_keys
     if estimator is not None:
         estimating = estimator.own_keys()  # of two views both halves are the same features
         estimates = _pass([estimating], estimator, constant * sharp, estimator.hidden(), settings, values=key_set)

@@ -139,14 +139,14 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
         for left, block, averaged in _blocks(sources, tiling.width, rows, low.dtype):
             compared = rows if block.dtype == rows.dtype else low
             for here in _slices(share, tiling.height):
-                logits = _logits(compared[here], block, scale, tile, here.start, left, hidden)
+                logits = _fill_logits(compared[here], block, scale, tile, here.start, left, hidden)
                 part = sums.at(here)
                 if not bounded:
                     part.raise_shift(logits)
                 part.add(logits.exp2_(), averaged)
 
     def add_each_other(tile: Tensor, here: slice, there: slice) -> None:
-        weights = _logits(rows[here], rows[there], scale, tile, here.start, there.start, hidden).exp2_()
+        weights = _fill_logits(rows[here], rows[there], scale, tile, here.start, there.start, hidden).exp2_()
         sums.at(here).add(weights, values[there])
         if here != there:
             sums.at(there).add(weights.T, values[here])
@@ -175,7 +175,7 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     gradient = row_values.new_zeros(len(keys), row_values.shape[1])
 
     def weights_of(tile: Tensor, here: slice, there: slice) -> Tensor:
-        weights = _logits(rows[here], keys[there], scale, tile, here.start, there.start, hidden)
+        weights = _fill_logits(rows[here], keys[there], scale, tile, here.start, there.start, hidden)
         if not bounded:
             weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
         return weights.exp2_()
@@ -198,7 +198,7 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     return gradient
 
 
-def _logits(
+def _fill_logits(
     rows: Tensor, keys: Tensor, scale: float, tile: Tensor, top: int, left: int, hidden: Sequence[Diagonal]
 ) -> Tensor:
     """Logits in bits of rows ``top ..`` with keys ``left ..``, in a tile's memory; minus infinity where hidden.
