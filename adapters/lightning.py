@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -86,5 +87,14 @@ class LabelQualityCallback(Callback):
         """Go on from a checkpoint; outside of training there is nothing to watch."""
         if not self._monitors:
             return
-        for monitor, state in zip(self._monitors, state_dict["monitors"], strict=True):
+        saved = state_dict["monitors"]
+        if len(saved) != len(self._monitors):
+            warnings.warn(
+                f"the checkpoint holds the label monitors of {len(saved)} losses (of none if it was saved outside of "
+                f"training), the module has {len(self._monitors)} losses: the classes of the keys in their queues are "
+                "unknown at first",
+                stacklevel=2,
+            )
+            return
+        for monitor, state in zip(self._monitors, saved, strict=True):
             monitor.load_state_dict(state)

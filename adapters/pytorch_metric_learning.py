@@ -130,6 +130,8 @@ SLRLoss.__name__ = "NTXentLoss"  # see its docstring; pickle goes by __qualname_
 
 def _pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The first and the second sample of each pair, in the order of the first ones, and the samples without partner."""
+    if not len(labels):
+        raise ValueError("the batch is empty; skip it")
     _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
     if counts.max() != 2:
         frequent = labels[counts[numbers].argmax()]

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import info_nce
 import lightly.loss
@@ -154,9 +155,8 @@ def with_triton(step: Callable[[], Any]) -> Callable[[], Any]:
     """The step with the Triton kernels."""
 
     def run() -> None:
-        op.DEFAULT_BACKEND = "triton"
-        step()
-        op.DEFAULT_BACKEND = "tiled"
+        with mock.patch.object(op, "DEFAULT_BACKEND", "triton"):
+            step()
 
     return run
 

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -57,16 +57,27 @@ def passes(backend: ModuleType, size: Size, device: str) -> Passes:
     }
 
 
-def choices(device: str) -> list[tuple[str, str, Any, str]]:
-    """Backend, its constant, a value for it, and the value in words."""
+class Choice(NamedTuple):
+    """A value for a backend's constant, and the passes that it matters to."""
+
+    backend: str
+    constant: str
+    value: Any
+    words: str
+    directions: tuple[str, ...] = ("forward", "backward")
+
+
+def choices(device: str) -> list[Choice]:
+    """All that are timed on a device."""
     if device == "cpu":
-        return [("tiled", "CPU_TILE", tile, str(tile)) for tile in CPU_TILES]
-    every: list[tuple[str, str, Any, str]]
-    every = [("tiled", "ACCELERATOR_TILE", tile, str(tile)) for tile in ACCELERATOR_TILES]
+        return [Choice("tiled", "CPU_TILE", tile, str(tile)) for tile in CPU_TILES]
+    every = [Choice("tiled", "ACCELERATOR_TILE", tile, str(tile)) for tile in ACCELERATOR_TILES]
     if torch.get_float32_matmul_precision() != "highest":
         kernels = importlib.import_module("slr_plugin.streaming.triton")
-        for constant, tiles in (("FORWARD", FORWARD), ("BACKWARD", BACKWARD)):
-            every += [("triton", constant, {128: kernels.Tile(*tile)}, str(tile)) for tile in tiles]
+        for direction, tiles in (("forward", FORWARD), ("backward", BACKWARD)):
+            for tile in tiles:
+                value = {128: kernels.Tile(*tile)}
+                every.append(Choice("triton", direction.upper(), value, str(tile), (direction,)))
     return every
 
 
@@ -74,16 +85,16 @@ def run(device: str, rounds: int, precision: str, output: Path) -> None:
     """Measure, print the table, write tiles.json and tiles.md."""
     torch.set_float32_matmul_precision(precision)
     results: dict[str, dict[str, float]] = {}
-    for backend, constant, value, words in tqdm(choices(device)):
-        module = importlib.import_module(f"slr_plugin.streaming.{backend}")
-        with mock.patch.object(module, constant, value):
+    for choice in tqdm(choices(device)):
+        module = importlib.import_module(f"slr_plugin.streaming.{choice.backend}")
+        row = results[f"{choice.backend} {choice.constant} {choice.words}"] = {}
+        with mock.patch.object(module, choice.constant, choice.value):
             for name, size in SIZES.items():
                 for direction, step in passes(module, size, device).items():
-                    if constant in ("FORWARD", "BACKWARD") and direction.upper() != constant:
-                        continue
-                    step()
-                    milliseconds = 1e3 * statistics.median(seconds(step, device) for _ in range(rounds))
-                    results.setdefault(f"{backend} {constant} {words}", {})[f"{name}, {direction}"] = milliseconds
+                    if direction in choice.directions:
+                        step()
+                        milliseconds = 1e3 * statistics.median(seconds(step, device) for _ in range(rounds))
+                        row[f"{name}, {direction}"] = milliseconds
     heads = list(dict.fromkeys(head for row in results.values() for head in row))
     lines = ["| tile | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     for tile, row in results.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -25,8 +26,9 @@ class UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """(r, d) rows, of which one of length 0 stays 0."""
+        """(r, d) rows, of which one of length 0 stays 0, and one whose length overflows is not a number."""
         length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
+        length.nan_to_num_(nan=math.nan, posinf=math.nan)
         unit: Tensor = rows / length
         ctx.save_for_backward(unit, length)
         return unit

@@ -18,13 +18,29 @@ def is_repeated() -> bool:
     return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
 
 
+def is_recomputed() -> bool:
+    """Whether non-reentrant checkpointing computes again what calls this; in compiled code its operators can ask."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 has none
+    return hooks is None or hooks(False) is not None
+
+
 class Place(NamedTuple):
     """Where in the run a call stands."""
 
     step: Tensor  # of the schedule
     version: int  # of the queue; -1 if what was there then is lost
     advanced: bool = False
-    fingerprint: Any = None  # of the features, () tensor
+    fingerprint: Any = None  # of the features, a small tensor
+
+
+class Standing(NamedTuple):
+    """What the log knows of a call."""
+
+    place: Place  # for a repeated one where it stood at first
+    advances: bool
+    follows_others: bool = False  # whether it is repeated and advances after calls that came later
 
 
 class CallLog:
@@ -33,8 +49,8 @@ class CallLog:
     def __init__(self) -> None:
         self._places: deque[Place] = deque(maxlen=64)
 
-    def place(self, now: Place, updates: bool, matters: bool, fingerprint: Callable[[], Tensor]) -> tuple[Place, bool]:
-        """Return where a call stands, for a repeated one where it stood at first, and whether it advances.
+    def place(self, now: Place, updates: bool, matters: bool, fingerprint: Callable[[], Tensor]) -> Standing:
+        """Return where a call stands.
 
         Non-reentrant checkpointing records a gradient both times: only the first run advances. Reentrant checkpointing
         records none in the first run: only the repetition advances.
@@ -49,21 +65,22 @@ class CallLog:
             RuntimeError: a repeated call is not known any more.
         """
         if torch.compiler.is_compiling():
-            return now, updates
+            return Standing(now, updates)
         repeated = is_repeated()
         reentrant = repeated and "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
         advances = updates and (reentrant or not repeated)
         if not matters:
-            return now, advances
+            return Standing(now, advances)
         if not repeated:
             self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=fingerprint()))
-            return now, advances
+            return Standing(now, advances)
         with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
-            seen = str(fingerprint().item())  # as a string, of which nan equals itself
+            seen = str(fingerprint().tolist())  # as a string, of which nan equals itself
             for place in reversed(self._places):
-                if place.advanced == (updates and not reentrant) and str(place.fingerprint.item()) == seen:
+                if place.advanced == (updates and not reentrant) and str(place.fingerprint.tolist()) == seen:
                     lost = advances and int(place.step) != int(now.step)
-                    return place._replace(version=-1) if lost else place, advances
+                    follows_others = advances and place is not self._places[-1]
+                    return Standing(place._replace(version=-1) if lost else place, advances, follows_others)
         raise RuntimeError(
             "activation checkpointing repeats a call of SLRLoss too long ago, or with other features: checkpoint the "
             "encoder without the loss"

@@ -88,7 +88,7 @@ def slr_loss(
         features,
         in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
         symmetric=symmetric,
-        has_queue=queue is not None,
+        has_queue=queue is not None and len(queue) > 0,
     )
     if queue is not None:
         key_set = key_set.with_queue(queue.detach(), None)

@@ -36,9 +36,10 @@ class Call(NamedTuple):
     updates: bool  # whether it asks the queue and the schedule to advance
 
     def fingerprint(self) -> Tensor:
-        """The sum of products () of the queries and their positives, by which a repeated call is known."""
-        queries, positives = self.features[:2]
-        return torch.dot(queries.detach().flatten(), positives.detach().flatten())
+        """Numbers by which a repeated call is known. The products are others where the two views change places."""
+        queries, positives, crops, _, negatives, estimator = self.features
+        products = torch.dot(queries.detach().flatten()[:-1], positives.detach().flatten()[1:])
+        return torch.stack([products, *(x.detach().sum() for x in (*crops, negatives, estimator) if x is not None)])
 
 
 class SLRLoss(HasSettings):
@@ -52,8 +53,8 @@ class SLRLoss(HasSettings):
     with λ ``refined_weight`` and τ ``temperature``. Without mixed queries the second term is CE(queries, refined
     labels). A refined label moves weight from the query's own positive to the keys that the positive itself resembles
     (``slr_plugin.refinery``), the more the larger ``confidence`` is. Without a queue the loss is symmetric in its
-    two views, both of which may be trained. Labels carry no gradient. Time is about that of two products of all rows
-    with all keys, memory O(s d): neither logits nor labels are ever stored.
+    two views, both of which may be trained. Labels carry no gradient. Time on a CPU is about that of two products of
+    all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
 
     All settings but the queue's may be assigned later and are checked then, as here.
 
@@ -173,9 +174,14 @@ class SLRLoss(HasSettings):
         call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
         queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
         now = Place(self.step, self.memory_bank.version)
-        place, advances = self._calls.place(now, call.updates, queue_or_schedule, call.fingerprint)
+        place, advances, follows_others = self._calls.place(now, call.updates, queue_or_schedule, call.fingerprint)
+        if follows_others:  # observers saw other calls since, and would take this one for the last of them
+            observers = tuple(self.observers)
+            for observer in observers:
+                observer.begin()
         stale = place.version != self.memory_bank.version
-        settings = self.settings_at(place.step, call.key_set.rows.dtype, stale)
+        once = queue_or_schedule and torch.compiler.is_compiling()
+        settings = self.settings_at(place.step, call.key_set.rows.dtype, stale, once)
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(call.key_set, call.features.crops, call.features.mixes, settings)
             labelled = (call.key_set.mixed_keys if call.features.mixes else None) or call.key_set
@@ -184,7 +190,7 @@ class SLRLoss(HasSettings):
         self._labels, self._confidence = labels, settings.confidence
         self._watch.follow(call.key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
         if advances:
-            self._advance(call)
+            self._advance(call, loss.requires_grad)
         return loss
 
     @property
@@ -238,24 +244,35 @@ class SLRLoss(HasSettings):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start again: a fresh random queue, step 0. Called after ``to_empty``, which leaves no values."""
+        """Start again: a fresh random queue, step 0, a temperature that is a tensor as it was assigned.
+
+        To be called after ``to_empty``, which leaves no values; from the meta device it is called by itself.
+        """
         self.memory_bank.reset_parameters()
         self.step.zero_()
+        self._reset_temperature()
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS if name != "chunk_size")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SLRLoss:
-        """Move or convert; the step starts at 0 where it leaves the meta device, as the queue starts afresh."""
+        """Move or convert; what leaves the meta device, where it had no values, starts afresh."""
         had_values = not self.step.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not had_values and not self.step.is_meta:
-            self.step.zero_()
+            with torch.no_grad():
+                self.step.zero_()
+                self._reset_temperature()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Tolerate a checkpoint without step count, NTXentLoss's: its absence matters to schedules only."""
+        """Tolerate a checkpoint without step count, NTXentLoss's: its absence matters to schedules only.
+
+        One whose queue does not fit changes nothing: the queue, which comes next, raises.
+        """
+        if self.memory_bank.refusal(state_dict, f"{prefix}memory_bank."):
+            return
         if prefix + "step" not in state_dict:
             if callable(self.confidence):
                 warnings.warn(
@@ -304,17 +321,19 @@ class SLRLoss(HasSettings):
         return Call(key_set, features, update)
 
     @torch.no_grad()
-    def _advance(self, call: Call) -> None:
+    def _advance(self, call: Call, has_backward: bool) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
         entering, estimator = call.key_set.entering, call.key_set.estimator_keys
         accepted = entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
+        enqueued = None
         if len(self.memory_bank):
             enqueued = self.memory_bank.enqueue(entering, estimator and estimator.entering, accepted)
             accepted = enqueued.accepted
-            for observer in self.observers:
-                observer.enqueue(enqueued)
         accepted = accepted.to(self.step.device)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and has_backward:
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:
             self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
+        if enqueued is not None:
+            for observer in self.observers:
+                observer.enqueue(enqueued)

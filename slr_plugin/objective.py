@@ -158,6 +158,7 @@ def _pass(
         symmetric=key_set.is_square and not isinstance(temperature, Tensor),
         chunk_size=settings.chunk_size,
         stale=settings.stale,
+        once=settings.once,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -153,6 +153,26 @@ class KeyQueue(nn.Module):
             self.reset_parameters()
         return self
 
+    def refusal(self, state_dict: Mapping[str, Any], prefix: str) -> str:
+        """Say why a checkpoint's queue cannot be loaded; "" if it can."""
+        bank, second = (state_dict.get(prefix + name) for name in ("bank", "estimator_bank"))
+        if not self.size or bank is None or bank.numel() == 0:
+            return ""
+        if bank.shape != (self.size, self.dim or bank.shape[-1]):
+            return (
+                f"{prefix}bank: the checkpoint's queue has shape {tuple(bank.shape)}, this loss's ({self.size}, "
+                f"{self.dim or 'any'}); build the loss with memory_bank_size={tuple(bank.shape)}, or delete "
+                f"{prefix + 'bank'!r} from the checkpoint to start a fresh queue"
+            )
+        own = self.estimator_bank
+        if own is not None and second is not None and second.shape != own.shape:
+            return (
+                f"{prefix}estimator_bank: the checkpoint's other features of the queue's keys have shape "
+                f"{tuple(second.shape)}, this loss's {tuple(own.shape)}; build the loss with "
+                f"estimator_dim={second.shape[-1]}, or delete {prefix + 'estimator_bank'!r} from the checkpoint"
+            )
+        return ""
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -183,13 +203,9 @@ class KeyQueue(nn.Module):
             )
             local.update(own)
         else:
-            if stored.shape != (self.size, self.dim or stored.shape[-1]):
-                error_msgs.append(
-                    f"{bank}: the checkpoint's queue has shape {tuple(stored.shape)}, this loss's "
-                    f"({self.size}, {self.dim or 'any'}); build the loss with "
-                    f"memory_bank_size={tuple(stored.shape)}, or delete {bank!r} from the checkpoint to start a "
-                    "fresh queue"
-                )
+            refusal = self.refusal(state_dict, prefix)
+            if refusal:
+                error_msgs.append(refusal)
                 return
             self.set_dim(stored.shape[-1])
             if second not in local and second in own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,12 +26,12 @@ class Settings(NamedTuple):
     refines: bool  # False only where the confidence is known to be 0: the labels need no pass then
     chunk_size: int | None = None
     stale: bool = False  # see softmax_stats
+    once: bool = False  # see softmax_stats
 
     def one_hot(self) -> Settings:
         """The same without refinement."""
-        return Settings(
-            self.temperature, self.sharpening, self.refined_weight, self.confidence, False, self.chunk_size, self.stale
-        )
+        # Not _replace, which torch.compile cannot trace in torch 2.4.
+        return Settings(*self[:4], False, *self[5:])
 
 
 def check_setting(name: str, value: Any) -> Any:
@@ -52,6 +53,7 @@ class HasSettings(nn.Module):
     _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
     _refines = True
     _was_compiled = False
+    _first_temperature: Tensor | None = None  # what a tensor was when it was assigned; None without a value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
@@ -62,21 +64,24 @@ class HasSettings(nn.Module):
                     "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
                     "directions call one loss per direction"
                 )
+            if name == "temperature" and self._was_compiled and isinstance(value, float):
+                warnings.warn(
+                    "torch.compile compiles the loss anew for every new temperature that is a Python number: "
+                    "assign a tensor, criterion.temperature = torch.tensor(...)",
+                    stacklevel=2,
+                )
+            # A parameter or module that had this name; torch takes no number in its place.
+            self._parameters.pop(name, None)
+            self._modules.pop(name, None)
             if name == "confidence":
                 self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
                 self._refines = callable(value) or value > 0
             if name == "temperature":
-                if self._was_compiled and isinstance(value, float):
-                    warnings.warn(
-                        "torch.compile compiles the loss anew for every new temperature that is a Python number: "
-                        "assign a tensor, criterion.temperature = torch.tensor(...)",
-                        stacklevel=2,
-                    )
-                if not isinstance(value, nn.Parameter):
-                    self._parameters.pop(name, None)
+                has_value = isinstance(value, Tensor) and not value.is_meta
+                self._first_temperature = value.detach().clone() if has_value else None
         super().__setattr__(name, value)
 
-    def settings_at(self, step: Tensor, dtype: torch.dtype, stale: bool = False) -> Settings:
+    def settings_at(self, step: Tensor, dtype: torch.dtype, stale: bool = False, once: bool = False) -> Settings:
         """Return the settings of a call at a step () of the schedule, for features of a dtype."""
         if torch.compiler.is_compiling():
             self._was_compiled = True
@@ -88,7 +93,20 @@ class HasSettings(nn.Module):
         else:
             mu = self._mu if torch.compiler.is_compiling() else self.confidence  # type: ignore[assignment]
         temperature = as_scalar(self.temperature, dtype)
-        return Settings(temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size, stale)
+        if isinstance(temperature, Tensor) and temperature.is_meta and not step.is_meta:
+            raise RuntimeError(
+                "temperature is on the meta device, which holds no value: assign criterion.temperature a number or a "
+                "tensor that has one"
+            )
+        return Settings(
+            temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size, stale, once
+        )
+
+    def _reset_temperature(self) -> None:
+        """Give a tensor the value that it had when it was assigned, or not a number where it had none."""
+        if isinstance(self.temperature, Tensor) and not self.temperature.is_meta:
+            first = self._first_temperature
+            self.temperature.fill_(math.nan if first is None else first)
 
     def _called_schedule(self, step: Tensor) -> Tensor:
         assert callable(self.confidence)

@@ -477,3 +477,18 @@ def test_bad_negatives_and_estimators_are_refused(kind, argument, bad):
         names(argument),
         lambda: criterion(OUT0, OUT1, update=True, **{argument: bad}),
     )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_features_whose_length_overflows_are_not_finite(which):
+    criterion = SLRLoss(0.2, (8, 4))
+    before = criterion.memory_bank.bank.clone()
+    views = list(torch.randn(2, 3, 4))
+    views[which] = 1e20 * views[which]
+    loss = criterion(views[0].requires_grad_(), views[1])
+    loss.backward()
+    assert not loss.isfinite()
+    assert not views[0].grad.isfinite().all()
+    if which == 1:
+        assert torch.equal(criterion.memory_bank.bank, before)
+        assert criterion.step == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightly.loss import NTXentLoss
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 
@@ -129,3 +130,41 @@ def test_a_schedule_that_is_a_function_is_told_of_cosine_confidence():
     with pytest.warns(UserWarning, match="use CosineConfidence"):
         graphs_of(criterion, lambda step: None, steps=2)
     assert criterion.stats["mu"].item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("memory_bank_size", [(16, 8), 0])
+def test_checkpointing_a_compiled_call_that_moves_on_raises(memory_bank_size, backend):
+    encoder = torch.nn.Linear(8, 8)
+    criterion = SLRLoss(0.2, memory_bank_size, confidence=CosineConfidence(0.0, 5.0, total_steps=4))
+    compiled = torch.compile(criterion, backend=backend)
+    queries, keys = torch.randn(2, 4, 8)
+    loss = checkpoint(lambda x, k: compiled(encoder(x), k), queries, keys, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="checkpoint the encoder without the loss"):
+        loss.backward()
+    assert criterion.step == 1
+    assert criterion.memory_bank.bank_ptr == (4 if memory_bank_size else 0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_checkpointing_a_compiled_call_that_stays_gives_the_plain_gradient(backend):
+    encoder, criterion = torch.nn.Linear(8, 8), SLRLoss(0.2)
+    compiled = torch.compile(criterion, backend=backend)
+    queries, keys = torch.randn(2, 4, 8)
+
+    def step(x, k):
+        return compiled(encoder(x), k)
+
+    (expected,) = torch.autograd.grad(step(queries, keys), encoder.weight)
+    (gradient,) = torch.autograd.grad(checkpoint(step, queries, keys, use_reentrant=False), encoder.weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_training_goes_on_after_a_compiled_call_in_inference_mode():
+    criterion = SLRLoss(0.2, (16, 8))
+    queries, keys = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    with torch.inference_mode():
+        torch.compile(criterion, backend="aot_eager")(queries, keys, update=True)
+    criterion(queries, keys).backward()
+    assert criterion.step == 2
+    assert criterion.memory_bank.bank_ptr == 8

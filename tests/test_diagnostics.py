@@ -517,3 +517,58 @@ def test_labels_of_both_views_are_not_taken_for_those_of_one_direction():
     with pytest.raises(ValueError, match="no label has weight on its own column"):
         label_quality(labels, classes, classes)
     assert label_quality(labels, classes, classes, own=torch.arange(8).roll(4)).own > 0
+
+
+def evaluate_first(criterion):
+    monitor = LabelMonitor(criterion)
+    criterion.load_state_dict(SLRLoss(0.2, (16, 4)).state_dict())
+    with torch.inference_mode():
+        monitor.announce(torch.arange(4))
+        criterion(*torch.randn(2, 4, 4))
+    return monitor
+
+
+def look_at_the_classes_first(criterion):
+    monitor = LabelMonitor(criterion)
+    criterion.reset_parameters()
+    with torch.inference_mode():
+        monitor.state_dict()
+    return monitor
+
+
+def build_while_evaluating(criterion):
+    with torch.inference_mode():
+        return LabelMonitor(criterion)
+
+
+@pytest.mark.parametrize("prepare", [evaluate_first, look_at_the_classes_first, build_while_evaluating])
+def test_training_goes_on_after_inference_mode(prepare):
+    criterion = SLRLoss(0.2, (16, 4))
+    monitor = prepare(criterion)
+    for step in range(2):
+        monitor.announce(torch.arange(4) + 4 * step)
+        criterion(*features(torch.arange(4))).backward()
+    assert criterion.step == 2
+    assert monitor.queue_classes[:8].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("rows", [4, 2])
+def test_keys_that_enter_after_a_later_call_have_unknown_classes(rows):
+    criterion, monitor = watched(8)
+    queries, keys = features(torch.arange(4))
+    monitor.announce(torch.arange(4))
+    loss = torch.utils.checkpoint.checkpoint(criterion, queries, keys, use_reentrant=True)
+    with torch.no_grad():
+        monitor.announce(torch.full((rows,), 9))
+        criterion(*features(torch.arange(rows)))
+    loss.backward()
+    assert criterion.step == 1
+    assert monitor.queue_classes.tolist() == [-1] * 8
+
+
+def test_the_classes_that_were_read_stay():
+    criterion, monitor = watched(8)
+    before, state = monitor.queue_classes, monitor.state_dict()
+    monitor.announce(torch.arange(4))
+    criterion(*features(torch.arange(4)))
+    assert before.tolist() == state["queue_classes"].tolist() == [-1] * 8

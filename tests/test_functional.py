@@ -123,3 +123,9 @@ def test_a_key_set_of_ones_own_may_leave_out_a_key_of_each_row():
     settings = Settings(0.3, 0.7, 0.6, 2.0, refines=True)
     loss, _ = slr_objective(key_set, (), (), settings)
     torch.testing.assert_close(loss, dense.objective(key_set, [], [], settings), rtol=0, atol=1e-12)
+
+
+def test_an_empty_queue_is_none():
+    queries, positives = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match="pass negatives"):
+        slr_loss(queries, positives, torch.empty(0, 4), in_batch_keys=False)

@@ -114,6 +114,19 @@ def test_a_checkpoint_with_its_state_can_be_validated(framework, tmp_path):
     assert metrics == {"seen": 1.0}
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_checkpoint_that_was_saved_outside_of_training_can_be_trained_on(framework, tmp_path):
+    judge = trainer(framework, LabelQualityCallback(), tmp_path, 1)
+    judge.validate(build(framework), loader(), verbose=False)
+    judge.save_checkpoint(tmp_path / "validated.ckpt")
+    callback = LabelQualityCallback()
+    with pytest.warns(UserWarning, match="unknown at first"):
+        trainer(framework, callback, tmp_path, 1).fit(
+            build(framework), loader(), loader(), ckpt_path=tmp_path / "validated.ckpt"
+        )
+    assert callback.quality.own < 1
+
+
 def test_after_training_the_loss_is_let_go(tmp_path):
     module = build("pytorch_lightning")
     trainer("pytorch_lightning", LabelQualityCallback(), tmp_path, 1).fit(module, loader())

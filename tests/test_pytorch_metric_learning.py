@@ -190,6 +190,8 @@ def test_labels_that_are_classes_are_refused():
         SLRLoss()(embeddings[:2], torch.zeros(2), ref_emb=embeddings[2:], ref_labels=torch.arange(4.0))
     with pytest.raises(ValueError, match="use SelfSupervisedLoss"):
         SLRLoss()(embeddings)
+    with pytest.raises(ValueError, match="the batch is empty"):
+        SLRLoss()(embeddings[:0], torch.arange(0))
 
 
 def test_their_miners_memory_and_other_distances_are_refused():

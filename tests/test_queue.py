@@ -133,8 +133,18 @@ def test_a_checkpoint_of_another_size_raises_and_changes_nothing(size):
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(RuntimeError, match=r"memory_bank_size=\(5, 3\)"):
         target.load_state_dict(source.state_dict())
-    for name in ("memory_bank.bank", "memory_bank.bank_ptr"):
-        assert torch.equal(target.state_dict()[name], before[name])
+    for name, value in before.items():
+        assert torch.equal(target.state_dict()[name], value)
+
+
+def test_a_checkpoint_with_features_of_another_size_raises_and_changes_nothing():
+    source, target = (SLRLoss(0.2, (5, 3), estimator_dim=width) for width in (4, 2))
+    source.set_step(7)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(RuntimeError, match="estimator_dim=4"):
+        target.load_state_dict(source.state_dict())
+    for name, value in before.items():
+        assert torch.equal(target.state_dict()[name], value)
 
 
 def test_an_unknown_key_in_the_checkpoint_still_raises():

@@ -14,7 +14,7 @@ from lightly.loss import NTXentLoss
 from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint
 
-from slr_plugin import CosineConfidence, SLRLoss
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample and no queue")
 
@@ -278,3 +278,66 @@ def test_a_checkpointed_call_without_update_sees_the_queue_of_its_forward_or_rai
         criterion(encoder(x), k.detach())
         with pytest.raises(RuntimeError, match=MOVED_ON):
             loss.backward()
+
+
+def in_one_direction_and_the_other(criterion, f, g, a, b, wrap):
+    return wrap(lambda a, b: criterion(f(a), g(b)), a, b) + wrap(lambda a, b: criterion(g(b), f(a)), a, b)
+
+
+def with_other_crops(criterion, f, g, a, b, wrap):
+    losses = []
+    for seed in range(2):
+        mixed, mix = MomentumMixup(2.0, generator=torch.Generator().manual_seed(seed))(a, b)
+        losses.append(wrap(lambda a, mixed, mix=mix: criterion(f(a), g(b).detach(), f(mixed), mix), a, mixed))
+    return sum(losses)
+
+
+@pytest.mark.parametrize("call", [in_one_direction_and_the_other, with_other_crops])
+def test_checkpointed_calls_that_resemble_each_other_are_told_apart(call):
+    torch.manual_seed(0)
+    f, g = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+    a, b = torch.randn(2, 8, 16)
+    found = []
+    for wrap in (lambda step, *x: step(*x), functools.partial(checkpoint, use_reentrant=False)):
+        criterion = SLRLoss(0.2, symmetric=False, confidence=CosineConfidence(0.0, 5.0, total_steps=4))
+        criterion.set_step(1)
+        found.append(torch.autograd.grad(call(criterion, f, g, a, b, wrap), f.weight))
+    torch.testing.assert_close(*found)
+
+
+def test_a_learnable_temperature_leaves_the_meta_device_as_it_was_assigned():
+    criterion = SLRLoss(torch.nn.Parameter(torch.tensor(0.2)), (8, 4))
+    criterion.to("meta").to_empty(device="cpu")
+    torch.testing.assert_close(criterion.temperature.detach(), torch.tensor(0.2))
+    with torch.no_grad():
+        criterion.temperature.fill_(3.0)
+    criterion.reset_parameters()
+    torch.testing.assert_close(criterion.temperature.detach(), torch.tensor(0.2))
+
+
+def test_a_temperature_that_never_had_a_value_is_no_number_or_an_error():
+    with torch.device("meta"):
+        criterion, parameter = SLRLoss(torch.tensor(0.2)), SLRLoss(torch.nn.Parameter(torch.tensor(0.2)))
+    views = torch.randn(2, 4, 4, requires_grad=True)
+    assert parameter.to_empty(device="cpu")(*views).isnan()
+    with pytest.raises(RuntimeError, match=r"temperature is on the meta device.*assign"):
+        criterion.to_empty(device="cpu")(*views)
+    criterion.temperature = 0.2
+    assert criterion(*views).isfinite()
+
+
+def test_a_confidence_that_is_a_module_can_be_replaced():
+    class Ramp(torch.nn.Module):
+        def forward(self, step):
+            return 0.5 * step
+
+    views = torch.randn(2, 4, 4)
+    criterion, twin = SLRLoss(0.2, confidence=Ramp()), SLRLoss(0.2, confidence=0.5)
+    criterion.set_step(1)
+    torch.testing.assert_close(criterion(*views), twin(*views))
+    with pytest.raises(ValueError, match="confidence"):
+        criterion.confidence = -1.0
+    torch.testing.assert_close(criterion(*views), twin(*views))
+    criterion.confidence = 0.25
+    twin.confidence = 0.25
+    torch.testing.assert_close(criterion(*views), twin(*views))

@@ -31,8 +31,8 @@ TOLERANCE = 1e-2 if GPU else 2e-5
 def exact_products(monkeypatch):
     monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "high")
     if not GPU:
-        monkeypatch.setattr(kernels, "BATCH", "float32")
-        monkeypatch.setattr(kernels, "QUEUE_AT_MEDIUM", "float32")
+        monkeypatch.setattr(kernels, "BATCH_NUMBERS", "float32")
+        monkeypatch.setattr(kernels, "QUEUE_NUMBERS_AT_MEDIUM", "float32")
 
 
 def stats_of(*tensors, **options):
@@ -157,7 +157,7 @@ def multiply_as_a_gpu(monkeypatch, precision):
         InterpreterBuilder, "create_dot", lambda self, a, b, *rest: exactly(self, factor(a), factor(b), *rest)
     )
     monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: precision)
-    monkeypatch.setattr(kernels, "BATCH", "tf32")
+    monkeypatch.setattr(kernels, "BATCH_NUMBERS", "tf32")
 
 
 @pytest.mark.skipif(GPU, reason="rounds as a GPU would")
@@ -252,7 +252,7 @@ def test_a_pass_does_not_wait_for_the_gpu(backend, queue, monkeypatch, pretended
         gradient = backend.keys_backward(rows, keys, stats.reference + stats.offset, stats.mean, plan)
     assert gradient.shape == keys.shape
     assert gradient.device.type == "cuda"
-    grids = [[(6, 8), *([(6, 10)] if queue else [])], [(4,)]] if backend is kernels else [[], []]
+    grids = [[(6, 8), *([(6, 10)] if queue else [])], [(8,)]] if backend is kernels else [[], []]
     assert [launch.grids for launch in launches] == grids
 
 
@@ -262,7 +262,7 @@ def test_a_pass_does_not_wait_for_the_gpu(backend, queue, monkeypatch, pretended
     [(1, 132), (6, 22), (67, 3), (132, 1), (133, 4), (1000, 1)],
 )
 def test_keys_are_split_until_the_processors_are_busy(blocks, splits):
-    assert kernels._splits(blocks, 132) == splits
+    assert kernels._part_count(blocks, 132) == splits
 
 
 # --- when the kernels are used

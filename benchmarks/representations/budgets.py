@@ -87,7 +87,7 @@ GPU = Budget(
     keeps_views=False,
     strong_group=256,
 )
-# Ten times the steps that fit a CPU core, each method at its own learning rate; 40 minutes a run there.
+# Five times the steps, each method at its own learning rate; some 25 minutes a run on a CPU core.
 CPU_LONG = replace(CPU, epochs=200, rates=(0.01, 0.025, 0.06))
 # Fashion-MNIST: 1,560 steps.
 FASHION = replace(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Images(NamedTuple):
     pixels: Tensor
     classes: Tensor
     copies: int = 1  # so many in a row show the same
+    name: str = ""  # of these images among others, whose views may be kept beside theirs
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -45,12 +47,17 @@ class Batch(NamedTuple):
     classes: Tensor
     index: Tensor  # (s,) the numbers of the images
 
+    def normalized(self) -> Batch:
+        """The same with views in float32."""
+        further = None if self.further is None else normalize(self.further)
+        return Batch(normalize(self.query), normalize(self.key), further, self.classes, self.index)
+
 
 # The stream of random numbers of each view, so that it is the same whichever others a method takes; 0 is the order's.
 STREAMS = {"query": 1, "key": 2, "strong": 3, "weak": 3}
 
-# Views that are kept for the other runs of this process, by the names that their files would have.
-_ON_GPU: dict[Path, Tensor] = {}
+# Views that are kept on a GPU for the other runs of this process, by the names that their files would have.
+_KEPT: dict[Path, Tensor] = {}
 
 
 def load(root: Path, budget: Budget, device: torch.device, held_out: bool = False) -> tuple[Images, Images]:
@@ -66,7 +73,7 @@ def load(root: Path, budget: Budget, device: torch.device, held_out: bool = Fals
     train, order = _part(root, "train")
     rest = len(order) - min(HELD_OUT, len(order) // 5) if held_out else len(order)
     count = min(rest, budget.train_images or rest) // budget.copies
-    images = _copies(_gather(train, order[:count], device), budget.copies)
+    images = _named(_copies(_gather(train, order[:count], device), budget.copies))
     if held_out:
         return images, _gather(train, order[rest:], device)
     test, order = _part(root, "test")
@@ -88,6 +95,12 @@ def _part(root: Path, part: str) -> tuple[Dataset[Any], list[int]]:
 def _gather(dataset: Dataset[Any], indices: list[int], device: torch.device) -> Images:
     pixels, classes = zip(*DataLoader(Subset(dataset, indices), batch_size=256), strict=True)
     return Images(torch.cat(pixels).to(device), torch.cat(classes).to(device))
+
+
+def _named(images: Images) -> Images:
+    """The same with a name that other images do not have."""
+    name = hashlib.sha256(images.pixels[:64].cpu().numpy().tobytes()).hexdigest()[:12]
+    return Images(images.pixels, images.classes, images.copies, name)
 
 
 def _copies(images: Images, copies: int) -> Images:
@@ -147,41 +160,50 @@ def _statistics(channels: int, device: torch.device) -> list[Tensor]:
 
 
 def _views(images: Images, budget: Budget, seed: int, epoch: int, name: str, cache: Path) -> Tensor:
-    """One view of every image, (n, 3, side, side) in uint8."""
+    """One view of every image, (n, channels, side, side) in uint8: made now, or kept by an earlier run."""
     if name == "plain":
         return images.pixels
+    make = functools.partial(_augmented, images, budget, _stream(seed, epoch, STREAMS[name]), name)
+    if not budget.keeps_views:
+        return make()
     path = (
-        cache
-        / f"{len(images)}-images-{budget.side}-pixels{'-grey' * (budget.channels == 1)}"
-        / (f"{images.copies}-copies" if images.copies > 1 else "")
-        / f"seed-{seed}"
-        / f"epoch-{epoch}-{name}.pt"
+        cache / f"{images.name}-{len(images)}-images-{budget.side}-pixels" / f"seed-{seed}" / f"epoch-{epoch}-{name}.pt"
     )
-    on_cpu = images.pixels.device.type == "cpu"
-    if path in _ON_GPU:
-        return _ON_GPU[path]
-    if on_cpu and path.exists():
+    return (_kept_on_disk if images.pixels.device.type == "cpu" else _kept_on_gpu)(path, make)
+
+
+def _kept_on_disk(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    if path.exists():
         return torch.load(path)
+    views = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")  # another process may be making the same file
+    torch.save(views, unfinished)
+    unfinished.replace(path)
+    return views
+
+
+def _kept_on_gpu(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    if path not in _KEPT:
+        _KEPT[path] = make()
+        torch.cuda.current_stream().synchronize()  # other runs read them on streams of their own
+    return _KEPT[path]
+
+
+def _augmented(images: Images, budget: Budget, seed: int, name: str) -> Tensor:
+    """One view of every image. 512 share what kornia draws once per call, such as the order of changes in colour."""
+    on_cpu = images.pixels.device.type == "cpu"
     with torch.random.fork_rng():
-        torch.manual_seed(_stream(seed, epoch, STREAMS[name]))
+        torch.manual_seed(seed)
         augment = (
             _grey_augmentation(budget.side, on_cpu)
             if budget.channels == 1
             else _augmentation(budget.side, name != "weak", on_cpu)
         )
-        views = torch.cat([augment(part / 255) for part in images.pixels.split(512 if on_cpu else 8192)])
+        views = torch.cat([augment(part / 255) for part in images.pixels.split(512)])
         if name == "strong":
             views = torch.cat([_strengthen(group) for group in views.split(budget.strong_group)])
-    views = _bytes(views)
-    if budget.keeps_views and on_cpu:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")  # another process may be making the same file
-        torch.save(views, unfinished)
-        unfinished.replace(path)
-    elif budget.keeps_views:
-        torch.cuda.current_stream().synchronize()  # other runs read it on streams of their own
-        _ON_GPU[path] = views
-    return views
+    return _bytes(views)
 
 
 def _augmentation(side: int, colours: bool, on_cpu: bool) -> K.AugmentationSequential:

@@ -7,7 +7,7 @@ import itertools
 import json
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class Run(NamedTuple):
     def is_done(self, results: Path) -> bool:
         """Whether there is a record, at this learning rate."""
         path = self.path(results)
-        return path.exists() and (self.rate is None or json.loads(path.read_text())["rate"] == self.rate)
+        return path.exists() and (self.rate is None or _read(path)["rate"] == self.rate)
 
 
 TUNING_SEEDS = 2  # by whose mean a learning rate is chosen
@@ -58,11 +58,11 @@ def run(
     rates = BUDGETS[budget].rates
     start = functools.partial(_start, budget=budget, data=data, device=device, cache=cache)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        go = _in_processes if device == "cpu" else _on_streams
+        go = _in_processes if device == "cpu" else functools.partial(_on_streams, jobs=jobs)
 
         def finish(wanted: Sequence[Run]) -> None:
             missing = [one for one in wanted if not one.is_done(results)]
-            for one, record in tqdm(go(missing, start, pool, jobs), total=len(missing), unit="run"):
+            for one, record in tqdm(go(missing, start, pool), total=len(missing), unit="run"):
                 _write(one.path(results), record)
                 tqdm.write(f"{one}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")
 
@@ -76,7 +76,7 @@ def tuning(results: Path) -> dict[str, dict[float, list[Record]]]:
     """The runs on held-out images: method, learning rate, records."""
     found: dict[str, dict[float, list[Record]]] = {}
     for path in sorted((results / "held-out").glob("*-seed*.json")):
-        record = json.loads(path.read_text())
+        record = _read(path)
         found.setdefault(record["method"], {}).setdefault(record["rate"], []).append(record)
     return found
 
@@ -86,30 +86,32 @@ def best_rate(method: str, rates: Sequence[float], results: Path) -> float | Non
     if len(rates) < 2:
         return rates[0] if rates else None
 
-    def score(rate: float) -> float:
-        runs = [Run(method, seed, rate, held_out=True).path(results).read_text() for seed in range(TUNING_SEEDS)]
-        return accuracy([json.loads(run) for run in runs])
-
-    return max(rates, key=score)
-
-
-def accuracy(runs: Sequence[Record]) -> float:
-    """The mean of kNN and linear accuracy of some runs."""
-    return sum(float(run["knn"] + run["linear"]) for run in runs) / (2 * len(runs))
+    return best(
+        {
+            rate: [_read(Run(method, seed, rate, held_out=True).path(results)) for seed in range(TUNING_SEEDS)]
+            for rate in rates
+        }
+    )
 
 
-def _in_processes(
-    runs: Sequence[Run], start: Start, pool: ProcessPoolExecutor, jobs: int
-) -> Iterator[tuple[Run, Record]]:
+def best(runs: Mapping[float, Sequence[Record]]) -> float:
+    """The learning rate whose runs have the best mean of kNN and linear accuracy."""
+    return max(runs, key=lambda rate: sum(run["knn"] + run["linear"] for run in runs[rate]) / len(runs[rate]))
+
+
+def _read(path: Path) -> Record:
+    record: Record = json.loads(path.read_text())
+    return record
+
+
+def _in_processes(runs: Sequence[Run], start: Start, pool: Executor) -> Iterator[tuple[Run, Record]]:
     """Runs and their records, each computed in a process."""
     tasks = {pool.submit(_exhaust, start, one): one for one in runs}
     for task in as_completed(tasks):
         yield tasks[task], task.result()
 
 
-def _on_streams(
-    runs: Sequence[Run], start: Start, pool: ProcessPoolExecutor, jobs: int
-) -> Iterator[tuple[Run, Record]]:
+def _on_streams(runs: Sequence[Run], start: Start, pool: Executor, jobs: int) -> Iterator[tuple[Run, Record]]:
     """The same on one GPU, whose launches take turns, an epoch each; processes fit the linear classifiers."""
     waiting, going = deque(runs), deque[tuple[Run, torch.cuda.Stream, Generator[None, None, Record]]]()
     while waiting or going:
@@ -125,11 +127,11 @@ def _on_streams(
             yield one, end.value
 
 
-def records(results: Path) -> dict[str, dict[int, dict[str, Any]]]:
+def records(results: Path) -> dict[str, dict[int, Record]]:
     """All finished runs: method, seed, record."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    found: dict[str, dict[int, Record]] = {}
     for path in sorted(results.glob("*-seed*.json")):
-        record = json.loads(path.read_text())
+        record = _read(path)
         found.setdefault(record["method"], {})[record["seed"]] = record
     return found
 

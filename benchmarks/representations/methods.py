@@ -61,7 +61,7 @@ def _method(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool, 
         lambda setup: Momentum(
             criterion(setup), CIFAR10.mixup(setup.mixing) if mixed else None, estimator=setup.estimator, **how
         ),
-        MIXED if mixed and "mixed_only" not in how else PLAIN,
+        MIXED if mixed and not how.get("mixed_only") else PLAIN,
         **options,
     )
 

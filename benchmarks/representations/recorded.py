@@ -11,7 +11,9 @@ WARM_UP = 3  # calls before the recording, in which libraries and optimizers set
 
 
 class Recorded:
-    """A function of tensors which, on a GPU, is recorded in its fourth call and repeated from then on.
+    """A function of tensors on a GPU that is recorded in its fourth call and repeated from then on.
+
+    All calls must be made in one stream, which is not the default one.
 
     Args:
         function: changes tensors in place, reads no value from the device, and takes tensors (or None) of equal shapes.
@@ -27,7 +29,7 @@ class Recorded:
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """Call the function; returns a tensor of the caller's own."""
         self.calls += 1
-        if self.generator.device.type == "cpu" or self.calls <= WARM_UP:
+        if self.calls <= WARM_UP:
             return self.function(*inputs)
         if self.graph is None:
             self._record(inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from benchmarks.representations.budgets import COPIES
-from benchmarks.representations.harness import accuracy, records, tuning
+from benchmarks.representations.harness import Record, best, records, tuning
 from benchmarks.representations.methods import METHODS, PLAIN
 
-Record = Mapping[str, Any]
 Records = Mapping[str, Mapping[int, Record]]  # method, seed, record
 MEASURES = ("knn", "linear")
 DRAWN = ("moco", "moco-longer", "mm", "sane", "sane-lambda-1.0", "sane-lambda-1.0-longer")
@@ -320,12 +319,12 @@ def rate_table(tuned: Mapping[str, Mapping[float, Sequence[Record]]]) -> str:
     lines = ["| method | seeds | " + " | ".join(map(str, rates)) + " | cost |", "|---|--:|" + "--:|" * (len(rates) + 1)]
     for method in (name for name in METHODS if name in tuned):
         runs = tuned[method]
-        best = max(runs, key=lambda rate: accuracy(runs[rate]))
-        cells = [f"{method}: {METHODS[method].summary}", str(len(runs[best]))]
+        chosen = best(runs)
+        cells = [f"{method}: {METHODS[method].summary}", str(len(runs[chosen]))]
         for rate in rates:
             means = (float(np.mean([run[measure] for run in runs.get(rate, [])])) for measure in MEASURES)
             cell = " / ".join(f"{mean:.2f}" for mean in means) if rate in runs else ""
-            cells.append(f"**{cell}**" if rate == best else cell)
+            cells.append(f"**{cell}**" if rate == chosen else cell)
         lines.append("| " + " | ".join([*cells, f"{cost(method):.2f}"]) + " |")
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torch.nn import Parameter
 
 from benchmarks.machine import machine
 from benchmarks.representations.budgets import Budget
@@ -68,6 +69,7 @@ def training(
     """Train, show the network to ``observe``, evaluate; returns the record, accuracies in per cent.
 
     Yields after every epoch, so that a GPU, which computes on meanwhile, can be given the epochs of other runs.
+    There it must run in a stream that is not the default one, whose work cannot be recorded.
 
     Args:
         name: of the method.
@@ -97,17 +99,11 @@ def training(
 
     parameters = [*online.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
     rate = rate or CIFAR10.learning_rate * budget.batch_size / CIFAR10.batch_size
-    optimizer = torch.optim.SGD(
-        parameters,
-        rate if device.type == "cpu" else torch.tensor(rate, device=device),  # a recorded step reads it there
-        CIFAR10.momentum,
-        weight_decay=CIFAR10.weight_decay,
-        fused=device.type != "cpu",
-    )
+    optimizer = _sgd(parameters, rate, device)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
 
-    def step(query: Tensor, key: Tensor, further: Tensor | None, *others: Tensor, measures: bool = False) -> Tensor:
-        batch = Batch(normalize(query), normalize(key), None if further is None else normalize(further), *others)
+    def step(*tensors: Any, measures: bool = False) -> Tensor:
+        batch = Batch(*tensors).normalized()
         if monitor:
             monitor.announce(batch.classes, measures)
         loss = objective(online, batch)
@@ -117,7 +113,9 @@ def training(
         objective.after_step(online)
         return loss.detach()
 
-    recorded = Recorded(step, mixing)
+    # lightly's losses read values back from the device, which no graph can record.
+    reads_back = type(objective.criterion).__module__.startswith("lightly")
+    usual = step if reads_back or device.type == "cpu" else Recorded(step, mixing)
     record: dict[str, Any] = {
         "method": name,
         "seed": seed,
@@ -135,7 +133,7 @@ def training(
             if monitor and epoch in evaluated and number % -(-batches // MEASURED_BATCHES) == 0:
                 losses.append(step(*batch, measures=True))
             else:
-                losses.append(recorded(*batch))
+                losses.append(usual(*batch))
             schedule.step()
         seconds += time.perf_counter() - start
         yield
@@ -146,18 +144,11 @@ def training(
                 quality = monitor.mean()
                 labels.append({"epoch": epoch, **{key: value.item() for key, value in quality._asdict().items()}})
     observe(online)
-    arrays = [values.cpu().numpy() for part in features for values in part]
-    if probes is None:
-        linear = linear_accuracy(*arrays)
-    else:
-        probe = probes.submit(linear_accuracy, *arrays)
-        while not probe.done():
-            yield
-        linear = probe.result()
+    linear = yield from _classified(features, probes)
     return record | {
         "knn": curve[-1]["knn"],
         "linear": linear,
-        "seconds": round(seconds, 1),  # of the steps: without views and evaluation; on a GPU of asking for them
+        "seconds": round(seconds, 1) if device.type == "cpu" else None,  # of the steps: without views and evaluation
         "curve": curve,
         "labels": labels,
         "machine": machine(device.type),
@@ -165,6 +156,30 @@ def training(
         "lightly": lightly.__version__,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _sgd(parameters: list[Parameter], rate: float, device: torch.device) -> torch.optim.SGD:
+    """The preset's; on a GPU with the learning rate on the device, where a recorded step reads it."""
+    on_gpu = device.type != "cpu"
+    return torch.optim.SGD(
+        parameters,
+        torch.tensor(rate, device=device) if on_gpu else rate,
+        CIFAR10.momentum,
+        weight_decay=CIFAR10.weight_decay,
+        fused=on_gpu,
+    )
+
+
+def _classified(features: tuple[Features, Features], probes: Executor | None) -> Generator[None, None, float]:
+    """The linear accuracy, fitted here or by ``probes``."""
+    arrays = [values.cpu().numpy() for part in features for values in part]
+    if probes is None:
+        return linear_accuracy(*arrays)
+    probe = probes.submit(linear_accuracy, *arrays)
+    while not probe.done():
+        time.sleep(0.001)  # leaves the core to the fits, where nothing else goes on
+        yield
+    return probe.result()
 
 
 def knn_accuracy(train: Features, test: Features) -> float:

@@ -70,10 +70,7 @@ class LabelMonitor:
     @property
     def queue_classes(self) -> Tensor:
         """The classes (n,) of the keys in the queue, -1 where unknown."""
-        if self._generation != self.criterion.memory_bank.generation:
-            self._queue_classes, self._generation = self._unknown()
-        self._queue_classes = self._queue_classes.to(self.criterion.memory_bank.bank.device)
-        return self._queue_classes
+        return self._table().clone()
 
     def announce(self, classes: Tensor, measure: bool = True) -> None:
         """Tell the classes (s,) of the criterion's next call, -1 where unknown; whether to measure its labels.
@@ -100,7 +97,7 @@ class LabelMonitor:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the criterion's."""
-        return {"queue_classes": self.queue_classes.clone()}
+        return {"queue_classes": self.queue_classes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, after the criterion did.
@@ -114,7 +111,7 @@ class LabelMonitor:
                 f"the checkpoint's queue_classes has {len(stored)} entries, the queue {len(self.queue_classes)} keys; "
                 "build the loss with the memory_bank_size of the checkpoint's run, or start a new monitor"
             )
-        self._queue_classes = stored.to(self.queue_classes, copy=True)
+        self._table().copy_(stored)
 
     # ---------------------------------------------------------- what the criterion calls, see Observer
 
@@ -137,18 +134,27 @@ class LabelMonitor:
         local = self._classes.to(device, torch.int64)
         self._classes = gather(local) if self.criterion.gather_distributed else local
         if self._measures:
-            rows, columns = key_set.column_classes(local, self._classes, self.queue_classes.to(device))
+            rows, columns = key_set.column_classes(local, self._classes, self._table().to(device))
             self.measured.append(label_quality(labels(), rows, columns, key_set.own_columns()))
 
     def enqueue(self, enqueued: Enqueued) -> None:
         """Record the classes of the keys that were just enqueued."""
         places, accepted = enqueued
         assert self._classes is not None
-        classes = self.queue_classes
+        classes = self._table()
         newest = self._classes[-len(places) :].to(classes.device)
         # Without reading back whether the keys were finite; in place, as a CUDA graph repeats it.
         classes.index_copy_(0, places, torch.where(accepted, newest, classes[places]))
 
+    def _table(self) -> Tensor:
+        """The classes that later calls write to, on the queue's device; unknown ones after its keys were replaced."""
+        with torch.inference_mode(False):  # else no training could write to them
+            if self._generation != self.criterion.memory_bank.generation:
+                self._queue_classes, self._generation = self._unknown()
+            self._queue_classes = self._queue_classes.to(self.criterion.memory_bank.bank.device)
+        return self._queue_classes
+
     def _unknown(self) -> tuple[Tensor, int]:
         bank = self.criterion.memory_bank
-        return torch.full((len(bank),), -1, device=bank.bank.device), bank.generation
+        with torch.inference_mode(False):
+            return torch.full((len(bank),), -1, device=bank.bank.device), bank.generation

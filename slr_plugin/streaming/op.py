@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slr_plugin.checkpointing import is_recomputed
 from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
 
 BACKENDS = ("tiled", "triton")  # modules beside this one, with ``forward`` and ``keys_backward``
@@ -41,6 +42,7 @@ def softmax_stats(
     chunk_size: int | None = None,
     backend: str | None = None,
     stale: bool = False,
+    once: bool = False,
 ) -> SoftmaxStats:
     """Compute the softmax statistics of every row over its keys in one pass (equations in ``stats.py``).
 
@@ -60,6 +62,7 @@ def softmax_stats(
         backend: ``"tiled"`` or ``"triton"``; None takes ``DEFAULT_BACKEND`` as far as it can compute the pass.
         stale: the keys are not those of the first forward, which activation checkpointing repeats: computing the pass
             raises. Selective checkpointing, which saved its output, does not compute it.
+        once: what activation checkpointing repeats would have stale keys: of a compiled call, which cannot know it.
 
     Returns:
         The :class:`SoftmaxStats`. Where the values are the keys, ``offset`` has gradients for rows and keys, and
@@ -75,7 +78,7 @@ def softmax_stats(
     flat = [number for diagonal in hidden for number in diagonal]
     name = resolve(backend, rows, max(rows.shape[1], averaged.shape[1]), chunk_size)
     reference, offset, peak, mean = _forward(
-        rows, keys, queue, values, queue_values, stale, scale, bound, flat, symmetric, chunk_size or 0, name
+        rows, keys, queue, values, queue_values, stale, once, scale, bound, flat, symmetric, chunk_size or 0, name
     )
     # Autograd follows all outputs of an operator; cut off here, the others cost nothing in the backward.
     return SoftmaxStats(
@@ -109,7 +112,7 @@ def resolve(backend: str | None, rows: Tensor, dim: int, chunk_size: int | None)
 @torch.library.custom_op(
     "slr_plugin::softmax_stats",
     mutates_args=(),
-    schema="(Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, bool stale, "
+    schema="(Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, bool stale, bool once, "
     f"{_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
@@ -119,9 +122,10 @@ def _forward(
     values: Tensor | None,
     queue_values: Tensor | None,
     stale: bool,
+    once: bool,
     *plan: Any,
 ) -> tuple[Tensor, ...]:
-    if stale:
+    if stale or (once and is_recomputed()):
         raise RuntimeError(
             "activation checkpointing computes SLRLoss again after its queue or schedule moved on, so its gradient "
             "would be wrong: checkpoint the encoder without the loss, or save the loss's pass by context_fn="
@@ -158,7 +162,7 @@ def _(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, *args: 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, keys, _, _, _, _, *ctx.plan = inputs
+    rows, keys, _, _, _, _, _, *ctx.plan = inputs
     reference, offset, _, mean = output
     ctx.save_for_backward(rows, keys, reference + offset, mean)
     ctx.set_materialize_grads(False)
@@ -187,7 +191,7 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
                 row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
         if ctx.needs_input_grad[1] and row_values is not None:
             grad_keys = _keys_backward(rows, keys, logsumexp, row_values, *ctx.plan)
-    return grad_rows, grad_keys, None, grad_values, *[None] * 8  # queue_values, stale and the plan
+    return grad_rows, grad_keys, None, grad_values, *[None] * 9  # queue_values, stale, once and the plan
 
 
 _forward.register_autograd(_backward, setup_context=_save)
