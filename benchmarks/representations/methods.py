@@ -51,6 +51,7 @@ class Method:
     views: tuple[str, ...] = ("query", "key")  # see benchmarks.representations.data
     stretch: float = 1.0  # trains so many times the budget's epochs
     features: str = ""  # of benchmarks.representations.features: what labels are estimated from; "": the positives
+    teacher: str = ""  # or of a network that this method trained before, with the same seed, views and learning rate
 
 
 def _method(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool, **options: Any) -> Method:
@@ -221,6 +222,13 @@ METHODS: dict[str, Method] = {
         "the same, as many passes as with mixup", lambda setup: baselines.DecoupledLoss(COLD), stretch=3 / 2
     ),
     "one-hot-longer": _slr("one-hot labels, as many passes as SANE", False, ONE_HOT, stretch=MIXED / PLAIN),
+    "whole-teacher": Method(
+        "all of the label, from a network trained before with one-hot labels",
+        lambda setup: Momentum(_slr_loss(WHOLE)(setup), estimator=setup.estimator),
+        2 * PLAIN,
+        teacher="one-hot",
+    ),
+    "one-hot-twice": _slr("one-hot labels, twice as long", False, ONE_HOT, stretch=2.0),
     # Labels for what is surely alike, and no others.
     **{
         name: _method(summary, functools.partial(_neighbour_loss, attracts), mixed=False)

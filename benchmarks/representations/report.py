@@ -141,10 +141,12 @@ STUDIES = {
         "one-hot",
         (
             "one-hot",
+            "one-hot-twice",
             "p+q",
             "whole",
             "whole-pixels",
             "whole-plain",
+            "whole-teacher",
             "whole-gradients",
             "sharp-gradients",
             "eliminate",

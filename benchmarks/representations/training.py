@@ -84,6 +84,14 @@ def training(
     """
     method = METHODS[name]
     device = train_images.pixels.device
+    estimators = FEATURES[method.features](train_images) if method.features else None
+    if method.teacher:
+        teachers: list[Network] = []
+        yield from training(
+            method.teacher, seed, budget, train_images, test_images, cache, teachers.append, rate, probes
+        )
+        estimators = extract(teachers[0], train_images).values
+        estimators = estimators - estimators.mean(0)
     if budget.threads and device.type == "cpu":
         torch.set_num_threads(budget.threads)
     epochs = round(method.stretch * budget.epochs)
@@ -92,7 +100,6 @@ def training(
     torch.manual_seed(seed)
     online = Network(budget).to(device)
     mixing = torch.Generator(device).manual_seed(seed)
-    estimators = FEATURES[method.features](train_images) if method.features else None
     objective = method.build(Setup((budget.queue_size, DIM), epochs * batches, mixing, estimators)).to(device)
     objective.start(online)
     monitor = LabelMonitor(objective.criterion) if hasattr(objective.criterion, "labels") else None
