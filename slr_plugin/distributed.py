@@ -54,7 +54,7 @@ def _check_equal_sizes(local: Tensor) -> None:
     counts = [int(size) for size in sizes]
     if len(set(counts)) > 1:
         raise ValueError(
-            f"gather_distributed=True needs equally many rows in every process, got {counts} of the same argument; set "
+            f"gather_distributed=True needs equally many rows in every process, got {counts} rows of one argument; set "
             "drop_last=True in the DataLoader, and bring equally many negatives"
         )
 

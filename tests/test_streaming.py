@@ -148,7 +148,17 @@ def test_opcheck(apart):
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=5) if apart else (None, None, None)
     flat = [number for diagonal in HIDDEN for number in diagonal]
-    constants = (None if queue_values is None else queue_values.detach(), False, 1.0, math.inf, flat, False, 4, "tiled")
+    constants = (
+        None if queue_values is None else queue_values.detach(),
+        False,
+        False,
+        1.0,
+        math.inf,
+        flat,
+        False,
+        4,
+        "tiled",
+    )
     leaves = (rows.detach(), keys.detach()) if apart else (rows, keys)
     torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, (*leaves, queue.detach(), values, *constants))
 
