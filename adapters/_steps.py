@@ -4,33 +4,79 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+NEW_RUN: dict[str, Any] = {"first": 0, "per_epoch": None}
 
-def first_step(trainer: Any) -> int:
-    """The trainer's ``global_step`` where this run begins; ask in ``on_fit_start``, before a checkpoint restores it.
 
-    A second fit of the same trainer counts on but is a run of its own, unless it goes on from ``ckpt_path``.
+class RunSteps:
+    """The optimizer steps of a run, counted from where it begins, also where it goes on from a checkpoint.
+
+    A second fit of the same trainer counts ``global_step`` on but is a run of its own. A run that goes on with another
+    number of steps per epoch (other processes, batches or accumulation) stands at the same share of its epochs.
+
+    Attributes:
+        first: the ``global_step`` from which the steps of this run count.
     """
-    return 0 if trainer.ckpt_path else int(trainer.global_step)
 
+    def __init__(self) -> None:
+        self.first = 0
+        self._began = 0  # the same in steps of the run that goes on
+        self._per_epoch: float | None = None  # of the run that goes on
+        self._stored: Mapping[str, Any] = NEW_RUN  # in the checkpoint that was loaded last
 
-def run_steps(trainer: Any) -> int:
-    """The optimizer steps of this run; ask before its first step.
+    def begin(self, trainer: Any) -> None:
+        """To be called in ``on_fit_start``, before a checkpoint restores ``global_step``."""
+        stored = self._stored if trainer.ckpt_path else NEW_RUN | {"first": int(trainer.global_step)}
+        self.first = self._began = stored["first"]
+        self._per_epoch = stored["per_epoch"]
 
-    Raises:
-        ValueError: the run has no end.
-    """
-    steps = trainer.estimated_stepping_batches
-    if trainer.max_epochs > 0:  # -1 without a limit
-        steps = min(steps, epoch_steps(trainer, trainer.max_epochs))
-    steps -= first_step(trainer)
-    if not 0 < steps < math.inf:
-        raise ValueError(
-            f"the schedules reach their ends with the run, which has {steps} steps: set max_epochs or max_steps of the "
-            "Trainer (max_steps where the data have no length)"
+    def go_on(self, trainer: Any) -> None:
+        """To be called in ``on_train_start``, after a checkpoint restored ``global_step``."""
+        share = self._share(trainer)
+        if share != 1:
+            warnings.warn(
+                f"this run takes {epoch_steps(trainer, 1)} optimizer steps in an epoch where its checkpoint's took "
+                f"{self._per_epoch}: the schedules go on at the same share of the epochs",
+                stacklevel=2,
+            )
+            self.first = trainer.global_step - round((trainer.global_step - self._began) * share)
+
+    def total(self, trainer: Any) -> int:
+        """The steps of this run; ask before its first one.
+
+        Raises:
+            ValueError: the run has no end.
+        """
+        steps = trainer.estimated_stepping_batches
+        if trainer.max_epochs > 0:  # -1 without a limit
+            steps = min(steps, epoch_steps(trainer, trainer.max_epochs))
+        steps -= round(self._began * self._share(trainer))
+        if not 0 < steps < math.inf:
+            raise ValueError(
+                f"the schedules reach their ends with the run, which has {'no known' if steps < 0 else steps} steps: "
+                "set max_epochs or max_steps of the Trainer (max_steps where the data have no length)"
+            )
+        return int(steps)
+
+    def state_dict(self, trainer: Any) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"first": self.first, "per_epoch": epoch_steps(trainer, 1)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what the checkpoint of a run kept, if the next fit goes on from it."""
+        self._stored = dict(state)
+
+    def _share(self, trainer: Any) -> float:
+        """Today's steps per epoch over the checkpoint's; 1 where steps and not epochs end the run."""
+        if not self._per_epoch or trainer.max_epochs <= 0:
+            return 1.0
+        steps, whole, today = (
+            trainer.estimated_stepping_batches,
+            *(epoch_steps(trainer, n) for n in (trainer.max_epochs, 1)),
         )
-    return int(steps)
+        return today / self._per_epoch if whole <= steps and math.isfinite(today / self._per_epoch) else 1.0
 
 
 def epoch_steps(trainer: Any, epochs: int) -> float:

@@ -72,7 +72,7 @@ def _backbone(content: Mapping[Any, Any], checkpoint: str | Path, momentum: bool
         raise ValueError(f"{checkpoint} has no keys {'* or '.join(prefixes)}*; its keys begin with: {beginnings}")
     if len(dict(found)) < len(found):
         raise ValueError(f"{checkpoint} has two backbones with the same names; leave one of them in its state_dict")
-    return _copy({name: value for name, value in found if not name.startswith("fc.")}, str(checkpoint))
+    return _copy({name: value for name, value in found if name not in ("fc.weight", "fc.bias")}, str(checkpoint))
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:

@@ -52,6 +52,7 @@ class LabelQualityCallback(Callback):
         self.every_n_steps = every_n_steps
         self.classes = classes
         self.quality: LabelQuality | None = None
+        self._is_new = True  # whether no batch was seen since the training began or went on
         self._monitors: list[LabelMonitor] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -63,10 +64,15 @@ class LabelQualityCallback(Callback):
         if not self._monitors:
             raise ValueError(f"{type(pl_module).__name__} has no slr_plugin.SLRLoss whose labels could be measured")
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Measure the first batch, also where an epoch goes on in its middle and would have nothing measured."""
+        self._is_new = True
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Tell the classes, which the loss is not given."""
+        measures, self._is_new = self._is_new or batch_idx % self.every_n_steps == 0, False
         for monitor in self._monitors:
-            monitor.announce(self.classes(batch), measure=batch_idx % self.every_n_steps == 0)
+            monitor.announce(self.classes(batch), measures)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means."""

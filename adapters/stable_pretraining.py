@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin import SLRLoss
-from slr_plugin.adapters._random import seed_mixing
+from slr_plugin.adapters._random import mixing_generator
 from slr_plugin.adapters._require import require
 
 require("stable-pretraining", "stable_pretraining")
@@ -81,9 +81,8 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
         projections.append(self.projector.forward_teacher(self.backbone.forward_teacher(positives)))
     mixup = getattr(self, "mixup", None)
     if mixup is not None:
-        if mixup.generator is None:  # Lightning seeds all processes alike: they would all mix alike
-            mixup.generator = torch.Generator()
-            seed_mixing(mixup.generator, self.trainer.global_step)
+        if mixup.generator is None:
+            mixup.generator = mixing_generator(self.trainer.global_step)
         mixed, mix = mixup(queries, positives)
         projections += [projector(backbone(mixed)), mix]
     refines = isinstance(self.criterion, SLRLoss)

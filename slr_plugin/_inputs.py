@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from slr_plugin.checks import check_float_tensor
+from slr_plugin.checks import check_float_tensor, check_no_tangent
 from slr_plugin.mixup import Mix, check_mix
 
 VIEWS = ("out0", "out1")  # what SLRLoss calls queries and positives
@@ -95,7 +93,7 @@ def checked_features(
             [UnitRows.apply(crop.to(dtype)) for crop in crops],
             mixes,
             None if negatives is None else UnitRows.apply(negatives.to(dtype)),
-            None if estimator is None else F.normalize(estimator.detach().to(dtype), dim=1),
+            None if estimator is None else UnitRows.apply(estimator.detach().to(dtype)),
         )
 
 
@@ -172,5 +170,4 @@ def _check_features(name: str, value: Any) -> None:
             f"{name} is inside a torch.func transform, which SLRLoss does not support: use loss.backward() or "
             "torch.autograd.grad"
         )
-    if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
-        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")
+    check_no_tangent(value)

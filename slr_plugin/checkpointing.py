@@ -19,11 +19,17 @@ def is_repeated() -> bool:
 
 
 def is_recomputed() -> bool:
-    """Whether non-reentrant checkpointing computes again what calls this; in compiled code its operators can ask."""
+    """Whether checkpointing computes again what calls this; in compiled code its operators can ask, and they alone."""
     if torch._C._current_graph_task_id() == -1:
         return False
+    if _is_reentrant():
+        return True
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 has none
     return hooks is None or hooks(False) is not None
+
+
+def _is_reentrant() -> bool:
+    return "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
 
 
 class Place(NamedTuple):
@@ -40,6 +46,7 @@ class Standing(NamedTuple):
 
     place: Place  # for a repeated one where it stood at first
     advances: bool
+    is_repeated: bool = False
     follows_others: bool = False  # whether it is repeated and advances after calls that came later
 
 
@@ -67,7 +74,7 @@ class CallLog:
         if torch.compiler.is_compiling():
             return Standing(now, updates)
         repeated = is_repeated()
-        reentrant = repeated and "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
+        reentrant = repeated and _is_reentrant()
         advances = updates and (reentrant or not repeated)
         if not matters:
             return Standing(now, advances)
@@ -80,7 +87,7 @@ class CallLog:
                 if place.advanced == (updates and not reentrant) and str(place.fingerprint.tolist()) == seen:
                     lost = advances and int(place.step) != int(now.step)
                     follows_others = advances and place is not self._places[-1]
-                    return Standing(place._replace(version=-1) if lost else place, advances, follows_others)
+                    return Standing(place._replace(version=-1) if lost else place, advances, True, follows_others)
         raise RuntimeError(
             "activation checkpointing repeats a call of SLRLoss too long ago, or with other features: checkpoint the "
             "encoder without the loss"

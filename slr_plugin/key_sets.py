@@ -35,19 +35,19 @@ class KeySet(NamedTuple):
     queue: Tensor | None = None  # (n, d) constants
     estimator_keys: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
-    @property
+    # Methods, since torch.compile cannot trace a property of a tuple in torch 2.4.
+
     def is_symmetric(self) -> bool:
         """Whether both views are rows: the second ones after the first ones, as in ``keys``."""
         return len(self.own) == 2
 
-    @property
     def is_square(self) -> bool:
         """Whether the rows are all keys, in their order: half of the logits are then enough."""
-        return self.is_symmetric and self.keys is self.rows and self.queue is None
+        return self.is_symmetric() and self.keys is self.rows and self.queue is None
 
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""
-        return self.rows.roll(len(self.positives), 0) if self.is_symmetric else self.positives
+        return self.rows.roll(len(self.positives), 0) if self.is_symmetric() else self.positives
 
     def hidden(self, first: int = 0) -> list[Diagonal]:
         """The keys that the pass leaves out, for rows (or their estimators) that begin at row ``first`` of the pass."""

@@ -174,12 +174,13 @@ class SLRLoss(HasSettings):
         call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
         queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
         now = Place(self.step, self.memory_bank.version)
-        place, advances, follows_others = self._calls.place(now, call.updates, queue_or_schedule, call.fingerprint)
+        standing = self._calls.place(now, call.updates, queue_or_schedule, call.fingerprint)
+        place, advances, repeated, follows_others = standing
         if follows_others:  # observers saw other calls since, and would take this one for the last of them
             observers = tuple(self.observers)
             for observer in observers:
                 observer.begin()
-        stale = place.version != self.memory_bank.version
+        stale = repeated and place.version != self.memory_bank.version
         once = queue_or_schedule and torch.compiler.is_compiling()
         settings = self.settings_at(place.step, call.key_set.rows.dtype, stale, once)
         with torch.autocast(out0.device.type, enabled=False):
@@ -325,6 +326,8 @@ class SLRLoss(HasSettings):
         """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
         entering, estimator = call.key_set.entering, call.key_set.estimator_keys
         accepted = entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
+        if estimator is not None:
+            accepted = accepted & (estimator.entering.sum().abs() < torch.inf)
         enqueued = None
         if len(self.memory_bank):
             enqueued = self.memory_bank.enqueue(entering, estimator and estimator.entering, accepted)

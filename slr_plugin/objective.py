@@ -108,7 +108,7 @@ def _compare(
     if not settings.refines:
         stats = _pass(parts, key_set, temperature, hidden, settings)
         return stats, refinery.one_hot(stats.reference), key_set.positives
-    if key_set.estimator_keys is None and not key_set.is_symmetric:
+    if key_set.estimator_keys is None and not key_set.is_symmetric():
         # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
         count, estimators = sum(map(len, parts)), key_set.positives.detach() / sharp
         hidden = hidden + key_set.hidden(count)
@@ -155,7 +155,7 @@ def _pass(
         scale=scale,
         bound=bound,
         hidden=hidden,
-        symmetric=key_set.is_square and not isinstance(temperature, Tensor),
+        symmetric=key_set.is_square() and not isinstance(temperature, Tensor),
         chunk_size=settings.chunk_size,
         stale=settings.stale,
         once=settings.once,

@@ -106,7 +106,8 @@ class KeyQueue(nn.Module):
         """Start again: fresh random unit rows, pointer 0. ``to_empty`` and FSDP call this after a meta device."""
         for ring in (self.bank, self.estimator_bank):
             if ring is not None:
-                ring.copy_(_random_keys(*ring.shape))
+                size, dim = ring.shape
+                ring.copy_(_random_keys(size, dim, device="cpu"))  # the default device may hold no values
         self.bank_ptr.zero_()
         self.generation += 1
         self._is_shared = False
@@ -164,6 +165,9 @@ class KeyQueue(nn.Module):
                 f"{self.dim or 'any'}); build the loss with memory_bank_size={tuple(bank.shape)}, or delete "
                 f"{prefix + 'bank'!r} from the checkpoint to start a fresh queue"
             )
+        pointer = state_dict.get(f"{prefix}bank_ptr")
+        if pointer is not None and pointer.shape != self.bank_ptr.shape:
+            return f"{prefix}bank_ptr must have shape (1,), the checkpoint's has {tuple(pointer.shape)}"
         own = self.estimator_bank
         if own is not None and second is not None and second.shape != own.shape:
             return (
@@ -222,8 +226,8 @@ class KeyQueue(nn.Module):
         super()._load_from_state_dict(local, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
-def _random_keys(size: int, dim: int) -> Tensor:
-    return F.normalize(torch.randn(size, dim, dtype=torch.float32), dim=-1)
+def _random_keys(size: int, dim: int, device: str | None = None) -> Tensor:
+    return F.normalize(torch.randn(size, dim, dtype=torch.float32, device=device), dim=-1)
 
 
 def _parse_size(size: int | Sequence[int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slr_plugin.checks import check_confidence, check_flag, check_integer, check_number
+from slr_plugin.checks import check_confidence, check_flag, check_integer, check_no_tangent, check_number
 from slr_plugin.schedules import CosineConfidence
 
 Confidence = float | Callable[[int], float]
@@ -53,7 +53,7 @@ class HasSettings(nn.Module):
     _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
     _refines = True
     _was_compiled = False
-    _first_temperature: Tensor | None = None  # what a tensor was when it was assigned; None without a value
+    _first_temperature: Tensor | None = None  # what a parameter was when it was assigned; None without a value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
@@ -74,10 +74,11 @@ class HasSettings(nn.Module):
             self._parameters.pop(name, None)
             self._modules.pop(name, None)
             if name == "confidence":
-                self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
+                with torch.inference_mode(False):
+                    self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
                 self._refines = callable(value) or value > 0
             if name == "temperature":
-                has_value = isinstance(value, Tensor) and not value.is_meta
+                has_value = isinstance(value, nn.Parameter) and not value.is_meta
                 self._first_temperature = value.detach().clone() if has_value else None
         super().__setattr__(name, value)
 
@@ -103,10 +104,10 @@ class HasSettings(nn.Module):
         )
 
     def _reset_temperature(self) -> None:
-        """Give a tensor the value that it had when it was assigned, or not a number where it had none."""
-        if isinstance(self.temperature, Tensor) and not self.temperature.is_meta:
+        """Give a parameter the value that it had when it was assigned, or not a number where it had none."""
+        if isinstance(self.temperature, nn.Parameter) and not self.temperature.is_meta:
             first = self._first_temperature
-            self.temperature.fill_(math.nan if first is None else first)
+            self.temperature.fill_(math.nan if first is None else first.reshape(()))
 
     def _called_schedule(self, step: Tensor) -> Tensor:
         assert callable(self.confidence)
@@ -123,7 +124,10 @@ class HasSettings(nn.Module):
 
 def as_scalar(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """A temperature as the objective takes it: a tensor () of the features' dtype, or a number."""
-    return temperature.reshape(()).to(dtype) if isinstance(temperature, Tensor) else temperature
+    if not isinstance(temperature, Tensor):
+        return temperature
+    check_no_tangent(temperature)
+    return temperature.reshape(()).to(dtype)
 
 
 def _checked_temperature(name: str, value: Any) -> float | Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from _oracle import make_batch, make_criterion
 from _oracle import one_thread as one_thread
+from torch.autograd import forward_ad
 
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
 
@@ -492,3 +493,21 @@ def test_features_whose_length_overflows_are_not_finite(which):
     if which == 1:
         assert torch.equal(criterion.memory_bank.bank, before)
         assert criterion.step == 0
+
+
+@pytest.mark.parametrize("size", [(8, 4), 0])
+@pytest.mark.parametrize("value", [1e20, torch.nan])
+def test_estimators_that_are_not_finite_or_overflow_change_nothing(value, size):
+    criterion = SLRLoss(0.2, size, estimator_dim=5 if size else None)
+    before = {name: state.clone() for name, state in criterion.state_dict().items()}
+    loss = criterion(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), estimator=torch.full((3, 5), value))
+    assert loss.isnan()
+    for name, state in criterion.state_dict().items():
+        assert torch.equal(state, before[name])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_forward_mode_derivative_by_the_temperature_raises(symmetric):
+    views, temperature = torch.randn(2, 4, 8), torch.tensor(0.5)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        SLRLoss(forward_ad.make_dual(temperature, torch.ones(())), symmetric=symmetric)(*views)

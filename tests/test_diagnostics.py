@@ -572,3 +572,12 @@ def test_the_classes_that_were_read_stay():
     monitor.announce(torch.arange(4))
     criterion(*features(torch.arange(4)))
     assert before.tolist() == state["queue_classes"].tolist() == [-1] * 8
+
+
+def test_a_monitor_that_did_not_see_a_call_begin_knows_no_classes():
+    criterion, _ = watched(8)
+    loss = torch.utils.checkpoint.checkpoint(criterion, *features(torch.arange(4)), use_reentrant=True)
+    late = LabelMonitor(criterion)
+    loss.backward()
+    assert criterion.step == 1
+    assert late.queue_classes.tolist() == [-1] * 8

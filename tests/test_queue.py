@@ -147,6 +147,15 @@ def test_a_checkpoint_with_features_of_another_size_raises_and_changes_nothing()
         assert torch.equal(target.state_dict()[name], value)
 
 
+def test_a_checkpoint_whose_pointer_has_another_shape_raises_and_changes_nothing():
+    source, target = trained((5, 3)), trained((5, 3), steps=0)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(RuntimeError, match="bank_ptr must have shape"):
+        target.load_state_dict(source.state_dict() | {"memory_bank.bank_ptr": torch.tensor(0)})
+    for name, value in before.items():
+        assert torch.equal(target.state_dict()[name], value)
+
+
 def test_an_unknown_key_in_the_checkpoint_still_raises():
     state = trained((5, 3)).state_dict() | {"memory_bank.typo": torch.zeros(1)}
     with pytest.raises(RuntimeError, match="typo"):

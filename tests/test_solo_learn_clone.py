@@ -293,7 +293,7 @@ def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
     model = build()
     trainer = train(model, loader(model.cfg, folder / "train"), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    seeded = model._mixing.initial_seed()
+    seeded = model.mixup.generator.initial_seed()
     resumed = build()
     seen = []
 
@@ -307,7 +307,7 @@ def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
         torch.equal(bank, criterion.memory_bank.bank) for bank, criterion in zip(seen, model.criteria, strict=True)
     )
     assert resumed.criteria[0].step == 10
-    assert resumed._mixing.initial_seed() != seeded
+    assert resumed.mixup.generator.initial_seed() != seeded
 
 
 def test_a_run_that_goes_on_with_other_settings_says_so(folder, tmp_path, recwarn):

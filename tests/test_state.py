@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import threading
 
 import pytest
 import torch
@@ -305,14 +306,31 @@ def test_checkpointed_calls_that_resemble_each_other_are_told_apart(call):
     torch.testing.assert_close(*found)
 
 
-def test_a_learnable_temperature_leaves_the_meta_device_as_it_was_assigned():
-    criterion = SLRLoss(torch.nn.Parameter(torch.tensor(0.2)), (8, 4))
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learnable_temperature_leaves_the_meta_device_as_it_was_assigned(shape):
+    criterion = SLRLoss(torch.nn.Parameter(torch.full(shape, 0.2)), (8, 4))
     criterion.to("meta").to_empty(device="cpu")
-    torch.testing.assert_close(criterion.temperature.detach(), torch.tensor(0.2))
+    torch.testing.assert_close(criterion.temperature.detach(), torch.full(shape, 0.2))
     with torch.no_grad():
         criterion.temperature.fill_(3.0)
     criterion.reset_parameters()
-    torch.testing.assert_close(criterion.temperature.detach(), torch.tensor(0.2))
+    torch.testing.assert_close(criterion.temperature.detach(), torch.full(shape, 0.2))
+
+
+def test_a_reset_leaves_a_temperature_that_is_no_parameter_to_its_owner():
+    temperature = torch.tensor(0.2)
+    criterion = SLRLoss(temperature)
+    temperature.fill_(0.7)
+    criterion.reset_parameters()
+    assert criterion.temperature is temperature
+    torch.testing.assert_close(temperature, torch.tensor(0.7))
+
+
+def test_a_reset_under_a_default_device_without_values():
+    criterion = SLRLoss(0.2, (8, 4))
+    with torch.device("meta"):
+        criterion.reset_parameters()
+    torch.testing.assert_close(criterion.memory_bank.bank.norm(dim=1), torch.ones(8))
 
 
 def test_a_temperature_that_never_had_a_value_is_no_number_or_an_error():
@@ -341,3 +359,21 @@ def test_a_confidence_that_is_a_module_can_be_replaced():
     criterion.confidence = 0.25
     twin.confidence = 0.25
     torch.testing.assert_close(criterion(*views), twin(*views))
+
+
+def test_two_threads_may_call_one_loss():
+    criterion, errors = SLRLoss(0.2, (1000, 16)), []
+
+    def work():
+        try:
+            for _ in range(30):
+                criterion(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

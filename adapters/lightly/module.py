@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from slr_plugin import CosineConfidence, Mix
-from slr_plugin.adapters._random import seed_mixing
-from slr_plugin.adapters._steps import epoch_steps, first_step, run_steps, warn_of_long_queue
+from slr_plugin.adapters._random import mixing_generator
+from slr_plugin.adapters._steps import NEW_RUN, RunSteps, epoch_steps, warn_of_long_queue
 from slr_plugin.adapters.lightly.knn import KNNVote
 from slr_plugin.adapters.lightly.networks import checked_features, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
 from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.distributed import world_size
 from slr_plugin.presets import IMAGENET, Preset
+
+_RUN = "slr_plugin_run"  # in a checkpoint
 
 
 class SANE(LightningModule):
@@ -100,7 +102,10 @@ class SANE(LightningModule):
         if mixup and in_batch_keys is False:
             raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
         super().__init__()
-        preset = preset if isinstance(preset, Preset) else Preset(**preset)
+        for name, network in (("backbone", backbone), ("projection_head", projection_head)):
+            if not isinstance(network, nn.Module | None):
+                raise TypeError(f"{name} must be a torch.nn.Module or None, got {network!r}")
+        preset = _as_preset(preset)
         preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
         check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without
         # Plain values alone, for a checkpoint that loads with weights_only=True.
@@ -122,11 +127,11 @@ class SANE(LightningModule):
             confidence=self._schedule(total_steps=1),  # the run's length is not known before on_fit_start
             in_batch_keys=in_batch_keys,
         )
+        self._set_confidence = self.criterion.confidence  # by this module; another one was assigned by the user
+        self._steps = RunSteps()
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
-        # Its own generator, as Lightning seeds all processes alike: they would all mix alike.
-        self._mixing = torch.Generator()
-        self.mixup = preset.mixup(self._mixing) if mixup else None
+        self.mixup = preset.mixup() if mixup else None
 
         topk = (1, 5) if num_classes >= 5 else (1,)
         self.online_classifier = OnlineLinearClassifier(feature_dim, num_classes, topk)
@@ -198,7 +203,8 @@ class SANE(LightningModule):
             momentum=self.preset.momentum,
             weight_decay=self.preset.weight_decay,
         )
-        steps, warmup = run_steps(self.trainer), epoch_steps(self.trainer, self.warmup_epochs)
+        self._steps.begin(self.trainer)
+        steps, warmup = self._steps.total(self.trainer), epoch_steps(self.trainer, self.warmup_epochs)
         if warmup == float("inf"):
             raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
         self._warmup_and_steps = int(warmup), steps
@@ -207,18 +213,21 @@ class SANE(LightningModule):
 
     def on_fit_start(self) -> None:
         """Let the confidence grow from the beginning of this run to its end."""
-        self._first_step = first_step(self.trainer)
-        if isinstance(self.confidence, tuple | list):
-            self.criterion.confidence = self._schedule(run_steps(self.trainer))
+        self._steps.begin(self.trainer)
+        if isinstance(self.confidence, tuple | list) and self.criterion.confidence is self._set_confidence:
+            self._set_confidence = self.criterion.confidence = self._schedule(self._steps.total(self.trainer))
 
     def on_train_start(self) -> None:
         """Seed the mixing by the global seed, the process, and where a run goes on; end the schedules with this run."""
-        seed_mixing(self._mixing, self.trainer.global_step)
-        # A checkpoint restored the length of its own run, which this one may extend.
+        if self.mixup is not None:
+            self.mixup.generator = mixing_generator(self.trainer.global_step)
+        self._steps.go_on(self.trainer)
+        # A checkpoint restored the length of its own run, which this one may extend, and its count of steps.
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if self._warmup_and_steps and isinstance(scheduler, CosineWarmupScheduler):
                 scheduler.warmup_epochs, scheduler.max_epochs = self._warmup_and_steps
+                scheduler.last_epoch = self.trainer.global_step - self._steps.first
                 scale = scheduler.scale_lr(scheduler.last_epoch)
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                     group["lr"] = scale * rate
@@ -226,11 +235,29 @@ class SANE(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Place the confidence at the trainer's step; warn if the learning rate is meant for other batches."""
-        self.criterion.set_step(self.trainer.global_step - self._first_step)
+        self.criterion.set_step(self.trainer.global_step - self._steps.first)
         _, targets = checked_views(batch, mixes=self.mixup is not None)
         if self.trainer.global_step == batch_idx == 0 and len(targets) != self.batch_size_per_device:
             seen = f"batch_size_per_device={self.batch_size_per_device} but the batch has {len(targets)} images"
             warnings.warn(f"{seen}: pass the DataLoader's batch_size, and drop_last=True to it", stacklevel=2)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add where the run began, and a confidence that no hyperparameter can hold, in words."""
+        checkpoint[_RUN] = self._steps.state_dict(self.trainer) | {"confidence": self._called_confidence()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take where the run began; warn if the confidence was a callable and is another one now."""
+        run = checkpoint.get(_RUN, NEW_RUN)  # none in earlier versions
+        self._steps.load_state_dict(run)
+        if run.get("confidence") and not self._called_confidence():
+            warnings.warn(
+                f"the checkpoint was trained with confidence={run['confidence']}, a callable, which it does not hold; "
+                f"this module has {self.confidence}: pass confidence= again",
+                stacklevel=2,
+            )
+
+    def _called_confidence(self) -> str:
+        return repr(self.confidence) if callable(self.confidence) else ""
 
     def _schedule(self, total_steps: int) -> float | Callable[[int], float]:
         if not isinstance(self.confidence, tuple | list):
@@ -254,3 +281,13 @@ class SANE(LightningModule):
             mixed.append(self.projection_head(self._features(images)))
             mixes.append(mix)
         return mixed, mixes
+
+
+def _as_preset(preset: Any) -> Preset:
+    """The preset, also from what a checkpoint keeps of it."""
+    if isinstance(preset, Preset):
+        return preset
+    names = {field.name for field in fields(Preset)}
+    if not isinstance(preset, Mapping) or set(preset) != names:
+        raise TypeError(f"preset must be one of slr_plugin.presets, or a mapping with {sorted(names)}, got {preset!r}")
+    return Preset(**preset)

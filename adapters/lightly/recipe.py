@@ -51,7 +51,7 @@ from slr_plugin.diagnostics import LabelQuality, plot, summary
 
 NORMALIZE = CIFAR10_AUGMENTATION["normalize"]
 # Options in which a run may go on differently; --epochs may grow.
-FREE = {"resume", "output", "data", "workers", "accelerator", "beside"}
+FREE = {"resume", "output", "data", "workers", "accelerator", "beside", "linear_epochs"}
 COMMAND = "python -m slr_plugin.adapters.lightly cifar10"
 
 
@@ -235,6 +235,24 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], name: str, label: st
     axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) <= 30 else None)
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
+    return number
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(
@@ -246,13 +264,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--strong", action="store_true", help="strong augmentation of the mixed positives (CLSA's)")
     add("--backbone", default="resnet18", help="a ResNet of torchvision (default: %(default)s)")
     add("--width", type=float, default=1, help="of lightly's ResNet instead, e.g. 0.25 on a CPU (default: %(default)s)")
-    add("--epochs", type=int, default=200, help="default: %(default)s")
-    add("--linear-epochs", type=int, default=100, help="default: %(default)s")
-    add("--batch-size", type=int, default=256, help="default: %(default)s")
-    add("--queue-size", type=int, default=presets.CIFAR10.queue_size, help="default: %(default)s")
-    add("--ema-momentum", type=float, default=0.99, help="of the momentum network (default: %(default)s)")
-    add("--knn-every", type=int, default=5, help="epochs between kNN evaluations (default: %(default)s)")
-    add("--limit", type=int, help="use at most so many training images, and so many test images")
+    add("--epochs", type=count, default=200, help="default: %(default)s")
+    add("--linear-epochs", type=count, default=100, help="default: %(default)s")
+    add("--batch-size", type=count, default=256, help="default: %(default)s")
+    add("--queue-size", type=count, default=presets.CIFAR10.queue_size, help="default: %(default)s")
+    add("--ema-momentum", type=fraction, default=0.99, help="of the momentum network (default: %(default)s)")
+    add("--knn-every", type=count, default=5, help="epochs between kNN evaluations (default: %(default)s)")
+    add("--limit", type=count, help="use at most so many training images, and so many test images")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="that load images (default: %(default)s)")
     add("--accelerator", default="auto", help="default: %(default)s")
     add("--precision", default="32-true", help="e.g. 16-mixed on a GPU, bf16-mixed (default: %(default)s)")

@@ -15,13 +15,13 @@ from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
-from slr_plugin.adapters._random import seed_mixing
-from slr_plugin.adapters._steps import first_step, run_steps, warn_of_long_queue
+from slr_plugin.adapters._random import mixing_generator
+from slr_plugin.adapters._steps import NEW_RUN, RunSteps, warn_of_long_queue
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 
-_SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
+_SETTINGS, _RUN = "slr_plugin_method_kwargs", "slr_plugin_run"  # in a checkpoint
 
 
 class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
@@ -76,9 +76,8 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
             SLRLoss(memory_bank_size=queue, gather_distributed=True, confidence=self.confidence[0], **options)
             for _ in range(2)
         )
-        # Its own generator, as Lightning seeds all processes alike: they would all mix alike.
-        self._mixing = torch.Generator()
-        self.mixup = None if settings.kappa is None else MomentumMixup(settings.kappa, generator=self._mixing)
+        self.mixup = None if settings.kappa is None else MomentumMixup(settings.kappa)
+        self._steps = RunSteps()
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -121,22 +120,24 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     def on_fit_start(self) -> None:
         """Remember where this run begins."""
         super().on_fit_start()
-        self._first_step = first_step(self.trainer)
+        self._steps.begin(self.trainer)
 
     def on_train_start(self) -> None:
         """Seed the mixing, by the global seed, the process, and where a run goes on; lay out the confidence."""
         super().on_train_start()
-        seed_mixing(self._mixing, self.trainer.global_step)
+        if self.mixup is not None:
+            self.mixup.generator = mixing_generator(self.trainer.global_step)
+        self._steps.go_on(self.trainer)
         warn_of_long_queue(self.trainer, self.cfg.method_kwargs.queue_size, "method_kwargs.queue_size")
         start, end = self.confidence
         if start != end:
             for criterion in self.criteria:
-                criterion.confidence = CosineConfidence(start, end, total_steps=run_steps(self.trainer))
+                criterion.confidence = CosineConfidence(start, end, total_steps=self._steps.total(self.trainer))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Place the confidence at the optimizer's step, of which several batches may make one."""
         for criterion in self.criteria:
-            criterion.set_step(self.trainer.global_step - self._first_step)
+            criterion.set_step(self.trainer.global_step - self._steps.first)
 
     def on_fit_end(self) -> None:
         """Raise where there was nothing to train on, about which Lightning ends without an error."""
@@ -147,11 +148,13 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings."""
+        """Add the settings, and where the run began."""
         checkpoint[_SETTINGS] = self._settings()
+        checkpoint[_RUN] = self._steps.state_dict(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
+        self._steps.load_state_dict(checkpoint.get(_RUN, NEW_RUN))  # none in earlier versions
         now = self._settings()
         before = checkpoint.get(_SETTINGS, now)
         changed = [f"{name} from {before.get(name)} to {new}" for name, new in now.items() if before.get(name) != new]

@@ -140,9 +140,11 @@ class LabelMonitor:
     def enqueue(self, enqueued: Enqueued) -> None:
         """Record the classes of the keys that were just enqueued."""
         places, accepted = enqueued
-        assert self._classes is not None
         classes = self._table()
-        newest = self._classes[-len(places) :].to(classes.device)
+        if self._classes is None:  # this monitor did not see the call begin
+            newest = torch.full_like(places, -1)
+        else:
+            newest = self._classes[-len(places) :].to(classes.device)
         # Without reading back whether the keys were finite; in place, as a CUDA graph repeats it.
         classes.index_copy_(0, places, torch.where(accepted, newest, classes[places]))
 

@@ -127,8 +127,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     if stale or (once and is_recomputed()):
         raise RuntimeError(
-            "activation checkpointing computes SLRLoss again after its queue or schedule moved on, so its gradient "
-            "would be wrong: checkpoint the encoder without the loss, or save the loss's pass by context_fn="
+            "activation checkpointing computes SLRLoss again after its queue or schedule may have moved on, so its "
+            "gradient would be wrong: checkpoint the encoder without the loss, or save the loss's pass by context_fn="
             "functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, "
             "[torch.ops.slr_plugin.softmax_stats.default])"
         )
