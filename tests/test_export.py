@@ -188,6 +188,13 @@ def test_the_prefixes_of_wrapped_modules_and_the_classifier_are_left_out(tmp_pat
     assert list(state) == [f"{part}.{field}" for part in ("0", "1", "module") for field in ("weight", "bias")]
 
 
+def test_an_fc_that_is_no_classifier_is_part_of_the_backbone(tmp_path):
+    source = nn.Sequential(nn.Linear(2, 3))
+    source.fc = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    state = read_backbone(str(save(tmp_path / "run.ckpt", backbone=source)))
+    assert sorted(state) == ["0.bias", "0.weight", "fc.0.bias", "fc.0.weight"]
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 def test_tensors_are_contiguous_keep_their_dtype_and_share_no_memory(tmp_path, zipped):
     shared = torch.randn(6, 4, 3, 3)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pytest
@@ -162,6 +163,75 @@ def test_a_second_fit_of_the_same_trainer_begins_both_schedules():
     assert len(mu.values) == len(rates.values) == 16
     assert mu.values[8:] == mu.values[:8]
     assert rates.values[8:] == pytest.approx(rates.values[:8])
+
+
+def test_a_second_fit_that_was_stopped_goes_on_in_its_own_schedules(tmp_path):
+    mu, rates, stop = Losses("slr/mu"), Losses("lr"), _lightly.StopAfter(9)
+    runner = _lightly.trainer(2, callbacks=[mu, rates, stop], checkpoints=tmp_path, limit_val_batches=0)
+    model = build(confidence=(0.0, 1.0))
+    runner.fit(model, *loaders())
+    runner.fit_loop.max_epochs, stop.epochs = 4, 3
+    runner.fit(model, *loaders())
+    assert len(mu.values) == 12
+    train(build(confidence=(0.0, 1.0)), 4, callbacks=[mu, rates], ckpt_path=tmp_path / "last.ckpt", limit_val_batches=0)
+    assert mu.values[8:] == pytest.approx(mu.values[:8])
+    assert rates.values[8:] == pytest.approx(rates.values[:8])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_at_the_same_share_where_its_epochs_have_other_numbers_of_steps(before, after, tmp_path):
+    options = {"checkpoints": tmp_path, "limit_val_batches": 0}
+    half = [_lightly.StopAfter(3)]
+    train(build(confidence=(0.0, 1.0)), 6, callbacks=half, accumulate_grad_batches=before, **options)
+    whole, resumed = ([Losses("slr/mu"), Losses("lr")] for _ in range(2))
+    train(build(confidence=(0.0, 1.0)), 6, callbacks=whole, accumulate_grad_batches=after, limit_val_batches=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(
+            build(confidence=(0.0, 1.0)),
+            6,
+            callbacks=resumed,
+            ckpt_path=tmp_path / "last.ckpt",
+            accumulate_grad_batches=after,
+            limit_val_batches=0,
+        )
+    assert any("at the same share of the epochs" in str(warning.message) for warning in caught)
+    for own, other in zip(resumed, whole, strict=True):
+        assert own.values == pytest.approx(other.values[12:], rel=1e-6)
+
+
+def test_a_confidence_that_was_assigned_stays():
+    model = build(confidence=(0.0, 1.0))
+    model.criterion.confidence = 0.25
+    train(model, 1, limit_val_batches=0)
+    assert model.criterion.confidence == 0.25
+
+
+def test_loading_without_the_confidence_that_a_checkpoint_cannot_hold_warns(tmp_path):
+    schedule = CosineConfidence(0.0, 3.0, total_steps=8)
+    train(build(confidence=schedule), 1, checkpoints=tmp_path, limit_val_batches=0)
+    with pytest.warns(UserWarning, match=r"CosineConfidence\(start=0.0, end=3.0.*pass confidence= again"):
+        SANE.load_from_checkpoint(tmp_path / "last.ckpt", backbone=_lightly.backbone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SANE.load_from_checkpoint(tmp_path / "last.ckpt", backbone=_lightly.backbone(), confidence=schedule)
+
+
+def test_can_be_sent_to_the_processes_that_a_strategy_spawns(tmp_path):
+    torch.multiprocessing.spawn(_draw_theta, (build(), tmp_path), nprocs=1)
+    assert (tmp_path / "theta").read_text() != ""
+
+
+def _draw_theta(rank, model, folder):
+    (folder / "theta").write_text(str(model.mixup(torch.zeros(4, 1), torch.zeros(4, 1))[1].theta))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("preset", "CIFAR10"), ("preset", {}), ("backbone", "resnet18"), ("projection_head", 3)]
+)
+def test_an_argument_of_the_wrong_type_is_named(argument, value):
+    with pytest.raises(TypeError, match=argument):
+        build(**{argument: value})
 
 
 def test_a_checkpoint_goes_on_in_the_same_trainer_too(tmp_path):

@@ -47,6 +47,15 @@ def test_trains_evaluates_and_draws(options, folder, tmp_path, capsys):
     assert list((tmp_path / "out" / "tensorboard").rglob("events.*"))
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--linear-epochs", "0"), ("--knn-every", "-1"), ("--epochs", "x"), ("--ema-momentum", "2")]
+)
+def test_numbers_out_of_range_are_refused_before_the_training(option, value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        recipe.parse(["--output", str(tmp_path), option, value])
+    assert f"argument {option}: must be a" in capsys.readouterr().err
+
+
 def test_the_last_epoch_is_judged_whatever_the_interval(folder, tmp_path):
     results = run(folder, tmp_path, "--knn-every", "5", "--epochs", "2")
     assert "knn" not in results["epochs"][0]
@@ -113,7 +122,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on_from_its_last_epoch(fo
 
 
 def test_a_finished_run_is_told_and_changes_nothing(folder, tmp_path, capsys):
-    first = run(folder, tmp_path, "--method", "mocov2", "--epochs", "1", "--limit", "32")
+    first = run(folder, tmp_path, "--method", "mocov2", "--epochs", "2", "--limit", "32")
     files = ("results.json", "arguments.json", "last.ckpt")
     before = [(tmp_path / name).read_bytes() for name in files]
     capsys.readouterr()
@@ -121,8 +130,8 @@ def test_a_finished_run_is_told_and_changes_nothing(folder, tmp_path, capsys):
     assert [(tmp_path / name).read_bytes() for name in files] == before
     printed = capsys.readouterr().out
     assert f"kNN {first['knn']:.2f} %" in printed
-    assert "the run was finished already; extend it with --resume --epochs 2" in printed
-    for options in (["--method", "sane"], ["--epochs", "0"]):
+    assert "the run was finished already; extend it with --resume --epochs 4" in printed
+    for options in (["--method", "sane"], ["--epochs", "1"]):
         with pytest.raises(SystemExit):
             recipe.main(["--resume", "--output", str(tmp_path), *options])
         stored = first["arguments"][options[0].strip("-")]

@@ -127,6 +127,19 @@ def test_a_checkpoint_that_was_saved_outside_of_training_can_be_trained_on(frame
     assert callback.quality.own < 1
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_an_epoch_that_goes_on_in_its_middle_is_measured(framework, tmp_path):
+    callback = LabelQualityCallback(every_n_steps=50)
+    module = build(framework)
+    callback.setup(None, module, "fit")
+    callback.on_train_start(None, module)
+    for number, batch in enumerate(loader()):
+        callback.on_train_batch_start(None, module, batch, number + 2)
+        module.training_step(batch, number + 2)
+    (monitor,) = callback._monitors
+    assert len(monitor.measured) == 1
+
+
 def test_after_training_the_loss_is_let_go(tmp_path):
     module = build("pytorch_lightning")
     trainer("pytorch_lightning", LabelQualityCallback(), tmp_path, 1).fit(module, loader())
