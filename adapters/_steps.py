@@ -1,4 +1,4 @@
-"""Where a run of a Lightning trainer begins and how long it is, and whether its queue suits its data."""
+"""Where a run of a Lightning trainer begins and how long it is, and whether its queue is in good hands."""
 
 from __future__ import annotations
 
@@ -86,6 +86,17 @@ def epoch_steps(trainer: Any, epochs: int) -> float:
         if hasattr(callback, "get_accumulate_grad_batches"):  # the GradientAccumulationScheduler of either Lightning
             accumulated = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
     return math.inf if math.isinf(batches) and epochs else sum(math.ceil(batches / count) for count in accumulated)
+
+
+def warn_of_averaged_queue(trainer: Any) -> None:
+    """Warn if a callback averages buffers; ask where the fit begins."""
+    for callback in trainer.callbacks:
+        if getattr(callback, "_use_buffers", False):  # Lightning's WeightAveraging and EMAWeightAveraging
+            warnings.warn(
+                f"{type(callback).__name__} averages the queue and the step of the loss, which no average of them can "
+                "replace: pass use_buffers=False to it",
+                stacklevel=2,
+            )
 
 
 def warn_of_long_queue(trainer: Any, queue_size: int, setting: str) -> None:

@@ -217,6 +217,16 @@ def test_loading_without_the_confidence_that_a_checkpoint_cannot_hold_warns(tmp_
         SANE.load_from_checkpoint(tmp_path / "last.ckpt", backbone=_lightly.backbone(), confidence=schedule)
 
 
+def test_a_callback_that_averages_the_queue_is_told():
+    averaging = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging").WeightAveraging
+    with pytest.warns(UserWarning, match="pass use_buffers=False"):
+        train(build(), 1, callbacks=[averaging()], limit_val_batches=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module="pytorch_lightning|torch")
+        train(build(), 1, callbacks=[averaging(use_buffers=False)], limit_val_batches=0)
+
+
 def test_can_be_sent_to_the_processes_that_a_strategy_spawns(tmp_path):
     torch.multiprocessing.spawn(_draw_theta, (build(), tmp_path), nprocs=1)
     assert (tmp_path / "theta").read_text() != ""

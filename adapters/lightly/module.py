@@ -18,7 +18,7 @@ from torch.optim import SGD
 
 from slr_plugin import CosineConfidence, Mix
 from slr_plugin.adapters._random import mixing_generator
-from slr_plugin.adapters._steps import NEW_RUN, RunSteps, epoch_steps, warn_of_long_queue
+from slr_plugin.adapters._steps import NEW_RUN, RunSteps, epoch_steps, warn_of_averaged_queue, warn_of_long_queue
 from slr_plugin.adapters.lightly.knn import KNNVote
 from slr_plugin.adapters.lightly.networks import checked_features, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
@@ -214,6 +214,7 @@ class SANE(LightningModule):
     def on_fit_start(self) -> None:
         """Let the confidence grow from the beginning of this run to its end."""
         self._steps.begin(self.trainer)
+        warn_of_averaged_queue(self.trainer)
         if isinstance(self.confidence, tuple | list) and self.criterion.confidence is self._set_confidence:
             self._set_confidence = self.criterion.confidence = self._schedule(self._steps.total(self.trainer))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 from slr_plugin.adapters._random import mixing_generator
-from slr_plugin.adapters._steps import NEW_RUN, RunSteps, warn_of_long_queue
+from slr_plugin.adapters._steps import NEW_RUN, RunSteps, warn_of_averaged_queue, warn_of_long_queue
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
@@ -121,6 +121,7 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         """Remember where this run begins."""
         super().on_fit_start()
         self._steps.begin(self.trainer)
+        warn_of_averaged_queue(self.trainer)
 
     def on_train_start(self) -> None:
         """Seed the mixing, by the global seed, the process, and where a run goes on; lay out the confidence."""
