@@ -12,8 +12,7 @@ def test_no_two_runs_processes_or_continuations_share_draws(monkeypatch):
             for step in (0, 1):
                 torch.manual_seed(seed)
                 monkeypatch.setattr(_random, "rank", lambda process=process: process)
-                generator = _random.mixing_generator(step)
-                seen.add(generator.initial_seed())
-                _random.seed_mixing(generator, step)
-                assert generator.initial_seed() in seen  # the same again
+                mixing = _random.mixing_generator(step).initial_seed()
+                assert _random.mixing_generator(step).initial_seed() == mixing
+                seen.add(mixing)
     assert len(seen) == 12
