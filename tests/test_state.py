@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import sys
 import threading
 
 import pytest
@@ -361,12 +362,20 @@ def test_a_confidence_that_is_a_module_can_be_replaced():
     torch.testing.assert_close(criterion(*views), twin(*views))
 
 
-def test_two_threads_may_call_one_loss():
+@pytest.fixture
+def threads_that_take_turns():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_two_threads_may_call_one_loss(threads_that_take_turns):
     criterion, errors = SLRLoss(0.2, (1000, 16)), []
 
     def work():
         try:
-            for _ in range(30):
+            for _ in range(100):
                 criterion(torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)).backward()
         except RuntimeError as error:
             errors.append(error)
