@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-NEW_RUN: dict[str, Any] = {"first": 0, "per_epoch": None}
+NEW_RUN: dict[str, Any] = {"first": 0, "earlier": 0, "per_epoch": None}
 
 
 class RunSteps:
@@ -22,15 +22,15 @@ class RunSteps:
 
     def __init__(self) -> None:
         self.first = 0
-        self._began = 0  # the same in steps of the run that goes on
-        self._per_epoch: float | None = None  # of the run that goes on
+        self._earlier = 0  # the steps of earlier fits, which the trainer's estimate of all steps includes
+        self._per_epoch: float | None = None  # of the run that goes on, as long as both numbers above are in its steps
         self._stored: Mapping[str, Any] = NEW_RUN  # in the checkpoint that was loaded last
 
     def begin(self, trainer: Any) -> None:
         """To be called in ``on_fit_start``, before a checkpoint restores ``global_step``."""
-        stored = self._stored if trainer.ckpt_path else NEW_RUN | {"first": int(trainer.global_step)}
-        self.first = self._began = stored["first"]
-        self._per_epoch = stored["per_epoch"]
+        now = int(trainer.global_step)
+        stored = self._stored if trainer.ckpt_path else NEW_RUN | {"first": now, "earlier": now}
+        self.first, self._earlier, self._per_epoch = (stored[name] for name in NEW_RUN)
 
     def go_on(self, trainer: Any) -> None:
         """To be called in ``on_train_start``, after a checkpoint restored ``global_step``."""
@@ -41,7 +41,9 @@ class RunSteps:
                 f"{self._per_epoch}: the schedules go on at the same share of the epochs",
                 stacklevel=2,
             )
-            self.first = trainer.global_step - round((trainer.global_step - self._began) * share)
+            self.first = trainer.global_step - round((trainer.global_step - self.first) * share)
+            self._earlier = round(self._earlier * share)
+        self._per_epoch = None
 
     def total(self, trainer: Any) -> int:
         """The steps of this run; ask before its first one.
@@ -52,7 +54,7 @@ class RunSteps:
         steps = trainer.estimated_stepping_batches
         if trainer.max_epochs > 0:  # -1 without a limit
             steps = min(steps, epoch_steps(trainer, trainer.max_epochs))
-        steps -= round(self._began * self._share(trainer))
+        steps -= round(self._earlier * self._share(trainer))
         if not 0 < steps < math.inf:
             raise ValueError(
                 f"the schedules reach their ends with the run, which has {'no known' if steps < 0 else steps} steps: "
@@ -62,7 +64,7 @@ class RunSteps:
 
     def state_dict(self, trainer: Any) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"first": self.first, "per_epoch": epoch_steps(trainer, 1)}
+        return {"first": self.first, "earlier": self._earlier, "per_epoch": epoch_steps(trainer, 1)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what the checkpoint of a run kept, if the next fit goes on from it."""

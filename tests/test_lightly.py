@@ -200,6 +200,21 @@ def test_a_run_goes_on_at_the_same_share_where_its_epochs_have_other_numbers_of_
         assert own.values == pytest.approx(other.values[12:], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:this run takes:UserWarning")
+def test_such_a_run_can_be_stopped_once_more(tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    options = {"limit_val_batches": 0}
+    train(build(confidence=(0.0, 1.0)), 6, callbacks=[_lightly.StopAfter(2)], checkpoints=once, **options)
+    whole, resumed = ([Losses("slr/mu"), Losses("lr")] for _ in range(2))
+    options["accumulate_grad_batches"] = 2
+    train(build(confidence=(0.0, 1.0)), 6, callbacks=whole, **options)
+    half = [_lightly.StopAfter(4)]
+    train(build(confidence=(0.0, 1.0)), 6, callbacks=half, checkpoints=twice, ckpt_path=once / "last.ckpt", **options)
+    train(build(confidence=(0.0, 1.0)), 6, callbacks=resumed, ckpt_path=twice / "last.ckpt", **options)
+    for own, other in zip(resumed, whole, strict=True):
+        assert own.values == pytest.approx(other.values[16:], rel=1e-6)
+
+
 def test_a_confidence_that_was_assigned_stays():
     model = build(confidence=(0.0, 1.0))
     model.criterion.confidence = 0.25
