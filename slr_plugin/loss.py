@@ -323,7 +323,7 @@ class SLRLoss(HasSettings):
 
     @torch.no_grad()
     def _advance(self, call: Call, has_backward: bool) -> None:
-        """Enqueue the keys and count the step; a batch with a non-finite key does neither."""
+        """Enqueue the keys and count the step; a batch with a non-finite key or estimator does neither."""
         entering, estimator = call.key_set.entering, call.key_set.estimator_keys
         accepted = entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
         if estimator is not None:

@@ -126,12 +126,12 @@ class KeyQueue(nn.Module):
         """Write (s, d) unit keys, and their (s, e) other features, over the oldest ones; the newest n stay.
 
         A batch that is not ``accepted``, a bool tensor of shape (), leaves the queue as it is, without reading values
-        back to the host. None accepts finite keys.
+        back to the host. None accepts finite keys and features.
         """
         if accepted is None:
             accepted = keys.isfinite().all()
-        if estimators is not None:
-            accepted = accepted & estimators.isfinite().all()
+            if estimators is not None:
+                accepted = accepted & estimators.isfinite().all()
         accepted = accepted.to(self.bank.device)
         newest = min(len(keys), self.size)
         start = self.bank_ptr + (len(keys) - newest)
