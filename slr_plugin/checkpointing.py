@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+from slr_plugin._inputs import Features
 
 
 def is_repeated() -> bool:
@@ -22,8 +23,15 @@ def is_recomputed() -> bool:
     """Whether checkpointing computes again what calls this; in compiled code its operators can ask, and they alone."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    if _is_reentrant():
-        return True
+    return _is_reentrant() or _saves_by_hooks()
+
+
+def _may_be_checkpointed() -> bool:
+    """Whether a call can be repeated later: reentrant checkpointing records no gradient, the other kind sets hooks."""
+    return not torch.is_grad_enabled() or _saves_by_hooks()
+
+
+def _saves_by_hooks() -> bool:
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 has none
     return hooks is None or hooks(False) is not None
 
@@ -56,7 +64,7 @@ class CallLog:
     def __init__(self) -> None:
         self._places: deque[Place] = deque(maxlen=64)
 
-    def place(self, now: Place, updates: bool, matters: bool, fingerprint: Callable[[], Tensor]) -> Standing:
+    def place(self, now: Place, updates: bool, matters: bool, features: Features) -> Standing:
         """Return where a call stands.
 
         Non-reentrant checkpointing records a gradient both times: only the first run advances. Reentrant checkpointing
@@ -66,7 +74,7 @@ class CallLog:
             now: where the run stands.
             updates: whether the call asks to advance.
             matters: whether the loss depends on the place at all.
-            fingerprint: gives a number by which the features are known again.
+            features: of the call, by which it is known again.
 
         Raises:
             RuntimeError: a repeated call is not known any more.
@@ -79,10 +87,12 @@ class CallLog:
         if not matters:
             return Standing(now, advances)
         if not repeated:
-            self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=fingerprint()))
+            if _may_be_checkpointed():
+                numbers = _fingerprint(features)
+                self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=numbers))
             return Standing(now, advances)
         with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
-            seen = str(fingerprint().tolist())  # as a string, of which nan equals itself
+            seen = str(_fingerprint(features).tolist())  # as a string, of which nan equals itself
             for place in reversed(self._places):
                 if place.advanced == (updates and not reentrant) and str(place.fingerprint.tolist()) == seen:
                     lost = advances and int(place.step) != int(now.step)
@@ -92,3 +102,10 @@ class CallLog:
             "activation checkpointing repeats a call of SLRLoss too long ago, or with other features: checkpoint the "
             "encoder without the loss"
         )
+
+
+def _fingerprint(features: Features) -> Tensor:
+    """Numbers by which a repeated call is known. The products are others where the two views change places."""
+    queries, positives, crops, _, negatives, estimator = features
+    products = torch.dot(queries.detach().flatten()[:-1], positives.detach().flatten()[1:])
+    return torch.stack([products, *(x.detach().sum() for x in (*crops, negatives, estimator) if x is not None)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,20 +26,6 @@ from slr_plugin.settings import SETTINGS, Confidence, HasSettings
 
 if TYPE_CHECKING:
     from slr_plugin.diagnostics.monitor import Observer
-
-
-class Call(NamedTuple):
-    """What one call computes with."""
-
-    key_set: KeySet
-    features: Features
-    updates: bool  # whether it asks the queue and the schedule to advance
-
-    def fingerprint(self) -> Tensor:
-        """Numbers by which a repeated call is known. The products are others where the two views change places."""
-        queries, positives, crops, _, negatives, estimator = self.features
-        products = torch.dot(queries.detach().flatten()[:-1], positives.detach().flatten()[1:])
-        return torch.stack([products, *(x.detach().sum() for x in (*crops, negatives, estimator) if x is not None)])
 
 
 class SLRLoss(HasSettings):
@@ -171,10 +157,10 @@ class SLRLoss(HasSettings):
         observers = () if is_repeated() else tuple(self.observers)  # which saw the call when it was made
         for observer in observers:
             observer.begin()
-        call = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
+        features, key_set, updates = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
         queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
         now = Place(self.step, self.memory_bank.version)
-        standing = self._calls.place(now, call.updates, queue_or_schedule, call.fingerprint)
+        standing = self._calls.place(now, updates, queue_or_schedule, features)
         place, advances, repeated, follows_others = standing
         if follows_others:  # observers saw other calls since, and would take this one for the last of them
             observers = tuple(self.observers)
@@ -182,16 +168,16 @@ class SLRLoss(HasSettings):
                 observer.begin()
         stale = repeated and place.version != self.memory_bank.version
         once = queue_or_schedule and torch.compiler.is_compiling()
-        settings = self.settings_at(place.step, call.key_set.rows.dtype, stale, once)
+        settings = self.settings_at(place.step, key_set.rows.dtype, stale, once)
         with torch.autocast(out0.device.type, enabled=False):
-            loss, labels = slr_objective(call.key_set, call.features.crops, call.features.mixes, settings)
-            labelled = (call.key_set.mixed_keys if call.features.mixes else None) or call.key_set
+            loss, labels = slr_objective(key_set, features.crops, features.mixes, settings)
+            labelled = (key_set.mixed_keys if features.mixes else None) or key_set
             for observer in observers:
                 observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence
-        self._watch.follow(call.key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
+        self._watch.follow(key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
         if advances:
-            self._advance(call, loss.requires_grad)
+            self._advance(key_set, loss.requires_grad)
         return loss
 
     @property
@@ -224,9 +210,9 @@ class SLRLoss(HasSettings):
             ``out0`` then ``out1``, and a row's own view has label 0; in one direction (s, s + m). With
             ``gather_distributed`` the columns are those of all processes.
         """
-        call = self._prepare(out0, out1, None, None, negatives, estimator, update=False)
+        _, key_set, _ = self._prepare(out0, out1, None, None, negatives, estimator, update=False)
         with torch.autocast(out0.device.type, enabled=False):
-            return dense.labels(call.key_set, self.settings_at(self.step, call.key_set.rows.dtype))
+            return dense.labels(key_set, self.settings_at(self.step, key_set.rows.dtype))
 
     @torch.no_grad()
     def set_step(self, step: int) -> None:
@@ -293,8 +279,11 @@ class SLRLoss(HasSettings):
         negatives: Tensor | None,
         estimator: Tensor | None,
         update: bool | None,
-    ) -> Call:
-        """Check a call and find its key set. Gathering comes before the queue is touched, since it may raise."""
+    ) -> tuple[Features, KeySet, bool]:
+        """Check a call; return its features, its key set, and whether it asks the queue and the schedule to advance.
+
+        Gathering comes before the queue is touched, since it may raise.
+        """
         features = checked_features(out0, out1, mixed, mix, negatives, estimator)
         if update is None:
             update = out0.requires_grad and torch.is_grad_enabled()
@@ -319,24 +308,18 @@ class SLRLoss(HasSettings):
             if gathers:
                 bank.share(functools.partial(broadcast, device=out0.device))
             key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
-        return Call(key_set, features, update)
+        return features, key_set, update
 
     @torch.no_grad()
-    def _advance(self, call: Call, has_backward: bool) -> None:
+    def _advance(self, key_set: KeySet, has_backward: bool) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key or estimator does neither."""
-        entering, estimator = call.key_set.entering, call.key_set.estimator_keys
-        accepted = entering.sum().abs() < torch.inf  # as where all keys are finite, since they have unit length
-        if estimator is not None:
-            accepted = accepted & (estimator.entering.sum().abs() < torch.inf)
-        enqueued = None
-        if len(self.memory_bank):
-            enqueued = self.memory_bank.enqueue(entering, estimator and estimator.entering, accepted)
-            accepted = enqueued.accepted
-        accepted = accepted.to(self.step.device)
+        estimator = key_set.estimator_keys
+        enqueued = self.memory_bank.enqueue(key_set.entering, estimator and estimator.entering)
+        accepted = enqueued.accepted.to(self.step.device)
         if torch.compiler.is_compiling() and has_backward:
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:
             self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
-        if enqueued is not None:
+        if len(self.memory_bank):
             for observer in self.observers:
                 observer.enqueue(enqueued)

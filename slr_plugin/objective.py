@@ -60,7 +60,7 @@ def slr_objective(
 
 def _unmixed_losses(key_set: KeySet, settings: Settings) -> tuple[Tensor, Labels]:
     """The losses (r,) of rows whose label is one-hot by 1 - lambda and refined by lambda."""
-    stats, labels, targets = _compare(key_set, [key_set.rows], key_set.hidden(), settings)
+    stats, labels, targets = _compare(key_set, key_set.rows, key_set.hidden(), settings)
     own_keys = key_set.own_keys()
     losses = _own_key_added(stats.logsumexp_minus(_logits(key_set.rows, own_keys, settings)))
     if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
@@ -72,28 +72,29 @@ def _mixed_losses(
     key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings
 ) -> tuple[Tensor, Labels]:
     """The losses of mixed queries, crop after crop, over keys that only they see."""
-    stats, labels, targets = _compare(key_set, crops, [], settings)
-    return stats.logsumexp_minus(_mixed_logits(crops, targets, mixes, settings)), labels
+    rows = torch.cat(list(crops))
+    stats, labels, targets = _compare(key_set, rows, [], settings)
+    return stats.logsumexp_minus(_logits(rows, _mixed_targets(targets, mixes), settings)), labels
 
 
 def _losses_of_one_pass(
     key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings
 ) -> tuple[Tensor, Tensor, Labels]:
     """The losses (s,) of rows with one-hot labels, and those of mixed queries over the same keys."""
-    rows = key_set.rows
-    stats, labels, targets = _compare(key_set, [rows, *crops], key_set.hidden(), settings)
-    mixed_logits = _mixed_logits(crops, targets, mixes, settings)
-    losses = stats.logsumexp_minus(torch.cat([_logits(rows, key_set.positives, settings), mixed_logits]))
-    others, refined = torch.split(losses, [len(rows), len(mixed_logits)])
+    rows = torch.cat([key_set.rows, *crops])
+    stats, labels, targets = _compare(key_set, rows, key_set.hidden(), settings)
+    targets = torch.cat([key_set.positives, _mixed_targets(targets, mixes)])
+    losses = stats.logsumexp_minus(_logits(rows, targets, settings))
+    others, refined = losses.tensor_split([len(key_set.rows)])
     return _own_key_added(others), refined, labels
 
 
 def _compare(
-    key_set: KeySet, parts: Sequence[Tensor], hidden: list[Diagonal], settings: Settings
+    key_set: KeySet, rows: Tensor, hidden: list[Diagonal], settings: Settings
 ) -> tuple[SoftmaxStats, Labels, Tensor]:
     """The softmax statistics of rows over their keys, and the labels and target centroids of the key set's rows.
 
-    ``parts`` are the key set's rows, which do not see the ``hidden`` keys, or mixed queries, which see all, or both.
+    ``rows`` are the key set's, which do not see the ``hidden`` keys, or mixed queries, which see all, or both.
     What estimates the labels depends on the key set:
 
     ======================  ===========================================================================================
@@ -106,32 +107,32 @@ def _compare(
     """
     temperature, sharp = settings.temperature, settings.sharpening
     if not settings.refines:
-        stats = _pass(parts, key_set, temperature, hidden, settings)
+        stats = _pass(rows, key_set, temperature, hidden, settings)
         return stats, refinery.one_hot(stats.reference), key_set.positives
     if key_set.estimator_keys is None and not key_set.is_symmetric():
         # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
-        count, estimators = sum(map(len, parts)), key_set.positives.detach() / sharp
+        count, estimators = len(rows), key_set.positives.detach() / sharp
         hidden = hidden + key_set.hidden(count)
-        stats = _pass([*parts, estimators], key_set, temperature, hidden, settings, longest=1 / sharp)
+        stats = _pass(torch.cat([rows, estimators]), key_set, temperature, hidden, settings, longest=1 / sharp)
         stats, estimates = stats.split(count)
         return stats, *_refined(key_set.positives, estimates, settings)
-    stats = _pass(parts, key_set, temperature, hidden, settings)
+    stats = _pass(rows, key_set, temperature, hidden, settings)
     constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
     estimator = key_set.estimator_keys
     if estimator is not None:
         estimating = estimator.own_keys()  # of two views both halves are the same features
-        estimates = _pass([estimating], estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
+        estimates = _pass(estimating, estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
         return stats, *_refined(key_set.own_keys(), estimates, settings, estimating)
     # Both views: a row is estimated by its other view, a row too, and so estimates the label of its other view.
     estimates = stats
     if sharp != 1 or isinstance(temperature, Tensor):
-        estimates = _pass([key_set.rows.detach()], key_set, constant * sharp, hidden, settings)
+        estimates = _pass(key_set.rows.detach(), key_set, constant * sharp, hidden, settings)
     labels, targets = _refined(key_set.rows, estimates, settings)
     return stats, labels, targets.roll(len(key_set.positives), 0)
 
 
 def _pass(
-    parts: Sequence[Tensor],
+    rows: Tensor,
     key_set: KeySet,
     temperature: float | Tensor,
     hidden: list[Diagonal],
@@ -140,7 +141,6 @@ def _pass(
     values: KeySet | None = None,
 ) -> SoftmaxStats:
     """Pass over a key set with rows of at most the length ``longest``; averages its keys, or those of ``values``."""
-    rows = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     scale, bound = 1.0, math.inf
     if isinstance(temperature, Tensor):
         compared = rows / temperature
@@ -176,13 +176,9 @@ def _refined(
     return labels, labels.targets(own_keys, estimates.mean)
 
 
-def _mixed_logits(crops: Sequence[Tensor], targets: Tensor, mixes: Sequence[Mix], settings: Settings) -> Tensor:
-    """The logits of mixed queries with the targets that equation (8) mixes for them, crop after crop."""
-    logits = []
-    for crop, (theta, partner) in zip(crops, mixes, strict=True):
-        mixed_targets = targets[partner].lerp(targets, theta.to(targets)[:, None])
-        logits.append(_logits(crop, mixed_targets, settings))
-    return torch.cat(logits)
+def _mixed_targets(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
+    """The targets of mixed queries, crop after crop: equation (8) mixes those of the two samples."""
+    return torch.cat([targets[partner].lerp(targets, theta.to(targets)[:, None]) for theta, partner in mixes])
 
 
 def _own_key_added(others: Tensor) -> Tensor:

@@ -122,16 +122,16 @@ class KeyQueue(nn.Module):
             self._is_shared = True
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, estimators: Tensor | None = None, accepted: Tensor | None = None) -> Enqueued:
+    def enqueue(self, keys: Tensor, estimators: Tensor | None = None) -> Enqueued:
         """Write (s, d) unit keys, and their (s, e) other features, over the oldest ones; the newest n stay.
 
-        A batch that is not ``accepted``, a bool tensor of shape (), leaves the queue as it is, without reading values
-        back to the host. None accepts finite keys and features.
+        A batch with a feature that is not finite leaves the queue as it is, without reading values back to the host.
         """
-        if accepted is None:
-            accepted = keys.isfinite().all()
-            if estimators is not None:
-                accepted = accepted & estimators.isfinite().all()
+        accepted = keys.sum().abs() < torch.inf  # as where all are finite, since they have unit length
+        if estimators is not None:
+            accepted = accepted & (estimators.sum().abs() < torch.inf)
+        if not self.size:
+            return Enqueued(self.bank_ptr[:0], accepted)
         accepted = accepted.to(self.bank.device)
         newest = min(len(keys), self.size)
         start = self.bank_ptr + (len(keys) - newest)

@@ -206,7 +206,7 @@ def test_no_rows_by_keys_matrix_is_allocated():
 def test_medium_precision_meets_the_queue_in_bfloat16_more_exactly_than_dense_products(bound, threads, monkeypatch):
     monkeypatch.setattr(tiled, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: "medium")
-    rows, keys, queue = (tensor.detach() for tensor in tensors(rows=32, keys=32, queue=400, dim=16))
+    rows, keys, queue = (tensor.detach() for tensor in tensors(rows=32, keys=32, queue=1200, dim=16))
     rows, queue = normalize(rows, dim=1), normalize(queue, dim=1)
     keys = normalize(normalize(keys, dim=1) + 3 * rows, dim=1)  # positives resemble their queries
     hidden = [Diagonal(0, 1, 31)]

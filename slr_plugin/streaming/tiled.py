@@ -8,7 +8,7 @@ are the rows, the logits are a symmetric matrix: a tile then serves its mirror i
 
 After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *queue* through bfloat16 products where the
 CPU has instructions for them (torch itself reaches those units on few CPUs). The keys of the batch, with the positives
-and their large logits, stay in float32, and so do all sums.
+and their large logits, stay in float32, and so do all sums, and a queue that fits into one tile beside the batch.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Tiling(NamedTuple):
         on_cpu = rows.device.type == "cpu"
         pairs = len(rows) * sum(len(source.keys) for source in sources)
         count = torch.get_num_threads() if on_cpu and pairs >= SHARED_PAIRS else 1
-        height, width = CPU_TILE if on_cpu else ACCELERATOR_TILE
+        height, width = _largest_tile(rows.device)
         height, width = max(height // count, min(height, LEAST_HEIGHT)), chunk or width
         if mirrored:
             width = height
@@ -126,6 +126,8 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     scale, bound, hidden, symmetric, chunk = plan
     bounded = bound / LN2 <= SAFE_BITS
     mirrored = symmetric and bounded and not chunk
+    if len(sources) > 1 and sum(len(source.keys) for source in sources) <= (chunk or _largest_tile(rows.device)[1]):
+        sources = [_joined(sources, rows)]  # every source is a tile at least, of some seven operations
     tiling = Tiling.of(rows, sources, chunk, mirrored, shares_rows=True)
     count, values = len(rows), sources[0].values
     sums = Sums(
@@ -197,6 +199,18 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     else:
         tiling.run_shares(len(keys), add_rows)
     return gradient
+
+
+def _largest_tile(device: torch.device) -> tuple[int, int]:
+    return CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE
+
+
+def _joined(sources: Sequence[Source], like: Tensor) -> Source:
+    """All keys in one source, on the device and in the dtype of ``like``."""
+    keys = torch.cat([source.keys.to(like) for source in sources])
+    if all(source.values is source.keys for source in sources):
+        return Source(keys, keys)
+    return Source(keys, torch.cat([source.values.to(like) for source in sources]))
 
 
 def _fill_logits(
