@@ -106,9 +106,22 @@ FASHION = replace(
 FEW = replace(FASHION, train_images=1000, epochs=223, rates=(0.06,))
 # 8,000 images that are copies of 8,000, 4,000, 2,000 or 1,000; 1,550 steps. The queue of 4,096 holds every second one.
 COPIES = {f"copies-{copies}": replace(FEW, train_images=8000, copies=copies, epochs=25) for copies in (1, 2, 4, 8)}
+# How pure labels must be, at the rate that every method with a queue chose; as long, and four times as long.
+PURITY = replace(FASHION, rates=(0.06,))
+PURITY_LONG = replace(PURITY, epochs=80)
 # For the tests of the harness: seconds, and no result.
 SMOKE = replace(CPU, train_images=96, test_images=64, epochs=2, batch_size=32, queue_size=64, evaluations=2)
-BUDGETS = {"cpu": CPU, "cpu-long": CPU_LONG, "gpu": GPU, "fashion": FASHION, "few": FEW, **COPIES, "smoke": SMOKE}
+BUDGETS = {
+    "cpu": CPU,
+    "cpu-long": CPU_LONG,
+    "gpu": GPU,
+    "fashion": FASHION,
+    "few": FEW,
+    **COPIES,
+    "purity": PURITY,
+    "purity-long": PURITY_LONG,
+    "smoke": SMOKE,
+}
 
 
 def precision(device: torch.device) -> torch.autocast:

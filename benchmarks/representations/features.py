@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.representations.data import Images
 
+PURITIES = (25, 50, 75)  # per cent
 COMPONENTS, CELL, ORIENTATIONS = 64, 4, 9
 
 
@@ -28,6 +30,19 @@ def classes(images: Images) -> Tensor:
     return F.one_hot(images.classes).float()
 
 
+def guessed_classes(purity: float, images: Images) -> Tensor:
+    """Classes that are wrong for some images, so that two which are said to be alike are with this probability.
+
+    Of C classes, with a share a of right ones and all others alike, that probability is a^2 + (1 - a)^2 / (C - 1).
+    """
+    count = int(images.classes.max()) + 1
+    right = (1 + ((count - 1) * (count * purity - 1)) ** 0.5) / count
+    generator = torch.Generator().manual_seed(0)
+    is_right = torch.rand(len(images), generator=generator) < right
+    shift = torch.randint(1, count, (len(images),), generator=generator) * ~is_right
+    return F.one_hot((images.classes + shift.to(images.classes.device)) % count).float()
+
+
 def copies(images: Images) -> Tensor:
     """Which image each is a copy of, as random signs: the cosine of two others is 0 but for some 0.04."""
     numbers = torch.arange(len(images), device=images.pixels.device) // images.copies
@@ -40,6 +55,7 @@ FEATURES: dict[str, Callable[[Images], Tensor]] = {
     "gradients": gradients,
     "copies": copies,
     "classes": classes,
+    **{f"classes-{percent}": functools.partial(guessed_classes, percent / 100) for percent in PURITIES},
 }
 
 

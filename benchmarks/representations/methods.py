@@ -11,6 +11,7 @@ import lightly.loss
 from torch import nn
 
 from benchmarks.representations import baselines
+from benchmarks.representations.features import PURITIES
 from benchmarks.representations.objectives import (
     DIM,
     Bootstrap,
@@ -38,7 +39,12 @@ STRONG = ("query", "key", "strong")
 WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in ReSSL and SCE
 
 
-FEATURE_WORDS = {"pixels": "pixels", "gradients": "histograms of gradients", "classes": "the classes"}
+FEATURE_WORDS = {
+    "pixels": "pixels",
+    "gradients": "histograms of gradients",
+    "classes": "the classes",
+    **{f"classes-{percent}": f"classes that are right for {percent} % of the pairs" for percent in PURITIES},
+}
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,11 @@ METHODS: dict[str, Method] = {
     **{
         f"whole-{name}": _slr(f"all of the label, from {text}", False, WHOLE, features=name)
         for name, text in FEATURE_WORDS.items()
+    },
+    **{
+        f"half-{name}": _slr(f"half of the label, from {text}", False, WHOLE | {"refined_weight": 0.5}, features=name)
+        for name, text in FEATURE_WORDS.items()
+        if name.startswith("classes")
     },
     "sharp-gradients": _slr("the same, tau' 0.25", False, WHOLE | {"sharpening": 0.25}, features="gradients"),
     **{

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from benchmarks.representations.budgets import COPIES
+from benchmarks.representations.features import PURITIES
 from benchmarks.representations.harness import Record, best, records, tuning
 from benchmarks.representations.methods import METHODS, PLAIN
 
@@ -19,6 +20,7 @@ Records = Mapping[str, Mapping[int, Record]]  # method, seed, record
 MEASURES = ("knn", "linear")
 DRAWN = ("moco", "moco-longer", "mm", "sane", "sane-lambda-1.0", "sane-lambda-1.0-longer")
 LABELLED = ("p", "q", "p+q", "sane")
+TOLD = (*(f"classes-{percent}" for percent in PURITIES), "classes")
 
 
 class Study(NamedTuple):
@@ -183,6 +185,18 @@ STUDIES = {
             "simclr-cold-sane",
         ),
         budgets=("cpu-long",),
+    ),
+    "how-pure": Study(
+        "How pure labels must be, a queue",
+        "one-hot",
+        ("one-hot", *(f"half-{name}" for name in TOLD), *(f"whole-{name}" for name in TOLD)),
+        budgets=("purity", "purity-long"),
+    ),
+    "how-pure-two-views": Study(
+        "How pure labels must be, two trained views",
+        "one-hot-batch",
+        ("one-hot-batch", *(f"simclr-cold-whole-{name}" for name in TOLD)),
+        budgets=("purity", "purity-long"),
     ),
     "few": Study(
         "A queue longer than the data set",
