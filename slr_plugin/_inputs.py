@@ -118,10 +118,10 @@ def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[l
     if mixed is None and mix is None:
         return [], []
     if isinstance(mixed, Tensor):
-        _check_features("mixed", mixed)
+        _check_features("mixed", mixed)  # class labels, perhaps, which come without mix
     if mixed is None or mix is None:
         given, absent = ("mixed", "mix") if mix is None else ("mix", "mixed")
-        raise ValueError(f"{given} came without {absent}: pass both, criterion(out0, out1, mixed, mix)")
+        raise ValueError(f"{given} came without {absent}: pass both, or neither")
     if isinstance(mixed, Tensor) and _is_mix(mix):
         return [mixed], [_checked_mix("", queries, mixed, mix, first)]
     if not isinstance(mixed, Tensor | list | tuple):
@@ -138,7 +138,7 @@ def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[l
 
 
 def _checked_mix(where: str, queries: Tensor, features: Any, mix: Any, first: str) -> Mix:
-    _check_features(f"mixed{where}", features)
+    _check_beside(f"mixed{where}", features, queries, first)
     if not _is_mix(mix):
         raise TypeError(
             f"mix{where} must be the (theta, partner) that MomentumMixup returned, got {type(mix).__name__}"
@@ -146,7 +146,6 @@ def _checked_mix(where: str, queries: Tensor, features: Any, mix: Any, first: st
     if features.shape != queries.shape:
         shape = tuple(queries.shape)
         raise ValueError(f"mixed{where} must have the shape of {first}, {shape}, got {tuple(features.shape)}")
-    _check_beside(f"mixed{where}", features, queries, first)
     check_mix(Mix(*mix), len(queries), name=f"mix{where}.")
     theta, partner = mix
     return Mix(theta.to(queries.device), partner.to(queries.device, torch.long))

@@ -21,7 +21,7 @@ SUMMED = (
 
 
 def is_alone(key_set: KeySet) -> bool:
-    """Whether no row sees a key besides its own."""
+    """Whether no row sees a key besides its own: there is one sample, whose views are all keys."""
     return key_set.queue is None and len(key_set.keys) == len(key_set.own) > 0
 
 
@@ -57,7 +57,7 @@ class Watch:
     def _tell(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            warnings.warn(message, stacklevel=6)  # the caller of the module
+            warnings.warn(message, stacklevel=6)  # the caller of the module, or of the backward some lines of torch
 
 
 def _show_the_same(first: Tensor, second: Tensor) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from slr_plugin._inputs import Features
 
@@ -91,6 +90,8 @@ class CallLog:
                 numbers = _fingerprint(features)
                 self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=numbers))
             return Standing(now, advances)
+        from torch.utils._python_dispatch import _disable_current_modes  # private, and needed here alone
+
         with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
             seen = str(_fingerprint(features).tolist())  # as a string, of which nan equals itself
             for place in reversed(self._places):

@@ -42,8 +42,9 @@ def slr_loss(
     Without mixed queries the second term is CE(queries, refined labels). :class:`slr_plugin.SLRLoss` adds what has
     state: a queue that advances, a schedule of the confidence, keys gathered over processes.
 
-    Equals :func:`slr_plugin.dense.slr_loss` (or ``dense.symmetric_slr_loss``) with the same arguments, without storing
-    logits or labels.
+    Equals :func:`slr_plugin.dense.slr_loss`, or where both views are compared with both
+    :func:`slr_plugin.dense.symmetric_slr_loss`, with the same arguments, without storing logits or labels. Labels are
+    estimated from the positives; other features for that are SLRLoss's ``estimator``.
 
     Args:
         queries: (s, d) trained features; normalised here, as are all others but the queue.
@@ -58,7 +59,7 @@ def slr_loss(
         refined_weight: λ in [0, 1].
         in_batch_keys: whether a query sees the other queries' positives.
         symmetric: True: both views are compared with both, which needs no queue. False: rows are the queries, keys the
-            positives. None: True without a queue.
+            positives. None: True if ``queue`` is None.
 
     Returns:
         A scalar, float64 if queries or positives are, else float32.

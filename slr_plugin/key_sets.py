@@ -1,7 +1,8 @@
 """Which keys each row sees, which one is its own, and what the columns are called: the one place that knows.
 
-A *row* is a trained feature with a positive, its *own* key. Every key set hides a row's own key in the streaming pass;
-the objective adds it back. To add a key set, write its constructor, and let ``choose`` call it.
+A *row* is a trained feature with a positive, its *own* key. The streaming pass leaves out a row's own key, and the
+objective adds it back; mixed queries see all keys. To add a key set, write its constructor, let ``choose`` call it, and
+see that ``column_classes`` names its columns.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class KeySet(NamedTuple):
     def is_square(self) -> bool:
         """Whether the rows are all keys, in their order: half of the logits are then enough."""
         return self.is_symmetric() and self.keys is self.rows and self.queue is None
+
+    def labelled(self, mixes: bool) -> KeySet:
+        """The key set over which labels are, with mixed queries or without."""
+        return self if self.mixed_keys is None or not mixes else self.mixed_keys
 
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""
@@ -119,7 +124,7 @@ def batch_and_queue(
         offset: the number of ``positives[0]`` in ``batch``.
         estimator: the same for other features of the samples.
     """
-    keys = _joined(batch, negatives)
+    keys = _with_negatives(batch, negatives)
     return KeySet(queries, positives, keys, len(batch), (offset,), entering=batch, estimator_keys=estimator)
 
 
@@ -159,7 +164,7 @@ def both_views(
     return KeySet(
         rows,
         positives,
-        _joined(batch, negatives),
+        _with_negatives(batch, negatives),
         len(batch),
         own=(second + offset, offset),
         entering=entering,
@@ -216,5 +221,5 @@ def choose(
     return own_positive_and_queue(queries, positives, batch, negatives, estimator)
 
 
-def _joined(keys: Tensor, negatives: Tensor | None) -> Tensor:
+def _with_negatives(keys: Tensor, negatives: Tensor | None) -> Tensor:
     return keys if negatives is None else torch.cat([keys, negatives])

@@ -166,12 +166,12 @@ class SLRLoss(HasSettings):
             observers = tuple(self.observers)
             for observer in observers:
                 observer.begin()
-        stale = repeated and place.version != self.memory_bank.version
-        once = queue_or_schedule and torch.compiler.is_compiling()
-        settings = self.settings_at(place.step, key_set.rows.dtype, stale, once)
+        has_changed = repeated and place.version != self.memory_bank.version
+        may_change = queue_or_schedule and torch.compiler.is_compiling()
+        settings = self.settings_at(place.step, key_set.rows.dtype, has_changed, may_change)
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(key_set, features.crops, features.mixes, settings)
-            labelled = (key_set.mixed_keys if features.mixes else None) or key_set
+            labelled = key_set.labelled(mixes=bool(features.mixes))
             for observer in observers:
                 observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence

@@ -60,8 +60,8 @@ def slr_objective(
 
 def _unmixed_losses(key_set: KeySet, settings: Settings) -> tuple[Tensor, Labels]:
     """The losses (r,) of rows whose label is one-hot by 1 - lambda and refined by lambda."""
-    stats, labels, targets = _compare(key_set, key_set.rows, key_set.hidden(), settings)
     own_keys = key_set.own_keys()
+    stats, labels, targets = _compare(key_set, own_keys, key_set.rows, key_set.hidden(), settings)
     losses = _own_key_added(stats.logsumexp_minus(_logits(key_set.rows, own_keys, settings)))
     if settings.refines:  # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
         losses = losses + settings.refined_weight * _logits(key_set.rows, own_keys - targets, settings)
@@ -73,7 +73,7 @@ def _mixed_losses(
 ) -> tuple[Tensor, Labels]:
     """The losses of mixed queries, crop after crop, over keys that only they see."""
     rows = torch.cat(list(crops))
-    stats, labels, targets = _compare(key_set, rows, [], settings)
+    stats, labels, targets = _compare(key_set, key_set.own_keys(), rows, [], settings)
     return stats.logsumexp_minus(_logits(rows, _mixed_targets(targets, mixes), settings)), labels
 
 
@@ -81,54 +81,66 @@ def _losses_of_one_pass(
     key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings
 ) -> tuple[Tensor, Tensor, Labels]:
     """The losses (s,) of rows with one-hot labels, and those of mixed queries over the same keys."""
-    rows = torch.cat([key_set.rows, *crops])
-    stats, labels, targets = _compare(key_set, rows, key_set.hidden(), settings)
-    targets = torch.cat([key_set.positives, _mixed_targets(targets, mixes)])
+    rows, own_keys = torch.cat([key_set.rows, *crops]), key_set.own_keys()
+    stats, labels, targets = _compare(key_set, own_keys, rows, key_set.hidden(), settings)
+    targets = torch.cat([own_keys, _mixed_targets(targets, mixes)])
     losses = stats.logsumexp_minus(_logits(rows, targets, settings))
     others, refined = losses.tensor_split([len(key_set.rows)])
     return _own_key_added(others), refined, labels
 
 
 def _compare(
-    key_set: KeySet, rows: Tensor, hidden: list[Diagonal], settings: Settings
+    key_set: KeySet, own_keys: Tensor, rows: Tensor, hidden: list[Diagonal], settings: Settings
 ) -> tuple[SoftmaxStats, Labels, Tensor]:
-    """The softmax statistics of rows over their keys, and the labels and target centroids of the key set's rows.
+    """Compare rows with their keys; return their softmax statistics, and labels and targets of the key set's samples.
 
-    ``rows`` are the key set's, which do not see the ``hidden`` keys, or mixed queries, which see all, or both.
-    What estimates the labels depends on the key set:
-
-    ======================  ===========================================================================================
-    key set                 estimators, and the pass that compares them with the keys
-    ======================  ===========================================================================================
-    with positives alone    the positives, further rows of the one pass
-    both views              the rows: the pass itself, and at tau' below 1 a second one
-    with other features     these, in a pass of their own over their own keys, which averages the keys
-    ======================  ===========================================================================================
+    Args:
+        key_set: the keys.
+        own_keys: the own key of each label, of which most key sets make the estimator of that label.
+        rows: the key set's rows, which do not see the ``hidden`` keys; or mixed queries, which see all; or both.
+        hidden: as the pass takes it.
+        settings: the numbers.
     """
-    temperature, sharp = settings.temperature, settings.sharpening
+    if settings.refines and key_set.estimator_keys is None and not key_set.is_symmetric():
+        return _estimated_in_one_pass(key_set, own_keys, rows, hidden, settings)
+    stats = _pass(rows, key_set, settings.temperature, hidden, settings)
     if not settings.refines:
-        stats = _pass(rows, key_set, temperature, hidden, settings)
-        return stats, refinery.one_hot(stats.reference), key_set.positives
-    if key_set.estimator_keys is None and not key_set.is_symmetric():
-        # One pass for both. Divided by tau', the estimators have the logits of tau tau' at the common temperature tau.
-        count, estimators = len(rows), key_set.positives.detach() / sharp
-        hidden = hidden + key_set.hidden(count)
-        stats = _pass(torch.cat([rows, estimators]), key_set, temperature, hidden, settings, longest=1 / sharp)
-        stats, estimates = stats.split(count)
-        return stats, *_refined(key_set.positives, estimates, settings)
-    stats = _pass(rows, key_set, temperature, hidden, settings)
-    constant = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    estimator = key_set.estimator_keys
-    if estimator is not None:
-        estimating = estimator.own_keys()  # of two views both halves are the same features
-        estimates = _pass(estimating, estimator, constant * sharp, estimator.hidden(), settings, values=key_set)
-        return stats, *_refined(key_set.own_keys(), estimates, settings, estimating)
-    # Both views: a row is estimated by its other view, a row too, and so estimates the label of its other view.
-    estimates = stats
-    if sharp != 1 or isinstance(temperature, Tensor):
-        estimates = _pass(key_set.rows.detach(), key_set, constant * sharp, hidden, settings)
-    labels, targets = _refined(key_set.rows, estimates, settings)
-    return stats, labels, targets.roll(len(key_set.positives), 0)
+        return stats, refinery.one_hot(own_keys), own_keys
+    if key_set.estimator_keys is not None:
+        return stats, *_estimated_by_features(key_set, key_set.estimator_keys, own_keys, settings)
+    return stats, *_estimated_by_other_view(key_set, own_keys, stats, settings)
+
+
+def _estimated_in_one_pass(
+    key_set: KeySet, own_keys: Tensor, rows: Tensor, hidden: list[Diagonal], settings: Settings
+) -> tuple[SoftmaxStats, Labels, Tensor]:
+    """Own keys that are no rows estimate the labels, as further rows of the pass.
+
+    Divided by tau', they have the logits of tau tau' at the temperature tau of the others.
+    """
+    count, estimators = len(rows), own_keys.detach() / settings.sharpening
+    rows, hidden = torch.cat([rows, estimators]), hidden + key_set.hidden(count)
+    stats = _pass(rows, key_set, settings.temperature, hidden, settings, longest=1 / settings.sharpening)
+    stats, estimates = stats.split(count)
+    return stats, *_refined(own_keys, estimates, settings)
+
+
+def _estimated_by_other_view(
+    key_set: KeySet, own_keys: Tensor, stats: SoftmaxStats, settings: Settings
+) -> tuple[Labels, Tensor]:
+    """Own keys that are rows themselves have their statistics already, but for another temperature."""
+    if settings.sharpening != 1 or isinstance(settings.temperature, Tensor):
+        stats = _pass(key_set.rows.detach(), key_set, _sharp_temperature(settings), key_set.hidden(), settings)
+    return _refined(own_keys, stats.roll(len(key_set.positives)), settings)
+
+
+def _estimated_by_features(
+    key_set: KeySet, estimator_keys: KeySet, own_keys: Tensor, settings: Settings
+) -> tuple[Labels, Tensor]:
+    """Other features estimate the labels in a pass over their own keys, which averages the key set's."""
+    estimators, hidden = estimator_keys.own_keys(), estimator_keys.hidden()
+    stats = _pass(estimators, estimator_keys, _sharp_temperature(settings), hidden, settings, values=key_set)
+    return _refined(own_keys, stats, settings, estimators)
 
 
 def _pass(
@@ -157,17 +169,17 @@ def _pass(
         hidden=hidden,
         symmetric=key_set.is_square() and not isinstance(temperature, Tensor),
         chunk_size=settings.chunk_size,
-        stale=settings.stale,
-        once=settings.once,
+        has_changed=settings.has_changed,
+        may_change=settings.may_change,
     )
 
 
 def _refined(
     own_keys: Tensor, estimates: SoftmaxStats, settings: Settings, estimators: Tensor | None = None
 ) -> tuple[Labels, Tensor]:
-    """The labels and target centroids (r, d) of rows, from what estimates them: their own keys or other features."""
+    """The labels and target centroids (r, d), from what estimates them: the own keys or other features."""
     with torch.no_grad():
-        sharp = settings.temperature * settings.sharpening
+        sharp = _sharp_temperature(settings)
         estimating = own_keys if estimators is None else estimators
         own_logit = _dot(estimating, estimating) / sharp
         # Means of other values say nothing of the estimators' logits.
@@ -188,6 +200,12 @@ def _own_key_added(others: Tensor) -> Tensor:
 
 def _logits(rows: Tensor, targets: Tensor, settings: Settings) -> Tensor:
     return _dot(rows, targets) / settings.temperature
+
+
+def _sharp_temperature(settings: Settings) -> float | Tensor:
+    """The temperature of the estimators, to which nothing is differentiated."""
+    temperature = settings.temperature
+    return (temperature.detach() if isinstance(temperature, Tensor) else temperature) * settings.sharpening
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -84,10 +84,11 @@ class KeyQueue(nn.Module):
                 f"set memory_bank_size=({self.size}, {features.shape[1]})"
             )
         width = None if self.estimator_bank is None else self.estimator_bank.shape[1]
-        given = None if estimators is None else estimators.shape[1]
-        if width != given:
+        if width is None and estimators is not None:
+            raise ValueError(f"estimator needs a queue of such features too: set estimator_dim={estimators.shape[1]}")
+        if width is not None and (estimators is None or estimators.shape[1] != width):
             raise ValueError(
-                f"estimator must have shape (s, e) with e = estimator_dim of the loss, which is {width}, got "
+                f"estimator must have shape (s, {width}), as estimator_dim says, got "
                 f"{None if estimators is None else tuple(estimators.shape)}"
             )
         if self.bank.is_meta and not features.is_meta:

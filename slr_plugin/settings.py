@@ -17,7 +17,7 @@ Confidence = float | Callable[[int], float]
 
 
 class Settings(NamedTuple):
-    """The numbers of equation (9) in one call."""
+    """What one call needs besides features."""
 
     temperature: float | Tensor  # a tensor may be trained
     sharpening: float
@@ -25,13 +25,22 @@ class Settings(NamedTuple):
     confidence: float | Tensor
     refines: bool  # False only where the confidence is known to be 0: the labels need no pass then
     chunk_size: int | None = None
-    stale: bool = False  # see softmax_stats
-    once: bool = False  # see softmax_stats
+    has_changed: bool = False  # these two as of softmax_stats
+    may_change: bool = False
 
     def one_hot(self) -> Settings:
         """The same without refinement."""
         # Not _replace, which torch.compile cannot trace in torch 2.4.
-        return Settings(*self[:4], False, *self[5:])
+        return Settings(
+            self.temperature,
+            self.sharpening,
+            self.refined_weight,
+            self.confidence,
+            refines=False,
+            chunk_size=self.chunk_size,
+            has_changed=self.has_changed,
+            may_change=self.may_change,
+        )
 
 
 def check_setting(name: str, value: Any) -> Any:
@@ -82,7 +91,9 @@ class HasSettings(nn.Module):
                 self._first_temperature = value.detach().clone() if has_value else None
         super().__setattr__(name, value)
 
-    def settings_at(self, step: Tensor, dtype: torch.dtype, stale: bool = False, once: bool = False) -> Settings:
+    def settings_at(
+        self, step: Tensor, dtype: torch.dtype, has_changed: bool = False, may_change: bool = False
+    ) -> Settings:
         """Return the settings of a call at a step () of the schedule, for features of a dtype."""
         if torch.compiler.is_compiling():
             self._was_compiled = True
@@ -100,7 +111,14 @@ class HasSettings(nn.Module):
                 "tensor that has one"
             )
         return Settings(
-            temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size, stale, once
+            temperature,
+            self.sharpening,
+            self.refined_weight,
+            mu,
+            self._refines,
+            self.chunk_size,
+            has_changed,
+            may_change,
         )
 
     def _reset_temperature(self) -> None:

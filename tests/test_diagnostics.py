@@ -423,6 +423,17 @@ def test_values_that_are_not_a_number_say_why(labels, classes, key_classes, reas
         assert (one.reason is None) if reason is None else (reason in one.reason and reason in str(one))
 
 
+def test_a_monitor_puts_into_words_what_it_has_just_averaged():
+    criterion = SLRLoss(0.2, (4, 4))
+    monitor = LabelMonitor(criterion)
+    for _ in range(2):
+        monitor.announce(torch.tensor([0, 1, 0, 1]))
+        criterion(*torch.randn(2, 4, 4, requires_grad=True))
+    before = monitor.summary()
+    monitor.mean()
+    assert monitor.summary() == before
+
+
 def test_a_monitor_that_measured_nothing_says_so():
     monitor = LabelMonitor(SLRLoss(0.2, (4, 4)))
     assert "call announce" in monitor.mean().reason

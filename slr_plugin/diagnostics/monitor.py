@@ -61,6 +61,7 @@ class LabelMonitor:
             raise TypeError(f"criterion must be a slr_plugin.SLRLoss, got {type(criterion).__name__}")
         self.criterion = criterion
         self.measured: list[LabelQuality] = []
+        self._averaged: list[LabelQuality] = []  # by the last call of mean()
         self._announced: Tensor | None = None  # of the next call
         self._classes: Tensor | None = None  # of the call under way
         self._measures = False
@@ -83,12 +84,15 @@ class LabelMonitor:
 
     def mean(self) -> LabelQuality:
         """The mean of what was measured since the last call of this method; not a number if nothing was."""
-        measured, self.measured = self.measured, []
-        return LabelQuality.average(measured)
+        self._averaged, self.measured = self.measured, []
+        return LabelQuality.average(self._averaged)
 
     def summary(self) -> str:
-        """Say in words how good the labels measured since the last :meth:`mean` are, and what to change."""
-        return summary(LabelQuality.average(self.measured), self.criterion)
+        """Say in words how good the labels are, and what to change: those measured since the last :meth:`mean`.
+
+        If there are none, those of that mean.
+        """
+        return summary(LabelQuality.average(self.measured or self._averaged), self.criterion)
 
     def remove(self) -> None:
         """Let go of the criterion; a second time does nothing."""

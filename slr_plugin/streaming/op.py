@@ -21,7 +21,7 @@ from slr_plugin.checkpointing import is_recomputed
 from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
 
 BACKENDS = ("tiled", "triton")  # modules beside this one, with ``forward`` and ``keys_backward``
-# The one where none is asked for: "tiled", or "triton" wherever its kernels can.
+# Taken where none is asked for; "triton" gives way to "tiled" where its kernels cannot compute the pass.
 DEFAULT_BACKEND = "triton" if os.environ.get("SLR_PLUGIN_FUSED") == "1" else "tiled"
 WIDEST_TRITON = 256  # dimensions that the registers of a GPU hold
 
@@ -41,8 +41,8 @@ def softmax_stats(
     symmetric: bool = False,
     chunk_size: int | None = None,
     backend: str | None = None,
-    stale: bool = False,
-    once: bool = False,
+    has_changed: bool = False,
+    may_change: bool = False,
 ) -> SoftmaxStats:
     """Compute the softmax statistics of every row over its keys in one pass (equations in ``stats.py``).
 
@@ -60,16 +60,18 @@ def softmax_stats(
         symmetric: ``keys`` is ``rows`` and the hidden pairs are symmetric: half of the logits are then enough.
         chunk_size: keys per tile; None chooses by device.
         backend: ``"tiled"`` or ``"triton"``; None takes ``DEFAULT_BACKEND`` as far as it can compute the pass.
-        stale: the keys are not those of the first forward, which activation checkpointing repeats: computing the pass
-            raises. Selective checkpointing, which saved its output, does not compute it.
-        once: what activation checkpointing repeats would have stale keys: of a compiled call, which cannot know it.
+        has_changed: this repeats an earlier call, for activation checkpointing, and the queue or the schedule have
+            changed since: computing the pass raises. Selective checkpointing, which saved its output, does not compute
+            it.
+        may_change: they may change before the call is repeated, and the call, which is compiled, cannot know: it raises
+            where checkpointing computes it again.
 
     Returns:
         The :class:`SoftmaxStats`. Where the values are the keys, ``offset`` has gradients for rows and keys, and
         ``mean`` has one for the keys alone: its weights count as constants, because they serve as labels.
 
     Raises:
-        RuntimeError: a second derivative is asked for, or the keys are stale; the result would be wrong.
+        RuntimeError: a second derivative is asked for, or the keys have changed; the result would be wrong.
         ValueError: an unknown ``backend``.
     """
     if values is not None:
@@ -78,7 +80,19 @@ def softmax_stats(
     flat = [number for diagonal in hidden for number in diagonal]
     name = resolve(backend, rows, max(rows.shape[1], averaged.shape[1]), chunk_size)
     reference, offset, peak, mean = _forward(
-        rows, keys, queue, values, queue_values, stale, once, scale, bound, flat, symmetric, chunk_size or 0, name
+        rows,
+        keys,
+        queue,
+        values,
+        queue_values,
+        has_changed,
+        may_change,
+        scale,
+        bound,
+        flat,
+        symmetric,
+        chunk_size or 0,
+        name,
     )
     # Autograd follows all outputs of an operator; cut off here, the others cost nothing in the backward.
     return SoftmaxStats(
@@ -112,8 +126,8 @@ def resolve(backend: str | None, rows: Tensor, dim: int, chunk_size: int | None)
 @torch.library.custom_op(
     "slr_plugin::softmax_stats",
     mutates_args=(),
-    schema="(Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, bool stale, bool once, "
-    f"{_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, bool has_changed, "
+    f"bool may_change, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     rows: Tensor,
@@ -121,11 +135,11 @@ def _forward(
     queue: Tensor | None,
     values: Tensor | None,
     queue_values: Tensor | None,
-    stale: bool,
-    once: bool,
+    has_changed: bool,
+    may_change: bool,
     *plan: Any,
 ) -> tuple[Tensor, ...]:
-    if stale or (once and is_recomputed()):
+    if has_changed or (may_change and is_recomputed()):
         raise RuntimeError(
             "activation checkpointing computes SLRLoss again after its queue or schedule may have moved on, so its "
             "gradient would be wrong: checkpoint the encoder without the loss, or save the loss's pass by context_fn="
@@ -191,7 +205,7 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
                 row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
         if ctx.needs_input_grad[1] and row_values is not None:
             grad_keys = _keys_backward(rows, keys, logsumexp, row_values, *ctx.plan)
-    return grad_rows, grad_keys, None, grad_values, *[None] * 9  # queue_values, stale, once and the plan
+    return grad_rows, grad_keys, None, grad_values, *[None] * 9  # queue_values, has_changed, may_change and the plan
 
 
 _forward.register_autograd(_backward, setup_context=_save)

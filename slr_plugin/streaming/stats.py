@@ -64,6 +64,10 @@ class SoftmaxStats(NamedTuple):
         """The log-sum-exp minus a logit (r,): large numbers are subtracted first."""
         return (self.reference - logit) + self.offset
 
+    def roll(self, count: int) -> SoftmaxStats:
+        """The statistics with every row ``count`` further on, the last ones first."""
+        return SoftmaxStats(*(x.roll(count, 0) for x in self))
+
     def split(self, count: int) -> tuple[SoftmaxStats, SoftmaxStats]:
         """The statistics of the first ``count`` rows, and of the others."""
         first, others = zip(*(torch.split(x, [count, len(x) - count]) for x in self), strict=True)

@@ -35,7 +35,7 @@ ACCELERATOR_TILE = (4096, 8192)
 SHARED_PAIRS = 2**23
 LEAST_HEIGHT = 256  # rows of a tile, however many threads there are
 LN2 = math.log(2)
-# Logits that cannot exceed 2^32 before the sum need no running maximum: float32 reaches 2^127.
+# Logits of at most so many bits need no running maximum: their weights stay below 2^32, and float32 reaches 2^127.
 SAFE_BITS = 32
 
 
@@ -123,11 +123,10 @@ class Sums(NamedTuple):
 
 def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats:
     """Compute the statistics of (r, d) rows over all keys of all sources."""
-    scale, bound, hidden, symmetric, chunk = plan
-    bounded = bound / LN2 <= SAFE_BITS
-    mirrored = symmetric and bounded and not chunk
+    scale, bound, hidden, _, chunk = plan
+    bounded, mirrored = _is_bounded(plan), _is_mirrored(plan)
     if len(sources) > 1 and sum(len(source.keys) for source in sources) <= (chunk or _largest_tile(rows.device)[1]):
-        sources = [_joined(sources, rows)]  # every source is a tile at least, of some seven operations
+        sources = [_one_source(sources, rows)]  # every source is a tile at least, of some seven operations
     tiling = Tiling.of(rows, sources, chunk, mirrored, shares_rows=True)
     count, values = len(rows), sources[0].values
     sums = Sums(
@@ -169,9 +168,8 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
 
 def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, plan: Plan) -> Tensor:
     r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' log-sum-exp (r,), finite, and their values u (r, v)."""
-    scale, bound, hidden, symmetric, chunk = plan
-    bounded = bound / LN2 <= SAFE_BITS
-    mirrored = symmetric and bounded and not chunk
+    scale, _, hidden, _, chunk = plan
+    bounded, mirrored = _is_bounded(plan), _is_mirrored(plan)
     tiling = Tiling.of(rows, [Source(keys, keys)], chunk, mirrored, shares_rows=False)
     shift = logsumexp[:, None] / LN2
     values = row_values * (-shift).exp2() if bounded else row_values
@@ -201,11 +199,20 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
     return gradient
 
 
+def _is_bounded(plan: Plan) -> bool:
+    return plan.bound / LN2 <= SAFE_BITS
+
+
+def _is_mirrored(plan: Plan) -> bool:
+    """Whether a tile serves its mirror image too."""
+    return plan.symmetric and _is_bounded(plan) and not plan.chunk
+
+
 def _largest_tile(device: torch.device) -> tuple[int, int]:
     return CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE
 
 
-def _joined(sources: Sequence[Source], like: Tensor) -> Source:
+def _one_source(sources: Sequence[Source], like: Tensor) -> Source:
     """All keys in one source, on the device and in the dtype of ``like``."""
     keys = torch.cat([source.keys.to(like) for source in sources])
     if all(source.values is source.keys for source in sources):
