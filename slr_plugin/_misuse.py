@@ -19,6 +19,11 @@ SUMMED = (
     "direction a loss of its own, or pass update=False to all calls but the last"
 )
 
+ALIKE = (
+    "the features given as estimator hardly tell the samples apart: none is negative and every two have a cosine above "
+    "0.9, or some are 0 altogether; subtract their mean over the training data, and divide by their deviation"
+)
+
 
 def is_alone(key_set: KeySet) -> bool:
     """Whether no row sees a key besides its own: there is one sample, whose views are all keys."""
@@ -26,10 +31,14 @@ def is_alone(key_set: KeySet) -> bool:
 
 
 class Watch:
-    """Warns once of each misuse of one loss. Reads no value from a device unless two calls were summed."""
+    """Warns once of each misuse of one loss.
+
+    Reads no value from a device, but for the first features of an estimator, and where two calls were summed.
+    """
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self._saw_estimator = False
         self._summed = 0  # how often two calls were summed
         self._last: tuple[int, Tensor] | None = None  # the newest backward, and the keys of the call in it
 
@@ -39,6 +48,11 @@ class Watch:
             return
         if is_alone(key_set):
             self._tell(ALONE)
+        estimator = key_set.estimator_keys
+        if estimator is not None and not self._saw_estimator and not _is_capturing(loss):
+            self._saw_estimator = True
+            if _are_alike(estimator.positives):
+                self._tell(ALIKE)
         if enqueues and SUMMED not in self._told:
             keys = key_set.positives.detach()
             loss.register_hook(lambda grad: self._backward(keys))  # type: ignore[no-untyped-call]
@@ -60,14 +74,27 @@ class Watch:
             warnings.warn(message, stacklevel=6)  # the caller of the module, or of the backward some lines of torch
 
 
+def _is_capturing(like: Tensor) -> bool:
+    """Whether a CUDA graph is recorded, which cannot read values."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _are_alike(features: Tensor) -> bool:
+    """Whether unit rows are useless as they are: not negative and alike, or of length 0."""
+    features = features[:256]
+    cosines = features @ features.T
+    alike = (cosines.min() > 0.9) & (features.min() >= 0) & (features.shape[1] > 1)
+    return len(features) > 1 and bool(alike | (cosines.diagonal().min() < 0.5))
+
+
 def _show_the_same(first: Tensor, second: Tensor) -> bool:
     """Whether row i of both is of one image: the products of these rows against those of all others.
 
     Of unrelated rows, the mean of s products has the deviation of one divided by sqrt(s); 6 of these do not come by
     chance.
     """
-    if first.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # a CUDA graph cannot read values
+    if _is_capturing(first):
+        return False
     products = (first - first.mean(0)) @ (second - second.mean(0)).T
     others = products - torch.diag_embed(products.diagonal())
     deviation = (others.square().sum() / max(1, others.numel() - len(others))).sqrt()

@@ -443,10 +443,16 @@ def test_a_monitor_that_measured_nothing_says_so():
 @pytest.mark.parametrize(
     ("quality", "start", "advice"),
     [
-        (quality_of(1.0, 0.0, 0.0), "Nearly one-hot", "later, raise the confidence (now 2)"),
+        (quality_of(1.0, 0.0, 0.0), "Nearly one-hot", "a larger confidence (now 2) gives more away"),
         (quality_of(0.5, 0.05, 0.45), "Blind", "let the confidence (now 2) grow from 0"),
         (quality_of(0.5, 0.15, 0.35), "Better than chance, but more than half wrong", "Lower the sharpening (now 0.8)"),
-        (quality_of(0.97, 0.02, 0.01), "Good: 67%", "raise the confidence (now 2)"),
+        (quality_of(0.97, 0.02, 0.01), "Good: 67%", "a larger confidence (now 2)"),
+        (quality_of(0.1, 0.6, 0.3), "Good: 67%", "a lower sharpening (now 0.8) leaves more"),
+        (
+            quality_of(0.7, 0.18, 0.12, chance=0.4),
+            "Better than chance, but not by much",
+            "Lower the sharpening (now 0.8)",
+        ),
         (quality_of(0.7, 0.2, 0.1), "Good: 67%", "6.7 times chance (10%)"),
     ],
 )
@@ -457,6 +463,30 @@ def test_a_summary_says_how_good_the_labels_are_and_what_to_change(quality, star
     assert text.startswith(start)
     assert advice in text
     assert summary(quality).startswith(start)
+
+
+def test_a_summary_does_not_depend_on_how_many_keys_have_a_class():
+    """Of 104 keys that share a quarter of each label, all have a class, or four."""
+    labels = torch.full((4, 104), 0.25 / 100).scatter(1, torch.arange(4)[:, None], 0.75 - 3 * 0.25 / 100)
+    labels[:, :4] += 0.25 / 100 * (1 - torch.eye(4))  # so that purity is above chance where few are known
+    classes, every = torch.tensor([0, 1, 0, 1]), torch.arange(104) % 2
+    few = every.masked_fill(torch.arange(104) >= 4, -1)
+    own = labels.diagonal()
+    for known in (few, every):
+        quality = label_quality(labels, classes, known)
+        torch.testing.assert_close(quality.own, own.mean())
+        assert "Nearly one-hot" not in summary(quality)
+    assert "unknown ones" in str(label_quality(labels, classes, few))
+    assert "unknown ones" not in str(label_quality(labels, classes, every))
+
+
+def test_blind_features_are_not_told_to_wait():
+    criterion = SLRLoss(0.1, refined_weight=1.0, confidence=1000.0)
+    monitor = LabelMonitor(criterion)
+    torch.manual_seed(0)
+    monitor.announce(torch.arange(32) % 3)
+    criterion(*torch.randn(2, 32, 16, requires_grad=True), estimator=torch.randn(32, 300))
+    assert monitor.summary().endswith("Take others, or none.")
 
 
 def test_the_advice_does_what_it_says():

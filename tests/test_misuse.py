@@ -1,6 +1,7 @@
 """Uses that compute something else than is meant warn once; correct ones never do."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -139,3 +140,22 @@ def test_a_watched_loss_is_copied_and_saved_after_training(encoder, tmp_path):
     mixed_queries(criterion, encoder)
     torch.save(copy.deepcopy(criterion), tmp_path / "loss.pt")
     assert torch.load(tmp_path / "loss.pt", weights_only=False).step == 1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "warns"),
+    [
+        (10 + torch.rand(S, D), True),  # counts, powers: not centred
+        (torch.zeros(S, D), True),
+        (torch.rand(S, D) - 0.5, False),
+        (torch.nn.functional.one_hot(torch.arange(S) % 3).float(), False),
+        (torch.ones(S, 1), False),  # one number each has no direction but its sign
+    ],
+)
+def test_features_that_tell_no_samples_apart_warn_once(estimator, warns):
+    criterion = SLRLoss(0.1, refined_weight=1.0, confidence=1000.0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            criterion(*torch.randn(2, S, D, requires_grad=True), estimator=estimator)
+    assert [("subtract their mean" in str(warning.message)) for warning in seen] == [True] * warns

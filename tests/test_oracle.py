@@ -451,6 +451,7 @@ def known_stats(criterion: SLRLoss, batch: Batch) -> list[torch.Tensor]:
         if not (dtype == torch.float16 and SCALES.get(kind, 1) < 1)
     ],
 )
+@pytest.mark.filterwarnings("ignore:the features given as estimator")
 @pytest.mark.parametrize("mode", MODES)
 def test_degenerate_features_give_the_equations_value_and_finite_gradients(mode, kind, dtype):
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5

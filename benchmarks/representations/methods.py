@@ -220,6 +220,9 @@ METHODS: dict[str, Method] = {
         )
         for name, text in FEATURE_WORDS.items()
     },
+    "simclr-cold-sharp-gradients": _both(
+        "the same, tau' 0.25", _slr_loss(WHOLE_BATCH | {"sharpening": 0.25}), features="gradients"
+    ),
     "whole-plain": Method(
         "all of the label, from the images as they are",
         lambda setup: Plain(_slr_loss(WHOLE | {"estimator_dim": DIM})(setup)),

@@ -165,6 +165,7 @@ STUDIES = {
             "dcl",
             "simclr-cold-whole-pixels",
             "simclr-cold-whole-gradients",
+            "simclr-cold-sharp-gradients",
             "simclr-cold-whole-classes",
         ),
         budgets=("fashion",),

@@ -17,7 +17,7 @@ from slr_plugin.checks import check_float_tensor, check_index_tensor
 
 NOTHING_MEASURED = "nothing was measured: call announce(classes) before the criterion"
 NO_CLASSES = "no query has a class: all of them are -1"
-NO_KEYS = "no key besides the own positives has a class; a queue holds random keys until the first batches filled it"
+NO_KEYS = "no key besides the own positives has a class: announce more of them; a queue begins with keys that have none"
 NOT_NUMBERS = "the labels are not numbers themselves: the run has diverged"
 ONE_HOT = "nothing lies on other keys: the labels are one-hot"
 
@@ -77,10 +77,11 @@ class LabelQuality(_Measures):
         if math.isnan(v["own"]):
             return f"LabelQuality: not a number, since {self.reason}"
         purity = "none" if math.isnan(v["purity"]) else f"{v['purity']:.1%}"
+        unknown = 1 - v["own"] - v["same"] - v["other"]
         lines = [
             f"LabelQuality{f' ({self.reason})' if self.reason else ''}",
             f"  label mass    {v['own']:.1%} own positive, {v['same']:.1%} other keys of the own class, "
-            f"{v['other']:.1%} other classes",
+            f"{v['other']:.1%} other classes" + (f", {unknown:.1%} unknown ones" if unknown > 5e-4 else ""),
             f"  purity        {purity} of what lies on other keys is on the own class; chance is {v['chance']:.1%}",
             f"  nearest       {v['nearest']:.1%} of the largest other keys are of the own class",
             f"  distance      {v['distance']:.3f} from the true labels; one-hot {v['one_hot_distance']:.3f}, blind "

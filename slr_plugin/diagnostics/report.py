@@ -30,34 +30,41 @@ def summary(quality: LabelQuality, criterion: SLRLoss | None = None) -> str:
     This compares labels with your classes; whether accuracy follows, only an evaluation of the features tells.
     """
     mu = "" if criterion is None or not criterion.stats else f" (now {criterion.stats['mu'].item():.3g})"
-    tau = "" if criterion is None else f" (now {criterion.sharpening:.3g})"
-    own, same, other, chance, *_, purity = (value.item() for value in quality)
+    sharpening = "" if criterion is None else f" (now {criterion.sharpening:.3g})"
+    own, *_, chance, _, _, _, _, purity = (value.item() for value in quality)
     if quality.reason and quality.reason != ONE_HOT:
         return f"Cannot tell: {quality.reason}."
-    given = same + other
+    given = 1 - own  # also to keys without a class
     if given < 0.01:
         return (
-            f"Nearly one-hot: the labels leave {own:.1%} on the own positive, so refinement does next to nothing. "
-            f"Early in training that is usual; later, raise the confidence{mu} to give more away."
+            f"Nearly one-hot: the labels leave {own:.1%} on the own positive, so refinement does next to nothing, and "
+            f"confidence=0 does the same. Early in training that is usual; a larger confidence{mu} gives more away."
         )
     found = f"{purity:.0%} of what the labels give away lies on the own class"
     if purity < 1.2 * chance:
+        blind = f"Blind: {found}, where chance is {chance:.0%}: "
+        if criterion is not None and criterion.stats and criterion.stats["label_entropy"].isnan():  # by an estimator
+            return f"{blind}the features that estimate them do not know the classes. Take others, or none."
         return (
-            f"Blind: {found}, where chance is {chance:.0%}: they do not know the classes. Early in training that is "
-            f"usual: let the confidence{mu} grow from 0, CosineConfidence(0, end, total_steps). If it stays so, take "
-            "confidence=0, which is one-hot labels."
+            f"{blind}they do not know the classes. Early in training that is usual: let the confidence{mu} grow from "
+            "0, CosineConfidence(0, end, total_steps). If it stays so, take confidence=0, which is one-hot labels."
         )
     times = f"{purity / chance:.1f} times chance ({chance:.0%})" if chance else "where chance is 0%"
     amount = f"They give away {given:.0%}."
     caution = (
         "This compares labels with your classes; whether accuracy follows, only an evaluation of the features tells."
     )
-    if purity < 0.5:
+    if purity < max(0.5, min(2 * chance, 0.9)):
+        verdict = "more than half wrong" if purity < 0.5 else "not by much"
         return (
-            f"Better than chance, but more than half wrong: {found}, {times}. {amount} Lower the sharpening{tau} for "
-            f"purer labels, or the confidence{mu} to give less away.\n{caution}"
+            f"Better than chance, but {verdict}: {found}, {times}. {amount} Lower the sharpening{sharpening} for purer "
+            f"labels, or the confidence{mu} to give less away.\n{caution}"
         )
-    advice = "" if given >= 0.05 else f" That is little: raise the confidence{mu} for more."
+    advice = ""
+    if given < 0.05:
+        advice = f" That is little: a larger confidence{mu} gives more."
+    elif given > 2 / 3:
+        advice = f" That is most of a label: a lower sharpening{sharpening} leaves more on the own positive."
     return f"Good: {found}, {times}. {amount}{advice}\n{caution}"
 
 
@@ -84,7 +91,7 @@ def plot(
 
     Raises:
         ImportError: there is no matplotlib.
-        ValueError: there is nothing to draw, or runs and x have different lengths.
+        ValueError: there is no run, or runs and x have different lengths.
     """
     try:
         from matplotlib.figure import Figure
