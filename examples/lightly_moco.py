@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoCo().to(device)
 
-    # was: criterion = NTXentLoss(memory_bank_size=(4096, 128))
+    # was: criterion = NTXentLoss(memory_bank_size=(4096, 128)), whose temperature is 0.5
     confidence = CosineConfidence(start=0.0, end=1.0, total_steps=args.epochs * len(dataloader))
     criterion = SLRLoss(0.2, memory_bank_size=(4096, 128), sharpening=0.8, confidence=confidence).to(device)
     mixup = MomentumMixup(kappa=2.0)  # new
