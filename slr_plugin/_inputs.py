@@ -87,23 +87,14 @@ def checked_features(
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
-        further = [] if negatives is None else [negatives]
-        queries, positives, *others = _unit_parts([queries, positives, *crops, *further], dtype)
         return Features(
-            queries,
-            positives,
-            others[: len(crops)],
+            UnitRows.apply(queries.to(dtype)),
+            UnitRows.apply(positives.to(dtype)),
+            [UnitRows.apply(crop.to(dtype)) for crop in crops],
             mixes,
-            None if negatives is None else others[-1],
+            None if negatives is None else UnitRows.apply(negatives.to(dtype)),
             None if estimator is None else UnitRows.apply(estimator.detach().to(dtype)),
         )
-
-
-def _unit_parts(parts: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
-    """Features in unit length, all in one call; those that are constants stay so."""
-    rows = UnitRows.apply(torch.cat([part.to(dtype) for part in parts]))
-    unit = rows.split([len(part) for part in parts])
-    return [rows if part.requires_grad else rows.detach() for rows, part in zip(unit, parts, strict=True)]
 
 
 def _check_beside(name: str, value: Any, queries: Tensor, first: str) -> None:

@@ -22,15 +22,8 @@ def is_recomputed() -> bool:
     """Whether checkpointing computes again what calls this; in compiled code its operators can ask, and they alone."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    return _is_reentrant() or _saves_by_hooks()
-
-
-def _may_be_checkpointed() -> bool:
-    """Whether a call can be repeated later: reentrant checkpointing records no gradient, the other kind sets hooks."""
-    return not torch.is_grad_enabled() or _saves_by_hooks()
-
-
-def _saves_by_hooks() -> bool:
+    if _is_reentrant():
+        return True
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 has none
     return hooks is None or hooks(False) is not None
 
@@ -86,9 +79,8 @@ class CallLog:
         if not matters:
             return Standing(now, advances)
         if not repeated:
-            if _may_be_checkpointed():
-                numbers = _fingerprint(features)
-                self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=numbers))
+            numbers = _fingerprint(features)
+            self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=numbers))
             return Standing(now, advances)
         from torch.utils._python_dispatch import _disable_current_modes  # private, and needed here alone
 

@@ -126,11 +126,12 @@ class KeyQueue(nn.Module):
     def enqueue(self, keys: Tensor, estimators: Tensor | None = None) -> Enqueued:
         """Write (s, d) unit keys, and their (s, e) other features, over the oldest ones; the newest n stay.
 
-        A batch with a feature that is not finite leaves the queue as it is, without reading values back to the host.
+        A batch with a feature that is not finite leaves the queue as it is, without reading values back to the host. A
+        queue of size 0 says whether it would accept the batch, and has no places.
         """
-        accepted = keys.sum().abs() < torch.inf  # as where all are finite, since they have unit length
+        accepted = keys.float().sum().abs() < torch.inf  # just where all are finite, since they have unit length
         if estimators is not None:
-            accepted = accepted & (estimators.sum().abs() < torch.inf)
+            accepted = accepted & (estimators.float().sum().abs() < torch.inf)
         if not self.size:
             return Enqueued(self.bank_ptr[:0], accepted)
         accepted = accepted.to(self.bank.device)

@@ -59,9 +59,9 @@ class CosineConfidence:
             float64 from float64, else in float32 (Apple's GPUs have no float64), within 5e-7 of the larger of
             ``start`` and ``end`` at every step.
         """
-        middle, reach = (self.end + self.start) / 2, (self.end - self.start) / 2
         if isinstance(step, Tensor):
-            wide = step.to(torch.promote_types(step.dtype, torch.float32)).clamp(0, self.total_steps)
-            return torch.rsub(torch.cos(wide * (math.pi / self.total_steps)), middle, alpha=reach)
+            clamped = step.to(torch.promote_types(step.dtype, torch.float32)).clamp(0, self.total_steps)
+            rest = torch.cos(clamped * (math.pi / self.total_steps)) + 1  # from 2 to exactly 0
+            return self.end - rest * ((self.end - self.start) / 2)
         check_number("step", step, low=0.0)
-        return middle - reach * math.cos(math.pi * min(step / self.total_steps, 1.0))
+        return self.end - (self.end - self.start) * (math.cos(math.pi * min(step / self.total_steps, 1.0)) + 1) / 2

@@ -138,6 +138,18 @@ compiles_where_it_checkpoints = pytest.mark.skipif(
 
 
 @compiles_where_it_checkpoints
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_losses_with_other_schedules_compile_beside_each_other(backend, dynamic):
+    """The second one's numbers become dynamic."""
+    for schedule in (CosineConfidence(0.0, 1.0, 5), CosineConfidence(0.5, 10.0, 5)):
+        eager = SLRLoss(0.2, (8, 6), confidence=schedule)
+        compiled = torch.compile(copy.deepcopy(eager), dynamic=dynamic, backend=backend)
+        queries, keys = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(queries, keys), eager(queries, keys))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("memory_bank_size", [(16, 8), 0])

@@ -593,15 +593,16 @@ def test_training_goes_on_after_inference_mode(prepare):
     assert monitor.queue_classes[:8].tolist() == list(range(8))
 
 
+@pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("rows", [4, 2])
-def test_keys_that_enter_after_a_later_call_have_unknown_classes(rows):
+def test_keys_that_enter_after_a_later_call_have_unknown_classes(rows, records):
     criterion, monitor = watched(8)
     queries, keys = features(torch.arange(4))
     monitor.announce(torch.arange(4))
     loss = torch.utils.checkpoint.checkpoint(criterion, queries, keys, use_reentrant=True)
-    with torch.no_grad():
+    with torch.set_grad_enabled(records):
         monitor.announce(torch.full((rows,), 9))
-        criterion(*features(torch.arange(rows)))
+        criterion(*features(torch.arange(rows)), update=False)
     loss.backward()
     assert criterion.step == 1
     assert monitor.queue_classes.tolist() == [-1] * 8

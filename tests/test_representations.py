@@ -321,6 +321,15 @@ def test_views_are_random_and_belong_to_their_images(tmp_path):
     assert not torch.equal(first.classes, later.classes)
 
 
+@pytest.mark.parametrize("percent", [25, 50, 75])
+def test_guessed_classes_are_right_for_so_many_of_the_pairs(percent):
+    classes = torch.arange(10).repeat(500)
+    guesses = features.FEATURES[f"classes-{percent}"](data.Images(torch.empty(0), classes)).argmax(1)
+    pairs = torch.combinations(torch.arange(len(classes)))[::7]
+    alike = pairs[guesses[pairs[:, 0]] == guesses[pairs[:, 1]]]
+    assert (classes[alike[:, 0]] == classes[alike[:, 1]]).float().mean() == pytest.approx(percent / 100, abs=0.02)
+
+
 def test_copies_of_an_image_differ_and_lie_together(folder):
     budget = replace(SMOKE, copies=4)
     images, _ = data.load(folder, budget, torch.device("cpu"))

@@ -8,7 +8,8 @@ are the rows, the logits are a symmetric matrix: a tile then serves its mirror i
 
 After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *queue* through bfloat16 products where the
 CPU has instructions for them (torch itself reaches those units on few CPUs). The keys of the batch, with the positives
-and their large logits, stay in float32, and so do all sums, and a queue that fits into one tile beside the batch.
+and their large logits, stay in float32, and so do all sums. A queue that fits into one tile together with the batch is
+joined with it, and then stays in float32 too.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     scale, bound, hidden, _, chunk = plan
     bounded, mirrored = _is_bounded(plan), _is_mirrored(plan)
     if len(sources) > 1 and sum(len(source.keys) for source in sources) <= (chunk or _largest_tile(rows.device)[1]):
-        sources = [_one_source(sources, rows)]  # every source is a tile at least, of some seven operations
+        sources = [_one_source(sources, rows)]  # one tile in place of two, of some seven operations each
     tiling = Tiling.of(rows, sources, chunk, mirrored, shares_rows=True)
     count, values = len(rows), sources[0].values
     sums = Sums(
