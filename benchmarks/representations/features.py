@@ -7,10 +7,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from benchmarks.representations.data import Images
 
+LABELLED = 250  # of the images, for a classifier that guesses the classes of the others
 PURITIES = (25, 50, 75)  # per cent
 COMPONENTS, CELL, ORIENTATIONS = 64, 4, 9
 
@@ -28,6 +32,14 @@ def gradients(images: Images) -> Tensor:
 def classes(images: Images) -> Tensor:
     """The classes: the estimator that knows all."""
     return F.one_hot(images.classes).float()
+
+
+def guesses(images: Images) -> Tensor:
+    """Probabilities of the classes by a classifier of these histograms that learned from the first few images."""
+    table = gradients(images).cpu().numpy()
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    classifier.fit(table[:LABELLED], images.classes[:LABELLED].cpu().numpy())
+    return torch.from_numpy(classifier.predict_proba(table)).float().to(images.pixels.device)
 
 
 def guessed_classes(purity: float, images: Images) -> Tensor:
@@ -54,6 +66,7 @@ FEATURES: dict[str, Callable[[Images], Tensor]] = {
     "pixels": pixels,
     "gradients": gradients,
     "copies": copies,
+    "guesses": guesses,
     "classes": classes,
     **{f"classes-{percent}": functools.partial(guessed_classes, percent / 100) for percent in PURITIES},
 }

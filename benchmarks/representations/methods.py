@@ -11,7 +11,7 @@ import lightly.loss
 from torch import nn
 
 from benchmarks.representations import baselines
-from benchmarks.representations.features import PURITIES
+from benchmarks.representations.features import LABELLED, PURITIES
 from benchmarks.representations.objectives import (
     DIM,
     Bootstrap,
@@ -42,6 +42,7 @@ WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in 
 FEATURE_WORDS = {
     "pixels": "pixels",
     "gradients": "histograms of gradients",
+    "guesses": f"the guesses of a classifier of these, from {LABELLED} labelled images",
     "classes": "the classes",
     **{f"classes-{percent}": f"classes that are right for {percent} % of the pairs" for percent in PURITIES},
 }
