@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slr_plugin._torch_internals import is_transformed
 from slr_plugin.checks import check_float_tensor, check_no_tangent
 from slr_plugin.mixup import Mix, check_mix
 
@@ -164,7 +165,7 @@ def _check_features(name: str, value: Any) -> None:
         return
     if hasattr(value, "device_mesh"):
         raise TypeError(f"{name} is a DTensor: pass {name}.to_local(), and gather_distributed=True to see all keys")
-    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+    if is_transformed(value):
         raise RuntimeError(
             f"{name} is inside a torch.func transform, which SLRLoss does not support: use loss.backward() or "
             "torch.autograd.grad"

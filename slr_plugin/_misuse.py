@@ -7,12 +7,14 @@ import warnings
 import torch
 from torch import Tensor
 
+from slr_plugin._torch_internals import current_backward
 from slr_plugin.key_sets import KeySet
 
-ALONE = (
+_ALONE = (
     "one sample and no queue leave no negative: this loss and its gradient are 0; take larger batches (a DataLoader's "
-    "drop_last=True leaves out a last batch of one), pass negatives, or set memory_bank_size"
+    "drop_last=True leaves out a last batch of one), pass negatives, or "
 )
+ALONE, ALONE_IN_FUNCTION = f"{_ALONE}set memory_bank_size", f"{_ALONE}a queue"
 SUMMED = (
     "two calls of this loss were summed in one backward, and their keys show the same images: each call advances the "
     "queue and the schedule, and the second takes the first one's keys, of its own images, as negatives; give each "
@@ -58,9 +60,9 @@ class Watch:
             loss.register_hook(lambda grad: self._backward(keys))  # type: ignore[no-untyped-call]
 
     def _backward(self, keys: Tensor) -> None:
-        task, last = torch._C._current_graph_task_id(), self._last
-        self._last = (task, keys)
-        if last is None or last[0] != task or last[1].shape != keys.shape or last[1].device != keys.device:
+        backward, last = current_backward(), self._last
+        self._last = (backward, keys)
+        if last is None or last[0] != backward or last[1].shape != keys.shape or last[1].device != keys.device:
             return
         self._summed += 1
         # Different batches may be summed, and comparing keys waits for the device: look at the sums 1, 2, 4, 8, ...

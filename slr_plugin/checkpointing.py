@@ -9,27 +9,22 @@ import torch
 from torch import Tensor
 
 from slr_plugin._inputs import Features
+from slr_plugin._torch_internals import (
+    current_backward,
+    is_in_reentrant_checkpoint,
+    saves_tensors_by_hooks,
+    without_modes,
+)
 
 
 def is_repeated() -> bool:
     """Whether the call under way is computed within a backward, for its gradient."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+    return not torch.compiler.is_compiling() and current_backward() != -1 and torch.is_grad_enabled()
 
 
 def is_recomputed() -> bool:
-    """Whether checkpointing computes again what calls this; in compiled code its operators can ask, and they alone."""
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    if _is_reentrant():
-        return True
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.4 has none
-    return hooks is None or hooks(False) is not None
-
-
-def _is_reentrant() -> bool:
-    return "CheckpointFunction" in type(torch._C._current_autograd_node()).__name__
+    """Whether checkpointing is computing the current operator again; operators can ask inside compiled code too."""
+    return current_backward() != -1 and (is_in_reentrant_checkpoint() or saves_tensors_by_hooks())
 
 
 class Place(NamedTuple):
@@ -54,7 +49,7 @@ class CallLog:
     """Knows the newest calls again when they are repeated in the backward."""
 
     def __init__(self) -> None:
-        self._places: deque[Place] = deque(maxlen=64)
+        self._places: deque[Place] = deque(maxlen=64)  # more calls than lie between any forward and its backward
 
     def place(self, now: Place, updates: bool, matters: bool, features: Features) -> Standing:
         """Return where a call stands.
@@ -74,7 +69,7 @@ class CallLog:
         if torch.compiler.is_compiling():
             return Standing(now, updates)
         repeated = is_repeated()
-        reentrant = repeated and _is_reentrant()
+        reentrant = repeated and is_in_reentrant_checkpoint()
         advances = updates and (reentrant or not repeated)
         if not matters:
             return Standing(now, advances)
@@ -82,9 +77,7 @@ class CallLog:
             numbers = _fingerprint(features)
             self._places.append(now._replace(step=now.step.clone(), advanced=updates, fingerprint=numbers))
             return Standing(now, advances)
-        from torch.utils._python_dispatch import _disable_current_modes  # private, and needed here alone
-
-        with _disable_current_modes():  # selective checkpointing takes no operation that the first run did not have
+        with without_modes():  # selective checkpointing takes no operation that the first run did not have
             seen = str(_fingerprint(features).tolist())  # as a string, of which nan equals itself
             for place in reversed(self._places):
                 if place.advanced == (updates and not reentrant) and str(place.fingerprint.tolist()) == seen:
@@ -98,7 +91,10 @@ class CallLog:
 
 
 def _fingerprint(features: Features) -> Tensor:
-    """Numbers by which a repeated call is known. The products are others where the two views change places."""
+    """Numbers by which a repeated call is known.
+
+    The dot product is shifted by one element, so that it changes where the two views change places.
+    """
     queries, positives, crops, _, negatives, estimator = features
     products = torch.dot(queries.detach().flatten()[:-1], positives.detach().flatten()[1:])
     return torch.stack([products, *(x.detach().sum() for x in (*crops, negatives, estimator) if x is not None)])

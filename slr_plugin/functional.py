@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin._inputs import checked_features
-from slr_plugin._misuse import ALONE, is_alone
+from slr_plugin._misuse import ALONE_IN_FUNCTION, is_alone
 from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import choose
 from slr_plugin.mixup import Mix
@@ -106,5 +106,5 @@ def slr_loss(
     with torch.autocast(queries.device.type, enabled=False):
         loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     if not torch.compiler.is_compiling() and loss.requires_grad and is_alone(key_set):
-        warnings.warn(ALONE.replace("set memory_bank_size", "a queue"), stacklevel=2)
+        warnings.warn(ALONE_IN_FUNCTION, stacklevel=2)
     return loss

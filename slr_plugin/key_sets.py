@@ -32,7 +32,6 @@ class KeySet(NamedTuple):
     entering: Tensor  # (S, d), the positives of all processes, which enter the queue after the call
     left_out: tuple[int, ...] = ()  # of each block: a key that its first row does not see, such as the row itself
     mixed_keys: KeySet | None = None  # what mixed queries see, where that is not what the rows see
-    # These two stay last: with_queue replaces them by position.
     queue: Tensor | None = None  # (n, d) constants
     estimator_keys: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
@@ -47,7 +46,7 @@ class KeySet(NamedTuple):
         return self.is_symmetric() and self.keys is self.rows and self.queue is None
 
     def labelled(self, mixes: bool) -> KeySet:
-        """The key set over which labels are, with mixed queries or without."""
+        """The key set whose keys the labels spread over, with mixed queries or without."""
         return self if self.mixed_keys is None or not mixes else self.mixed_keys
 
     def own_keys(self) -> Tensor:
@@ -60,11 +59,22 @@ class KeySet(NamedTuple):
         starts = [(block, start) for of in (self.own, self.left_out) for block, start in enumerate(of)]
         return [Diagonal(first + block * size, start, size) for block, start in starts]
 
-    def with_queue(self, queue: Tensor, estimator_queue: Tensor | None) -> KeySet:
+    def with_queue(self, queue: Tensor | None, estimator_queue: Tensor | None) -> KeySet:
         """The key set and these further keys, and their features that estimate labels if there is an estimator."""
+        estimator = self.estimator_keys
         # Not _replace, which torch.compile cannot trace in torch 2.4.
-        estimator = self.estimator_keys and KeySet(*self.estimator_keys[:-2], estimator_queue)
-        return KeySet(*self[:-2], queue, estimator)
+        return KeySet(
+            rows=self.rows,
+            positives=self.positives,
+            keys=self.keys,
+            batch_count=self.batch_count,
+            own=self.own,
+            entering=self.entering,
+            left_out=self.left_out,
+            mixed_keys=self.mixed_keys,
+            queue=queue,
+            estimator_keys=None if estimator is None else estimator.with_queue(estimator_queue, None),
+        )
 
     # ------------------------------------------------------------------------- dense matrices, for looking at and tests
 
@@ -121,7 +131,7 @@ def batch_and_queue(
         positives: (s, d), their own keys.
         batch: (S, d), the positives of all processes.
         negatives: (m, d), keys that are nobody's own.
-        offset: the number of ``positives[0]`` in ``batch``.
+        offset: the index of ``positives[0]`` in ``batch``.
         estimator: the same for other features of the samples.
     """
     keys = _with_negatives(batch, negatives)
@@ -155,7 +165,7 @@ def both_views(
         rows: (2s, d), the first views and then the second ones.
         batch: (2S, d), the views of all processes; ``rows`` itself in one process.
         negatives: (m, d), keys that are nobody's own.
-        offset: the number of ``rows[0]`` in ``batch``.
+        offset: the index of ``rows[0]`` in ``batch``.
         estimator: the same for other features of the samples.
     """
     second = len(batch) // 2
@@ -191,10 +201,10 @@ def choose(
         symmetric: whether both views are rows.
         has_queue: whether a queue follows.
         gather: brings the rows of all processes; None where there is one.
-        offset: the number of this process's first sample among them.
+        offset: the index of this process's first sample among them.
 
     Raises:
-        ValueError: a row would have no keys, or mixed queries not those that their labels need.
+        ValueError: a row would have no keys, or mixed queries would lack their partner's positive.
     """
     positives, negatives = features.positives, features.negatives
     if features.mixes and not in_batch_keys:

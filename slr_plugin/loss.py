@@ -56,13 +56,14 @@ class SLRLoss(HasSettings):
             the whole batch, and all queues are equal. Without it every process has its own queue, which DDP's
             ``broadcast_buffers=True`` overwrites with that of process 0.
         sharpening: τ' in (0, 1]; below 1 the refined labels favour the most similar keys more.
-        confidence: μ >= 0, a number or a schedule ``step -> mu``: in a label the one-hot one weighs 1 and each of the
-            estimates p and q μ times its largest entry; the weights are then normalised. 0 means one-hot labels.
+        confidence: μ >= 0, a number or a schedule ``step -> mu``. A label mixes the one-hot one, with weight 1, and its
+            two estimates p (over all keys) and q (over all but the own), with weight μ max(p) and μ max(q); the
+            weights are then normalised. 0 means one-hot labels.
             A :class:`slr_plugin.CosineConfidence` is evaluated on the device; another callable gets a Python int.
         refined_weight: λ in [0, 1], the weight of the refined term.
         in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, the own positive and the queue;
-            with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise. Both views against both
-            see all keys anyway.
+            with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise. Where both views are
+            compared with both, it changes nothing else.
         symmetric: both views against both (only without a queue, and then the default), or False for one direction:
             rows are ``out0``, keys are ``out1``.
         estimator_dim: e, if calls bring features ``estimator`` (s, e) and there is a queue: a second queue holds them.
@@ -72,7 +73,8 @@ class SLRLoss(HasSettings):
         step: int64 buffer, the number of calls that advanced the queue and the schedule.
         stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
             positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator).
-        chunk_size: keys per tile of the streaming pass; None chooses by device. Set it to trade memory for launches.
+        chunk_size: keys per tile of the streaming pass; None chooses by device. A number trades memory for launches,
+            and gives up the short cut of two views (half of the work) and the Triton kernels.
         observers: objects that follow every call, see :class:`slr_plugin.diagnostics.Observer`.
 
     Raises:
@@ -185,10 +187,10 @@ class SLRLoss(HasSettings):
         """Detached scalars of the last call, see above; empty before the first."""
         if self._labels is None:
             return {}
-        means = self._labels.means()
+        averages = self._labels.averages()
         # No copy from the host, which a CUDA graph could not record.
-        mu = (means["alpha"].new_zeros(1) + self._confidence)[0]
-        return means | {"mu": mu}
+        mu = (averages["alpha"].new_zeros(1) + self._confidence)[0]
+        return averages | {"mu": mu}
 
     @torch.no_grad()
     def labels(
@@ -196,7 +198,8 @@ class SLRLoss(HasSettings):
     ) -> Tensor:
         r"""Compute the refined labels :math:`\bar y` over the current keys, dense, for looking at. Nothing advances.
 
-        With ``gather_distributed`` all processes must call it, since it gathers the keys.
+        With ``gather_distributed`` all processes must call it, since it gathers the keys. Mixed queries without a queue
+        see the second views alone, and so do their labels, which are those in one direction.
 
         Args:
             out0: (s, d) queries.

@@ -1,5 +1,12 @@
 r"""Equations (4) and (9) for every key set: a row's loss is its log-sum-exp minus the logit of its target.
 
+With :math:`L_c` the mean over the rows of equation (4), the whole loss is
+
+.. math::
+    (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x', y')
+    \qquad\text{or, without mixed queries,}\qquad
+    (1 - \lambda)\, L_c(x, \mathrm{onehot}) + \lambda\, L_c(x, \bar y) . \tag{9}
+
 Equation (4) needs a label only through its target centroid :math:`t_i = \sum_k y_{ik} \bar b_k`, since labels sum to 1:
 
 .. math::
@@ -12,7 +19,7 @@ row                    target
 =====================  =======================================================================================
 one-hot                the own key :math:`g_i`
 refined, not mixed     :math:`(1 - \lambda) g_i + \lambda t_i`, with the refinery's :math:`t_i = w_i g_i + v_i a_i`
-mixed                  :math:`\theta_i t_i + (1 - \theta_i) t_k`
+mixed with row j       :math:`\theta_i t_i + (1 - \theta_i) t_j`
 =====================  =======================================================================================
 
 A row's own key is hidden in the pass and added back here, as
@@ -96,7 +103,7 @@ def _compare(
 
     Args:
         key_set: the keys.
-        own_keys: the own key of each label, of which most key sets make the estimator of that label.
+        own_keys: those of the key set, one per label, which they estimate unless there are other features.
         rows: the key set's rows, which do not see the ``hidden`` keys; or mixed queries, which see all; or both.
         hidden: as the pass takes it.
         settings: the numbers.
@@ -114,7 +121,7 @@ def _compare(
 def _estimated_in_one_pass(
     key_set: KeySet, own_keys: Tensor, rows: Tensor, hidden: list[Diagonal], settings: Settings
 ) -> tuple[SoftmaxStats, Labels, Tensor]:
-    """Own keys that are no rows estimate the labels, as further rows of the pass.
+    """Where own keys are not rows, they become further rows of the pass, and estimate the labels.
 
     Divided by tau', they have the logits of tau tau' at the temperature tau of the others.
     """
@@ -128,8 +135,8 @@ def _estimated_in_one_pass(
 def _estimated_by_other_view(
     key_set: KeySet, own_keys: Tensor, stats: SoftmaxStats, settings: Settings
 ) -> tuple[Labels, Tensor]:
-    """Own keys that are rows themselves have their statistics already, but for another temperature."""
-    if settings.sharpening != 1 or isinstance(settings.temperature, Tensor):
+    """Own keys are rows too, whose statistics are known, unless sharpening gives them another temperature."""
+    if settings.sharpening != 1:
         stats = _pass(key_set.rows.detach(), key_set, _sharp_temperature(settings), key_set.hidden(), settings)
     return _refined(own_keys, stats.roll(len(key_set.positives)), settings)
 
@@ -194,7 +201,7 @@ def _mixed_targets(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
 
 
 def _own_key_added(others: Tensor) -> Tensor:
-    """The log-sum-exp over all keys from that over the others, both less the own logit: log(1 + exp(others))."""
+    """Add the own key to a log-sum-exp over the others, both less the own logit: log(1 + exp(others))."""
     return F.softplus(others, threshold=40.0)  # beyond which nothing is left of the 1 in float64
 
 

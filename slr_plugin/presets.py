@@ -82,8 +82,8 @@ CIFAR10 = Preset(
 # The paper does not state lambda for ImageNet; 0.5 is CIFAR-10's. It also reports 800 epochs.
 IMAGENET = replace(CIFAR10, sharpening=1.0, confidence=(0.5, 10.0), kappa=0.1, queue_size=65536, epochs=200)
 
-# Ours, for two trained views and calls with ``estimator``: the label is what the estimator says, and no part of it is
-# one-hot. A queue wants temperature 0.2, sharpening 0.5 and ``estimator_dim``.
+# Ours, for two trained views and calls with ``estimator``: the label is what the estimator says, but for a
+# thousandth. A queue wants temperature 0.2, sharpening 0.5 and ``estimator_dim``.
 FROM_FEATURES = replace(
     CIFAR10,
     temperature=0.1,

@@ -129,7 +129,7 @@ class KeyQueue(nn.Module):
         A batch with a feature that is not finite leaves the queue as it is, without reading values back to the host. A
         queue of size 0 says whether it would accept the batch, and has no places.
         """
-        accepted = keys.float().sum().abs() < torch.inf  # just where all are finite, since they have unit length
+        accepted = keys.float().sum().abs() < torch.inf  # true just if all are finite, since they have unit length
         if estimators is not None:
             accepted = accepted & (estimators.float().sum().abs() < torch.inf)
         if not self.size:

@@ -1,6 +1,12 @@
 r"""Self-labeling refinery, equation (5): how much of each label stays on the positive, and where the rest points.
 
-A refined label over K keys is never written out. With :math:`s_{ii}` the logit of the estimator with its own key and
+.. math::
+    \bar y_i = (1 - \alpha_i - \beta_i)\, \mathrm{onehot}_i + \alpha_i\, p_i + \beta_i\, q_i, \qquad
+    \alpha_i = \mu \max_k p_{ik} / z_i, \quad \beta_i = \mu \max_k q_{ik} / z_i, \quad
+    z_i = 1 + \mu \max_k p_{ik} + \mu \max_k q_{ik} \tag{5}
+
+with p the softmax of an estimator's similarities to all keys, q the same without the own key, and the confidence mu. A
+refined label over K keys is never written out. With :math:`s_{ii}` the logit of the estimator with its own key and
 :math:`\ell_i, \mathrm{peak}_i, a_i` its softmax statistics over the *other* keys (:mod:`slr_plugin.streaming`),
 
 .. math::
@@ -31,24 +37,26 @@ from slr_plugin.streaming import SoftmaxStats
 class Labels(NamedTuple):
     """Refined labels in closed form; every field is (r,) and constant to autograd."""
 
-    own: Tensor  # w, the weight left on the positive
-    rest: Tensor  # v = 1 - w, the weight that q spreads over the other keys
+    own_weight: Tensor  # w, the weight left on the positive
+    rest_weight: Tensor  # v = 1 - w, the weight that q spreads over the other keys
     alpha: Tensor  # the share of p
     beta: Tensor  # the share of q
     q_entropy: Tensor  # of q, in nats
 
-    def targets(self, own_keys: Tensor, means: Tensor) -> Tensor:
-        """The target centroids t, (r, d), from the own keys g and the q-weighted means a of the other keys."""
-        return torch.lerp(own_keys, means, self.rest[:, None])
+    def targets(self, own_keys: Tensor, centroids: Tensor) -> Tensor:
+        """The target centroids t, (r, d), from the own keys g and the q-weighted centroids a of the other keys."""
+        return torch.lerp(own_keys, centroids, self.rest_weight[:, None])
 
-    def means(self) -> dict[str, Tensor]:
+    def averages(self) -> dict[str, Tensor]:
         """The means of own, alpha, beta and of the entropy of the whole label, by the names of ``SLRLoss.stats``."""
         # H(q) is l - E_q[logit]: minus infinity without other keys, and below 0 by the rounding of large logits.
         entropy = (
-            self.rest * self.q_entropy.clamp(min=0.0) + torch.special.entr(self.own) + torch.special.entr(self.rest)
+            self.rest_weight * self.q_entropy.clamp(min=0.0)
+            + torch.special.entr(self.own_weight)
+            + torch.special.entr(self.rest_weight)
         )
         names = ("positive_weight", "alpha", "beta", "label_entropy")
-        return dict(zip(names, torch.stack([self.own, self.alpha, self.beta, entropy]).mean(1), strict=True))
+        return dict(zip(names, torch.stack([self.own_weight, self.alpha, self.beta, entropy]).mean(1), strict=True))
 
 
 @torch.no_grad()

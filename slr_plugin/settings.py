@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     confidence: float | Tensor
     refines: bool  # False only where the confidence is known to be 0: the labels need no pass then
     chunk_size: int | None = None
-    has_changed: bool = False  # these two as of softmax_stats
+    has_changed: bool = False  # this and the next: see softmax_stats
     may_change: bool = False
 
     def one_hot(self) -> Settings:

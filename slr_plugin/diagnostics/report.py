@@ -31,7 +31,7 @@ def summary(quality: LabelQuality, criterion: SLRLoss | None = None) -> str:
     """
     mu = "" if criterion is None or not criterion.stats else f" (now {criterion.stats['mu'].item():.3g})"
     sharpening = "" if criterion is None else f" (now {criterion.sharpening:.3g})"
-    own, *_, chance, _, _, _, _, purity = (value.item() for value in quality)
+    own, chance, purity = quality.own.item(), quality.chance.item(), quality.purity.item()
     if quality.reason and quality.reason != ONE_HOT:
         return f"Cannot tell: {quality.reason}."
     given = 1 - own  # also to keys without a class

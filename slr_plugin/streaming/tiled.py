@@ -27,8 +27,8 @@ from slr_plugin.streaming import threads
 from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
 
 # Tiles of rows x keys. On the CPU 1,024 x 1,024 float32 values are 4 MB and stay in the cache between the two products.
-# An accelerator wants fewer, larger launches: on an H200 (8192, 65536) halves the forward pass of 256 images over
-# 65,536 keys, then one tile of 200 MB. This one takes 134 MB at most (``python -m benchmarks tiles``).
+# An accelerator wants fewer, larger launches: on an H200, at precision "high", (8192, 65536) halves the forward pass of
+# 256 images over 65,536 keys, then one tile of 200 MB. This one takes 134 MB at most (``python -m benchmarks tiles``).
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 8192)
 # A pass over at least so many pairs of rows and keys is shared among threads. Handing it over costs up to 8 ms, while
@@ -53,7 +53,7 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool, shares_rows: bool) -> Tiling:
-        """Choose by device, and by the size of the pass, whose rows are shared among threads or whose keys are."""
+        """Choose tiles and threads by the device and the size of the pass; threads share its rows or its keys."""
         on_cpu = rows.device.type == "cpu"
         pairs = len(rows) * sum(len(source.keys) for source in sources)
         count = torch.get_num_threads() if on_cpu and pairs >= SHARED_PAIRS else 1
@@ -126,7 +126,8 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     """Compute the statistics of (r, d) rows over all keys of all sources."""
     scale, bound, hidden, _, chunk = plan
     bounded, mirrored = _is_bounded(plan), _is_mirrored(plan)
-    if len(sources) > 1 and sum(len(source.keys) for source in sources) <= (chunk or _largest_tile(rows.device)[1]):
+    most = _largest_tile(rows.device)[1]
+    if len(sources) > 1 and sum(len(source.keys) for source in sources) <= min(chunk or most, most):
         sources = [_one_source(sources, rows)]  # one tile in place of two, of some seven operations each
     tiling = Tiling.of(rows, sources, chunk, mirrored, shares_rows=True)
     count, values = len(rows), sources[0].values
