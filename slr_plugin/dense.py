@@ -98,7 +98,7 @@ def objective(key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], se
 
     plain = logits(key_set.rows, key_set)
     one_hot_term = F.cross_entropy(plain, key_set.own_columns())
-    mixing = key_set.labelled(mixes=bool(crops))
+    mixing = key_set.labelled(len(crops) > 0)
     with torch.no_grad():
         refined = labels(mixing, settings)
     if not crops:

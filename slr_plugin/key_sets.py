@@ -45,9 +45,9 @@ class KeySet(NamedTuple):
         """Whether the rows are all keys, in their order: half of the logits are then enough."""
         return self.is_symmetric() and self.keys is self.rows and self.queue is None
 
-    def labelled(self, mixes: bool) -> KeySet:
+    def labelled(self, has_mixed: bool) -> KeySet:
         """The key set whose keys the labels spread over, with mixed queries or without."""
-        return self if self.mixed_keys is None or not mixes else self.mixed_keys
+        return self if self.mixed_keys is None or not has_mixed else self.mixed_keys
 
     def own_keys(self) -> Tensor:
         """The own key (r, d) of each row, which also estimates its label."""

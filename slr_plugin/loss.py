@@ -173,7 +173,7 @@ class SLRLoss(HasSettings):
         settings = self.settings_at(place.step, key_set.rows.dtype, has_changed, may_change)
         with torch.autocast(out0.device.type, enabled=False):
             loss, labels = slr_objective(key_set, features.crops, features.mixes, settings)
-            labelled = key_set.labelled(mixes=bool(features.mixes))
+            labelled = key_set.labelled(len(features.mixes) > 0)
             for observer in observers:
                 observer.compare(labelled, lambda: dense.labels(labelled, settings))
         self._labels, self._confidence = labels, settings.confidence

@@ -132,12 +132,6 @@ def test_a_schedule_that_is_a_function_is_told_of_cosine_confidence():
     assert criterion.stats["mu"].item() == pytest.approx(0.1)
 
 
-compiles_where_it_checkpoints = pytest.mark.skipif(
-    torch.__version__ < "2.5", reason="this torch raises errors of its own where a compiled call is checkpointed"
-)
-
-
-@compiles_where_it_checkpoints
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_losses_with_other_schedules_compile_beside_each_other(backend, dynamic):
@@ -150,6 +144,12 @@ def test_losses_with_other_schedules_compile_beside_each_other(backend, dynamic)
             torch.testing.assert_close(compiled(queries, keys), eager(queries, keys))
 
 
+compiles_where_it_checkpoints = pytest.mark.skipif(
+    torch.__version__ < "2.5", reason="this torch raises errors of its own where a compiled call is checkpointed"
+)
+
+
+@compiles_where_it_checkpoints
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("memory_bank_size", [(16, 8), 0])
