@@ -45,8 +45,9 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
     Args:
         temperature, memory_bank_size, gather_distributed, sharpening, confidence, refined_weight, in_batch_keys: as in
             :class:`slr_plugin.SLRLoss`.
-        **kwargs: those of BaseMetricLossFunction: ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer``,
-            ``collect_stats``, and as ``distance`` CosineSimilarity, which it is anyway.
+        **kwargs: those of BaseMetricLossFunction: ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer`` (of
+            the regulariser alone: the loss is one number), ``collect_stats``, and as ``distance`` CosineSimilarity,
+            which it is anyway.
 
     Attributes:
         criterion: the :class:`slr_plugin.SLRLoss`, whose settings may be assigned.

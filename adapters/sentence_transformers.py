@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from sentence_transformers.base.losses.merged_forward import embed_columns  # no
 from sentence_transformers.util import similarity_fct_name  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+REPEATING = ("AdaptiveLayerLoss", "Matryoshka2dLoss")  # losses that call another one several times a batch
 DIRECTIONS = ("query_to_doc", "doc_to_query")
 
 
@@ -174,10 +177,11 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
     """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
 
     ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
-    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed. The
-    schedule follows the trainer's ``global_step``, whatever the gradient accumulation. Beside the loss, the trainer
-    logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation during
-    training as ``eval_slr/positive_weight``.
+    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed, if
+    the model has the weights beside which they were written. The schedule follows the trainer's ``global_step``,
+    whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside the loss, the
+    trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation
+    during training as ``eval_slr/positive_weight``.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 
@@ -203,23 +207,30 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         criteria = self.criteria()
         if not criteria:
             raise ValueError(f"{type(self.trainer.loss).__name__} has no slr_plugin.SLRLoss: remove the callback")
+        losses = self.trainer.loss.values() if isinstance(self.trainer.loss, dict) else [self.trainer.loss]
+        repeating = [module for loss in losses for module in loss.modules() if type(module).__name__ in REPEATING]
+        if repeating and any(len(criterion.memory_bank) for criterion in criteria.values()):
+            raise ValueError(
+                f"{type(repeating[0]).__name__} calls the loss several times a batch, and each call would enqueue the "
+                "same documents: set memory_bank_size=0"
+            )
         if state.global_step:
             self._restore(criteria, args, state)
-        self._hooks = [criterion.register_forward_hook(self._track) for criterion in criteria.values()]
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Place the schedules at the trainer's step."""
-        for criterion in self.criteria().values():
-            criterion.set_step(state.global_step)
-
-    on_substep_end = on_step_begin  # a batch of the same optimizer step follows
+        self._hooks = [
+            handle
+            for criterion in criteria.values()
+            for handle in (
+                criterion.register_forward_pre_hook(self._place),
+                criterion.register_forward_hook(self._track),
+            )
+        ]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the losses into the checkpoint that the trainer has just written."""
         folder = self._folder(args, state)
         if args.should_save and folder.is_dir():
             states = {path: criterion.state_dict() for path, criterion in self.criteria().items()}
-            torch.save(states, folder / self.FILE)
+            torch.save({"losses": states, "weights": self._weights()}, folder / self.FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the losses."""
@@ -227,26 +238,45 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
             hook.remove()
         self._hooks = []
 
+    def _place(self, criterion: SLRLoss, inputs: Any) -> None:
+        """Place the schedule at the trainer's step: calls do not count steps."""
+        criterion.set_step(self.trainer.state.global_step)
+
     def _track(self, criterion: SLRLoss, inputs: Any, output: Any) -> None:
         self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
 
     def _restore(self, criteria: dict[str, SLRLoss], args: Any, state: Any) -> None:
         folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
         files = [folder / self.FILE for folder in (*folders, self._folder(args, state))]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
+        stored = {file: torch.load(file, map_location="cpu", weights_only=True) for file in files if file.is_file()}
+        weights = self._weights()
+        fitting = [file for file, content in stored.items() if _are_close(content["weights"], weights)]
+        if not fitting:
             warnings.warn(
-                f"there is no {' or '.join(map(str, files))}: the queue starts afresh; if the checkpoint lies "
-                "elsewhere, set resume_from_checkpoint of the training arguments to its folder too",
+                f"there is no {' or '.join(map(str, files))} that was written beside the model's weights: the queue "
+                "starts afresh; if the checkpoint lies elsewhere, set resume_from_checkpoint of the training arguments "
+                "to its folder too",
                 stacklevel=2,
             )
             return
-        states = torch.load(file, map_location="cpu", weights_only=True)
+        file = fitting[0]
+        states = stored[file]["losses"]
         if states.keys() != criteria.keys():
             raise ValueError(f"{file} is of the losses {sorted(states)}, the trainer has {sorted(criteria)}")
         for path, criterion in criteria.items():
             criterion.load_state_dict(states[path])
 
+    def _weights(self) -> list[float]:
+        """Numbers by which the model's weights are known again; none where processes hold a part of them each."""
+        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+            return []
+        with torch.no_grad():
+            return [float(p.double().abs().sum()) for p in self.trainer.model.parameters()]
+
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _are_close(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) == len(second) and all(map(functools.partial(math.isclose, rel_tol=1e-9), first, second))

@@ -308,8 +308,8 @@ class SLRLoss(HasSettings):
         )
         if len(bank):
             bank.set_dim(out0.shape[1])
-            if gathers:
-                bank.share(functools.partial(broadcast, device=out0.device))
+            if gathers and bank.share(functools.partial(broadcast, device=out0.device)):
+                broadcast(self.step, out0.device)
             key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
         return features, key_set, update
 

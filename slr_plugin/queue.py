@@ -114,13 +114,19 @@ class KeyQueue(nn.Module):
         self._is_shared = False
 
     @torch.no_grad()
-    def share(self, broadcast: Callable[[Tensor], None]) -> None:
-        """Give all processes the first queue of process 0, once; theirs differ where their seeds do."""
-        if not self._is_shared:
-            for ring in (self.bank, self.bank_ptr, self.estimator_bank):
-                if ring is not None:
-                    broadcast(ring)
-            self._is_shared = True
+    def share(self, broadcast: Callable[[Tensor], None]) -> bool:
+        """Give all processes the first queue of process 0, once; theirs differ where their seeds do.
+
+        Returns:
+            Whether that was now.
+        """
+        if self._is_shared:
+            return False
+        for ring in (self.bank, self.bank_ptr, self.estimator_bank):
+            if ring is not None:
+                broadcast(ring)
+        self._is_shared = True
+        return True
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, estimators: Tensor | None = None) -> Enqueued:

@@ -89,6 +89,8 @@ def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]
     if rank is not None:
         distributed.SCATTERING = {"cpu"} if scenario.scatters else set()
     model = Model(scenario, scenario.gather and rank is not None, seed=rank or 0 if scenario.own_seeds else 0)
+    if rank and scenario.own_seeds:
+        model.criterion.set_step(7)  # as where process 0 alone has loaded a checkpoint
     step_model = model if rank is None or scenario.own_seeds else DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
     generator = torch.Generator().manual_seed(1)

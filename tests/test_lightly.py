@@ -200,6 +200,17 @@ def test_a_run_goes_on_at_the_same_share_where_its_epochs_have_other_numbers_of_
         assert own.values == pytest.approx(other.values[12:], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:batch_size_per_device=:UserWarning")
+def test_a_run_that_goes_on_with_other_batches_takes_the_learning_rate_for_them(tmp_path):
+    options = {"checkpoints": tmp_path, "limit_val_batches": 0}
+    train(build(), 4, callbacks=[_lightly.StopAfter(2)], **options)
+    same, twice = Losses("lr"), Losses("lr")
+    train(build(), 4, callbacks=[same], ckpt_path=tmp_path / "last.ckpt", limit_val_batches=0)
+    larger = SANE(2 * _lightly.BATCH, _lightly.CLASSES, backbone=_lightly.backbone(), preset=_lightly.PRESET, knn_k=5)
+    train(larger, 4, callbacks=[twice], ckpt_path=tmp_path / "last.ckpt", limit_val_batches=0)
+    assert twice.values == pytest.approx([2 * rate for rate in same.values])
+
+
 @pytest.mark.filterwarnings("ignore:this run takes:UserWarning")
 def test_such_a_run_can_be_stopped_once_more(tmp_path):
     once, twice = tmp_path / "once", tmp_path / "twice"

@@ -246,8 +246,33 @@ def test_a_checkpoint_without_the_queue_warns(tmp_path):
     run = trainer(tmp_path, static_model(), refined)
     run.train()
     (tmp_path / "checkpoint-4" / "slr_loss.pt").unlink()
-    with pytest.warns(UserWarning, match=r"slr_loss.pt: the queue starts afresh; if the checkpoint lies elsewhere"):
+    with pytest.warns(UserWarning, match=r"the model's weights: the queue starts afresh; if the checkpoint lies"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_the_queue_of_another_run_is_not_taken(tmp_path):
+    """Both have a checkpoint-4; the trainer looks into its own folder unless it is told."""
+    for name, rate in (("first", 0.05), ("second", 0.02)):
+        trainer(tmp_path / name, static_model(), refined, learning_rate=rate).train()
+    checkpoint = tmp_path / "first" / "checkpoint-4"
+    resumed = trainer(tmp_path / "second", static_model(), refined)
+    with pytest.warns(UserWarning, match="the queue starts afresh"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+    told = trainer(tmp_path / "second", static_model(), refined, resume_from_checkpoint=str(checkpoint))
+    told.train(resume_from_checkpoint=str(checkpoint))
+    whole = torch.load(tmp_path / "first" / "checkpoint-8" / "slr_loss.pt", weights_only=True)["losses"]
+    torch.testing.assert_close(told.loss.criteria[BOTH[0]].state_dict(), whole[f"loss.criteria.{BOTH[0]}"])
+
+
+def test_losses_that_call_it_several_times_a_batch_take_no_queue(tmp_path):
+    from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss
+
+    run = trainer(tmp_path, static_model(), refined)
+    run.loss = AdaptiveLayerLoss.__new__(AdaptiveLayerLoss)  # which wants a model with layers
+    torch.nn.Module.__init__(run.loss)
+    run.loss.loss = refined(static_model())
+    with pytest.raises(ValueError, match="AdaptiveLayerLoss calls the loss several times a batch"):
+        run.train()
 
 
 def test_a_checkpoint_of_other_losses_is_refused(tmp_path):

@@ -70,7 +70,7 @@ class SANE(LightningModule):
         TypeError: an argument is of the wrong type.
     """
 
-    _warmup_and_steps: tuple[int, int] | None = None  # of this run's learning rate
+    _schedule_of_run: tuple[int, int, list[float]] | None = None  # warm-up, steps and rates of the learning rate
 
     def __init__(
         self,
@@ -207,8 +207,8 @@ class SANE(LightningModule):
         steps, warmup = self._steps.total(self.trainer), epoch_steps(self.trainer, self.warmup_epochs)
         if warmup == float("inf"):
             raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
-        self._warmup_and_steps = int(warmup), steps
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(warmup), max_epochs=steps)
+        self._schedule_of_run = int(warmup), steps, list(scheduler.base_lrs)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def on_fit_start(self) -> None:
@@ -223,11 +223,11 @@ class SANE(LightningModule):
         if self.mixup is not None:
             self.mixup.generator = mixing_generator(self.trainer.global_step)
         self._steps.go_on(self.trainer)
-        # A checkpoint restored the length of its own run, which this one may extend, and its count of steps.
+        # A checkpoint restored the length and the rates of its own run, which may have had other epochs and batches.
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            if self._warmup_and_steps and isinstance(scheduler, CosineWarmupScheduler):
-                scheduler.warmup_epochs, scheduler.max_epochs = self._warmup_and_steps
+            if self._schedule_of_run and isinstance(scheduler, CosineWarmupScheduler):
+                scheduler.warmup_epochs, scheduler.max_epochs, scheduler.base_lrs = self._schedule_of_run
                 scheduler.last_epoch = self.trainer.global_step - self._steps.first
                 scale = scheduler.scale_lr(scheduler.last_epoch)
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):

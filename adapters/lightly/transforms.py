@@ -37,7 +37,7 @@ _OPERATIONS = [
 _DRAWS = 5
 _PROBABILITY = 0.5 * len(_OPERATIONS) / (len(_OPERATIONS) + 1)
 
-_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of images that are tensors
+_DTYPES = (torch.uint8, torch.float16, torch.float32, torch.float64)  # of images that are tensors
 
 View = Callable[[Image | Tensor], Tensor]
 
@@ -98,8 +98,9 @@ class SANETransform(MultiViewTransform):
     def __call__(self, image: Image | np.ndarray | Tensor) -> list[Tensor]:
         """``2 + 2 * len(crops)`` tensors (channels, side, side).
 
-        Images of PIL and numpy become RGB, as in torchvision's loaders. Grey ones and tensors keep their channels; but
-        ``strong`` makes grey ones RGB, and takes no tensors.
+        Images of PIL and numpy become RGB, as in torchvision's loaders. Grey ones and tensors keep their channels up to
+        the normalisation, which makes three of one where it has three; but ``strong`` makes grey ones RGB, and takes no
+        tensors.
         """
         image = self._prepared(image)
         views: list[Tensor] = super().__call__(image)  # type: ignore[assignment]
@@ -120,8 +121,8 @@ class SANETransform(MultiViewTransform):
         elif not (isinstance(image, Tensor) and image.ndim == 3 and len(image) in (1, 3) and image.dtype in _DTYPES):
             seen = [f"{name} {getattr(image, name)}" for name in ("mode", "shape", "dtype") if hasattr(image, name)]
             raise TypeError(
-                "an image must be PIL's or numpy's of 8 bits per channel, or a tensor (1 or 3, height, width) of uint8 "
-                f"or floats, got {type(image).__name__} {', '.join(seen)}"
+                "an image must be PIL's or numpy's of 8 bits per channel, or a tensor (1 or 3, height, width) of "
+                f"uint8, float16, float32 or float64, got {type(image).__name__} {', '.join(seen)}"
             )
         if min(image.size if isinstance(image, Image) else image.shape[1:]) < self.input_size:
             warnings.warn(  # the default filter shows it once per process
