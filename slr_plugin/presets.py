@@ -83,11 +83,11 @@ CIFAR10 = Preset(
 IMAGENET = replace(CIFAR10, sharpening=1.0, confidence=(0.5, 10.0), kappa=0.1, queue_size=65536, epochs=200)
 
 # Ours, for two trained views and calls with ``estimator``: the label is what the estimator says, but for a
-# thousandth. A queue wants temperature 0.2, sharpening 0.5 and ``estimator_dim``.
+# thousandth. A queue wants temperature 0.2 and ``estimator_dim``.
 FROM_FEATURES = replace(
     CIFAR10,
     temperature=0.1,
-    sharpening=1.0,
+    sharpening=0.25,
     confidence=(1000.0, 1000.0),
     refined_weight=1.0,
     queue_size=0,
