@@ -25,15 +25,17 @@ class RunSteps:
         self._earlier = 0  # the steps of earlier fits, which the trainer's estimate of all steps includes
         self._per_epoch: float | None = None  # of the run that goes on, as long as both numbers above are in its steps
         self._stored: Mapping[str, Any] = NEW_RUN  # in the checkpoint that was loaded last
+        self._taken: Mapping[str, Any] = NEW_RUN  # of this fit
 
     def begin(self, trainer: Any) -> None:
         """To be called in ``on_fit_start``, before a checkpoint restores ``global_step``."""
         now = int(trainer.global_step)
-        stored = self._stored if trainer.ckpt_path else NEW_RUN | {"first": now, "earlier": now}
-        self.first, self._earlier, self._per_epoch = (stored[name] for name in NEW_RUN)
+        self._take(self._stored if trainer.ckpt_path else NEW_RUN | {"first": now, "earlier": now})
 
     def go_on(self, trainer: Any) -> None:
-        """To be called in ``on_train_start``, after a checkpoint restored ``global_step``."""
+        """To be called in ``on_train_start``, after a checkpoint restored ``global_step``; changes the total."""
+        if trainer.ckpt_path and self._taken is not self._stored:  # FSDP and others load it after the fit began
+            self._take(self._stored)
         share = self._share(trainer)
         if share != 1:
             warnings.warn(
@@ -69,6 +71,10 @@ class RunSteps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what the checkpoint of a run kept, if the next fit goes on from it."""
         self._stored = dict(state)
+
+    def _take(self, numbers: Mapping[str, Any]) -> None:
+        self._taken = numbers
+        self.first, self._earlier, self._per_epoch = (numbers[name] for name in NEW_RUN)
 
     def _share(self, trainer: Any) -> float:
         """Today's steps per epoch over the checkpoint's; 1 where steps and not epochs end the run."""

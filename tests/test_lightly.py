@@ -24,6 +24,7 @@ from lightly.loss import NTXentLoss
 from lightly.utils.benchmarking import KNNClassifier
 from pytorch_lightning import Trainer, seed_everything
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.strategies import SingleDeviceStrategy
 
 from slr_plugin import CosineConfidence
 from slr_plugin.adapters._require import require
@@ -198,6 +199,27 @@ def test_a_run_goes_on_at_the_same_share_where_its_epochs_have_other_numbers_of_
     assert any("at the same share of the epochs" in str(warning.message) for warning in caught)
     for own, other in zip(resumed, whole, strict=True):
         assert own.values == pytest.approx(other.values[12:], rel=1e-6)
+
+
+class LateStrategy(SingleDeviceStrategy):
+    """Loads checkpoints as the strategies that split a model do (FSDP, DeepSpeed), after the fit began."""
+
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.filterwarnings(
+    "ignore:this run takes:UserWarning", "ignore:The .val_dataloader. does not have many workers"
+)
+def test_a_checkpoint_that_is_loaded_late_places_the_schedules_all_the_same(tmp_path):
+    options = {"limit_val_batches": 0, "accumulate_grad_batches": 2}
+    train(build(confidence=(0.0, 1.0)), 6, callbacks=[_lightly.StopAfter(3)], checkpoints=tmp_path, limit_val_batches=0)
+    seen = {}
+    for name, more in (("early", {}), ("late", {"strategy": LateStrategy(torch.device("cpu"))})):
+        metrics = [Losses("slr/mu"), Losses("lr")]
+        model = build(confidence=(0.0, 1.0))
+        train(model, 6, callbacks=metrics, ckpt_path=tmp_path / "last.ckpt", **options, **more)
+        seen[name] = [metric.values for metric in metrics]
+    assert seen["late"] == seen["early"]
 
 
 @pytest.mark.filterwarnings("ignore:batch_size_per_device=:UserWarning")

@@ -70,7 +70,7 @@ class SANE(LightningModule):
         TypeError: an argument is of the wrong type.
     """
 
-    _schedule_of_run: tuple[int, int, list[float]] | None = None  # warm-up, steps and rates of the learning rate
+    _warmup_and_rates: tuple[int, list[float]] | None = None  # of this run
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class SANE(LightningModule):
             dim,
             total_steps=1,
             gather_distributed=True,
-            confidence=self._schedule(total_steps=1),  # the run's length is not known before on_fit_start
+            confidence=self._schedule(total_steps=1),  # the run's length is not known before on_train_start
             in_batch_keys=in_batch_keys,
         )
         self._set_confidence = self.criterion.confidence  # by this module; another one was assigned by the user
@@ -208,26 +208,27 @@ class SANE(LightningModule):
         if warmup == float("inf"):
             raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
         scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(warmup), max_epochs=steps)
-        self._schedule_of_run = int(warmup), steps, list(scheduler.base_lrs)
+        self._warmup_and_rates = int(warmup), list(scheduler.base_lrs)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def on_fit_start(self) -> None:
-        """Let the confidence grow from the beginning of this run to its end."""
+        """Remember where this run begins."""
         self._steps.begin(self.trainer)
         warn_of_averaged_queue(self.trainer)
-        if isinstance(self.confidence, tuple | list) and self.criterion.confidence is self._set_confidence:
-            self._set_confidence = self.criterion.confidence = self._schedule(self._steps.total(self.trainer))
 
     def on_train_start(self) -> None:
-        """Seed the mixing by the global seed, the process, and where a run goes on; end the schedules with this run."""
+        """Seed the mixing by the global seed, the process, and where a run goes on; lay out this run's schedules."""
         if self.mixup is not None:
             self.mixup.generator = mixing_generator(self.trainer.global_step)
         self._steps.go_on(self.trainer)
+        if isinstance(self.confidence, tuple | list) and self.criterion.confidence is self._set_confidence:
+            self._set_confidence = self.criterion.confidence = self._schedule(self._steps.total(self.trainer))
         # A checkpoint restored the length and the rates of its own run, which may have had other epochs and batches.
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            if self._schedule_of_run and isinstance(scheduler, CosineWarmupScheduler):
-                scheduler.warmup_epochs, scheduler.max_epochs, scheduler.base_lrs = self._schedule_of_run
+            if self._warmup_and_rates and isinstance(scheduler, CosineWarmupScheduler):
+                scheduler.max_epochs = self._steps.total(self.trainer)
+                scheduler.warmup_epochs, scheduler.base_lrs = self._warmup_and_rates
                 scheduler.last_epoch = self.trainer.global_step - self._steps.first
                 scale = scheduler.scale_lr(scheduler.last_epoch)
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
