@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +196,7 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
 
     def criteria(self) -> dict[str, SLRLoss]:
         """Every SLRLoss in the trainer's losses, by its path."""
-        losses = self.trainer.loss if isinstance(self.trainer.loss, dict) else {"loss": self.trainer.loss}
-        modules = ((f"{name}.{path}", module) for name, loss in losses.items() for path, module in loss.named_modules())
-        return {path: module for path, module in modules if isinstance(module, SLRLoss)}
+        return {path: module for path, module in self._modules() if isinstance(module, SLRLoss)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the losses of a run that is resumed; follow their calls."""
@@ -207,8 +204,7 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         criteria = self.criteria()
         if not criteria:
             raise ValueError(f"{type(self.trainer.loss).__name__} has no slr_plugin.SLRLoss: remove the callback")
-        losses = self.trainer.loss.values() if isinstance(self.trainer.loss, dict) else [self.trainer.loss]
-        repeating = [module for loss in losses for module in loss.modules() if type(module).__name__ in REPEATING]
+        repeating = [module for _, module in self._modules() if type(module).__name__ in REPEATING]
         if repeating and any(len(criterion.memory_bank) for criterion in criteria.values()):
             raise ValueError(
                 f"{type(repeating[0]).__name__} calls the loss several times a batch, and each call would enqueue the "
@@ -216,14 +212,9 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
             )
         if state.global_step:
             self._restore(criteria, args, state)
-        self._hooks = [
-            handle
-            for criterion in criteria.values()
-            for handle in (
-                criterion.register_forward_pre_hook(self._place),
-                criterion.register_forward_hook(self._track),
-            )
-        ]
+        for criterion in criteria.values():
+            self._hooks.append(criterion.register_forward_pre_hook(self._place))
+            self._hooks.append(criterion.register_forward_hook(self._track))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the losses into the checkpoint that the trainer has just written."""
@@ -237,6 +228,11 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module in the trainer's losses, with its path."""
+        losses = self.trainer.loss if isinstance(self.trainer.loss, dict) else {"loss": self.trainer.loss}
+        return ((f"{name}.{path}", module) for name, loss in losses.items() for path, module in loss.named_modules())
 
     def _place(self, criterion: SLRLoss, inputs: Any) -> None:
         """Place the schedule at the trainer's step: calls do not count steps."""
@@ -271,7 +267,7 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             return []
         with torch.no_grad():
-            return [float(p.double().abs().sum()) for p in self.trainer.model.parameters()]
+            return [torch.linalg.vector_norm(p, 1, dtype=torch.float64).item() for p in self.trainer.model.parameters()]
 
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
@@ -279,4 +275,6 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
 
 
 def _are_close(first: Sequence[float], second: Sequence[float]) -> bool:
-    return len(first) == len(second) and all(map(functools.partial(math.isclose, rel_tol=1e-9), first, second))
+    return len(first) == len(second) and all(
+        math.isclose(a, b, rel_tol=1e-9) for a, b in zip(first, second, strict=True)
+    )

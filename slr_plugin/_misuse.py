@@ -73,7 +73,7 @@ class Watch:
     def _tell(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            warnings.warn(message, stacklevel=6)  # the caller of the module, or of the backward some lines of torch
+            warnings.warn(message, stacklevel=6)  # the caller of the module; in a backward, torch
 
 
 def _is_capturing(like: Tensor) -> bool:

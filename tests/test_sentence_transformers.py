@@ -296,6 +296,20 @@ def test_the_schedule_counts_optimizer_steps(tmp_path):
     assert seen == [step for step in range(8) for _ in range(3)]
 
 
+def test_the_schedule_stands_still_within_a_step_of_matryoshka(tmp_path):
+    def build(model):
+        loss = SelfLabelingRankingLoss(model, confidence=CosineConfidence(0.0, 2.0, 8))
+        return MatryoshkaLoss(model, loss, [8, 4, 2])
+
+    run = trainer(tmp_path, static_model(), build)
+    seen = []
+    (criterion,) = [module for module in run.loss.modules() if type(module).__name__ == "SLRLoss"]
+    criterion.register_forward_hook(lambda module, inputs, output: seen.append(module.stats["mu"].item()))
+    run.train()
+    schedule = CosineConfidence(0.0, 2.0, 8)
+    assert seen == pytest.approx([schedule(step) for step in range(8) for _ in range(3)], abs=1e-6)
+
+
 def test_logs_the_means_of_the_label_statistics(tmp_path):
     run = trainer(tmp_path, static_model(), lambda model: SelfLabelingRankingLoss(model, confidence=2.0), eval_steps=3,
                   eval_strategy="steps")  # fmt: skip
