@@ -140,6 +140,7 @@ def test_grey_images_of_grey_settings_stay_grey():
         torch.zeros(40, 40),
         torch.zeros(2, 3, 40, 40),
         torch.zeros(3, 40, 40, dtype=torch.int64),
+        torch.zeros(3, 40, 40, dtype=torch.bfloat16),  # the blur takes none
         None,
         "image.png",
     ],

@@ -16,6 +16,7 @@ from benchmarks.representations.data import Images
 
 LABELLED = 250  # of the images, for a classifier that guesses the classes of the others
 PURITIES = (25, 50, 75)  # per cent
+TOLD = ("classes", *(f"classes-{percent}" for percent in PURITIES))  # estimators that are told the classes
 COMPONENTS, CELL, ORIENTATIONS = 64, 4, 9
 
 

@@ -11,7 +11,7 @@ import lightly.loss
 from torch import nn
 
 from benchmarks.representations import baselines
-from benchmarks.representations.features import LABELLED, PURITIES
+from benchmarks.representations.features import LABELLED, PURITIES, TOLD
 from benchmarks.representations.objectives import (
     DIM,
     Bootstrap,
@@ -210,9 +210,10 @@ METHODS: dict[str, Method] = {
         for name, text in FEATURE_WORDS.items()
     },
     **{
-        f"half-{name}": _slr(f"half of the label, from {text}", False, WHOLE | {"refined_weight": 0.5}, features=name)
-        for name, text in FEATURE_WORDS.items()
-        if name.startswith("classes")
+        f"half-{name}": _slr(
+            f"half of the label, from {FEATURE_WORDS[name]}", False, WHOLE | {"refined_weight": 0.5}, features=name
+        )
+        for name in TOLD
     },
     "sharp-gradients": _slr("the same, tau' 0.25", False, WHOLE | {"sharpening": 0.25}, features="gradients"),
     **{

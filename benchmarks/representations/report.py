@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from benchmarks.representations.budgets import COPIES
-from benchmarks.representations.features import PURITIES
+from benchmarks.representations.features import TOLD
 from benchmarks.representations.harness import Record, best, records, tuning
 from benchmarks.representations.methods import METHODS, PLAIN
 
@@ -20,7 +20,6 @@ Records = Mapping[str, Mapping[int, Record]]  # method, seed, record
 MEASURES = ("knn", "linear")
 DRAWN = ("moco", "moco-longer", "mm", "sane", "sane-lambda-1.0", "sane-lambda-1.0-longer")
 LABELLED = ("p", "q", "p+q", "sane")
-TOLD = (*(f"classes-{percent}" for percent in PURITIES), "classes")
 
 
 class Study(NamedTuple):
