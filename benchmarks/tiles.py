@@ -23,7 +23,7 @@ from benchmarks.contenders import Size
 from benchmarks.loss import seconds
 from benchmarks.machine import machine, publish
 from slr_plugin.streaming import tiled
-from slr_plugin.streaming.stats import Diagonal, Plan, Source
+from slr_plugin.streaming.stats import Plan, Source
 
 SIZES = {f"queue {queue:,}": Size(256, queue, 128) for queue in (4096, 65536)}
 SIZES |= {f"two views of {rows:,}": Size(rows, 0, 128) for rows in (2048, 8192)}
@@ -45,15 +45,14 @@ def passes(backend: ModuleType, size: Size, device: str) -> Passes:
 
     if size.queue:
         rows, keys, queue = draw(3 * size.rows), draw(size.rows), draw(size.queue)
-        plan = Plan(SCALE, SCALE, [], False, 0)
-        return {"forward": lambda: backend.forward(rows, [Source(keys, keys), Source(queue, queue, True)], plan)}
+        plan = Plan(None, SCALE, SCALE, False, 0)
+        return {"forward": lambda: backend.forward(rows, [Source(keys, keys), Source(queue, queue)], plan)}
     rows = draw(2 * size.rows)
-    plan = Plan(SCALE, SCALE, [Diagonal(0, 0, len(rows))], True, 0)
+    plan = Plan(torch.arange(len(rows), device=device)[:, None], SCALE, SCALE, True, 0)
     stats = tiled.forward(rows, [Source(rows, rows)], plan)
-    logsumexp = stats.reference + stats.offset
     return {
         "forward": lambda: backend.forward(rows, [Source(rows, rows)], plan),
-        "backward": lambda: backend.keys_backward(rows, rows, logsumexp, rows, plan),
+        "backward": lambda: backend.keys_backward(rows, rows, stats.reference, stats.offset, rows, plan),
     }
 
 

@@ -1,4 +1,4 @@
-"""What a caller gave, checked before anything changes, and the unit features made of it."""
+"""Validates and L2-normalises the tensors of a call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slr_plugin._torch_internals import is_transformed
+from slr_plugin._torch_internals import is_transformed, no_autocast
 from slr_plugin.checks import check_float_tensor, check_no_tangent
 from slr_plugin.mixup import Mix, check_mix
 
@@ -87,7 +87,7 @@ def checked_features(
         if negatives is not None:
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
-    with torch.autocast(queries.device.type, enabled=False):
+    with no_autocast(queries.device):
         return Features(
             UnitRows.apply(queries.to(dtype)),
             UnitRows.apply(positives.to(dtype)),

@@ -1,30 +1,48 @@
-"""What torch keeps private and the loss has to know; where a torch does not tell, the answer is the usual case."""
+"""What torch keeps private and the loss has to know; where a torch does not tell, the answer is the usual case.
+
+Activation checkpointing computes a call again in the backward. The reentrant kind records a gradient only then, so the
+second run is the one that counts; in every other kind the first run has advanced the queue and the schedule already.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 
-def current_backward() -> int:
-    """The number of the backward that this thread is in, -1 outside of any."""
-    number = getattr(torch._C, "_current_graph_task_id", None)
-    return -1 if number is None else number()
+def is_repeated() -> bool:
+    """Whether the current call is made in a backward and records a gradient, as checkpointing does."""
+    return torch.is_grad_enabled() and _in_backward()
+
+
+def is_recomputed() -> bool:
+    """Whether checkpointing computes the current operator again; operators can ask inside compiled code too."""
+    return _in_backward() and (is_in_reentrant_checkpoint() or _saves_tensors_by_hooks())
+
+
+def refuse_repetition() -> NoReturn:
+    """Raise the error of a call that is computed again after what it reads has changed."""
+    raise RuntimeError(
+        "activation checkpointing computes SLRLoss again after its queue or schedule moved on, so its gradient would "
+        "be wrong: checkpoint the encoder without the loss, which needs O(s d) memory anyway"
+    )
 
 
 def is_in_reentrant_checkpoint() -> bool:
-    """Whether the backward under way is that of reentrant activation checkpointing, which computes a call again."""
+    """Whether the backward under way is that of reentrant activation checkpointing."""
     node = getattr(torch._C, "_current_autograd_node", None)
     return node is not None and "CheckpointFunction" in type(node()).__name__
 
 
-def saves_tensors_by_hooks() -> bool:
-    """Whether hooks take what the backward needs, as in other checkpointing. Torch 2.4 does not tell: it may be so."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return hooks is None or hooks(False) is not None
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtypes of the tensors, on devices with autocast and without."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def is_transformed(value: Tensor) -> bool:
@@ -33,10 +51,12 @@ def is_transformed(value: Tensor) -> bool:
     return functorch is not None and functorch.is_functorch_wrapped_tensor(value)
 
 
-def without_modes() -> AbstractContextManager[object]:
-    """Compute unseen by torch's dispatch modes, such as that of selective checkpointing."""
-    try:
-        from torch.utils._python_dispatch import _disable_current_modes
-    except ImportError:
-        return contextlib.nullcontext()
-    return _disable_current_modes()
+def _in_backward() -> bool:
+    number = getattr(torch._C, "_current_graph_task_id", None)
+    return number is not None and number() != -1
+
+
+def _saves_tensors_by_hooks() -> bool:
+    # As checkpointing does to keep what the backward needs. Torch 2.4 does not tell: it may be so.
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(False) is not None

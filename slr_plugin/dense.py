@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slr_plugin._inputs import Features
-from slr_plugin.key_sets import KeySet, choose
+from slr_plugin.key_sets import KeySet, build_key_set
 from slr_plugin.mixup import Mix
 from slr_plugin.settings import Settings
 
@@ -76,11 +76,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def labels(key_set: KeySet, settings: Settings) -> Tensor:
     """The refined labels (r, K) of a key set's rows, its columns in their order."""
-    estimators = key_set.estimator_keys or key_set
+    estimators = key_set.estimator or key_set
     return self_labels(
-        estimators.similarity(estimators.own_keys()),
-        key_set.own_columns(),
-        key_set.left_out_columns(),
+        estimators.similarity(estimators.positives),
+        key_set.positive_columns(),
+        key_set.self_index,
         temperature=settings.temperature,
         sharpening=settings.sharpening,
         confidence=settings.confidence,
@@ -92,13 +92,13 @@ def objective(key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], se
 
     def logits(rows: Tensor, keys: KeySet) -> Tensor:
         logits = keys.similarity(rows) / settings.temperature
-        hidden = keys.left_out_columns()
+        hidden = keys.self_index
         # A finite stand-in for minus infinity: labels are 0 there, and 0 * inf is not.
         return logits if hidden is None else logits.scatter(1, hidden[:, None], torch.finfo(logits.dtype).min)
 
     plain = logits(key_set.rows, key_set)
-    one_hot_term = F.cross_entropy(plain, key_set.own_columns())
-    mixing = key_set.labelled(len(crops) > 0)
+    one_hot_term = F.cross_entropy(plain, key_set.positive_columns())
+    mixing = key_set.for_mixed() if crops else key_set
     with torch.no_grad():
         refined = labels(mixing, settings)
     if not crops:
@@ -135,10 +135,7 @@ def slr_loss(
     queries, positives = F.normalize(queries, dim=1), F.normalize(positives, dim=1)
     negatives = None if negatives is None else F.normalize(negatives, dim=1)
     features = Features(queries, positives, negatives=negatives)
-    has_queue = queue is not None
-    key_set = choose(features, in_batch_keys=in_batch_keys, symmetric=symmetric, has_queue=has_queue)
-    if queue is not None:
-        key_set = key_set.with_queue(queue, None)
+    key_set = build_key_set(features, queue, in_batch_keys=in_batch_keys, symmetric=symmetric)
     crops = [mixed] if isinstance(mixed, Tensor) else list(mixed or [])
     mixes: Any = [mix] if isinstance(mixed, Tensor) else list(mix or [])
     settings = Settings(temperature, sharpening, refined_weight, confidence, refines=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from slr_plugin._inputs import checked_features
-from slr_plugin._misuse import ALONE_IN_FUNCTION, is_alone
+from slr_plugin._torch_internals import no_autocast
 from slr_plugin.checks import check_flag, check_float_tensor
-from slr_plugin.key_sets import choose
+from slr_plugin.key_sets import build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.settings import Settings, as_scalar, check_setting
@@ -85,14 +83,12 @@ def slr_loss(
     if symmetric and queue is not None:
         raise ValueError("symmetric=True compares both views with both and takes no queue: pass queue=None")
     symmetric = queue is None if symmetric is None else symmetric
-    key_set = choose(
+    key_set = build_key_set(
         features,
+        None if queue is None else queue.detach(),
         in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
         symmetric=symmetric,
-        has_queue=queue is not None and len(queue) > 0,
     )
-    if queue is not None:
-        key_set = key_set.with_queue(queue.detach(), None)
     if callable(confidence):
         raise TypeError("confidence must be a number here, since a function counts no steps: pass schedule(step)")
     confidence = check_setting("confidence", confidence)
@@ -103,8 +99,7 @@ def slr_loss(
         confidence,
         refines=confidence > 0,
     )
-    with torch.autocast(queries.device.type, enabled=False):
+    with no_autocast(queries.device):
         loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
-    if not torch.compiler.is_compiling() and loss.requires_grad and is_alone(key_set):
-        warnings.warn(ALONE_IN_FUNCTION, stacklevel=2)
+    warn_if_alone(key_set, loss, stacklevel=3)
     return loss

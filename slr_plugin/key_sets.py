@@ -1,12 +1,12 @@
-"""Which keys each row sees, which one is its own, and what the columns are called: the one place that knows.
+"""Which keys each row sees, and which of them is its positive: the one place that knows.
 
-A *row* is a trained feature with a positive, its *own* key. The streaming pass leaves out a row's own key, and the
-objective adds it back; mixed queries see all keys. To add a key set, write its constructor, let ``choose`` call it, and
-see that ``column_classes`` names its columns.
+A *row* is a trained feature with a positive. The streaming pass leaves the positive out, and the objective adds it
+back; mixed queries see all keys. To add a key set, write its case in ``build_key_set``.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,67 +14,45 @@ import torch
 from torch import Tensor
 
 from slr_plugin._inputs import Features
-from slr_plugin.streaming import Diagonal
 
 
 class KeySet(NamedTuple):
     """Rows and the keys that they see. All features have unit length.
 
-    Rows come in blocks of equal size, one per view. The columns of every dense matrix, such as labels, are ``keys`` and
-    then ``queue``; where the own keys are not among ``keys``, the own key of each row stands before them.
+    The columns of every dense matrix, such as labels, are ``keys`` and then ``queue``; where the positives are not
+    among ``keys``, the positive of each row stands before them.
     """
 
     rows: Tensor  # (r, d), trained
-    positives: Tensor  # (s, d), one per sample
+    positives: Tensor  # (r, d), one per row; they estimate the labels
     keys: Tensor  # (b, d) keys of this step, which may be trained: the batch's, then further negatives
+    queue: Tensor | None  # (n, d) constants
+    positive_index: Tensor | None  # (r,) where the positives stand among ``keys``; None if they do not
+    self_index: Tensor | None  # (r,) where the rows stand among ``keys``, themselves unseen; None if they do not
     batch_count: int  # how many of ``keys`` are the batch's
-    own: tuple[int, ...]  # of each block: the key that is its first row's own; () if none of ``keys`` is
-    entering: Tensor  # (S, d), the positives of all processes, which enter the queue after the call
-    left_out: tuple[int, ...] = ()  # of each block: a key that its first row does not see, such as the row itself
-    mixed_keys: KeySet | None = None  # what mixed queries see, where that is not what the rows see
-    queue: Tensor | None = None  # (n, d) constants
-    estimator_keys: KeySet | None = None  # the same keys in other features, which estimate the labels instead
+    keys_to_enqueue: Tensor  # (S, d), the positives of all processes
+    estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
 
     # Methods, since torch.compile cannot trace a property of a tuple in torch 2.4.
 
-    def is_symmetric(self) -> bool:
-        """Whether both views are rows: the second ones after the first ones, as in ``keys``."""
-        return len(self.own) == 2
+    def has_both_views(self) -> bool:
+        """Whether both views are rows: row i and row i + r/2 are of one sample, and positives of each other."""
+        return self.self_index is not None
 
-    def is_square(self) -> bool:
-        """Whether the rows are all keys, in their order: half of the logits are then enough."""
-        return self.is_symmetric() and self.keys is self.rows and self.queue is None
+    def hidden(self) -> Tensor | None:
+        """The keys (r, h) that the pass leaves out: each row's positive, and the row itself."""
+        indices = [index for index in (self.positive_index, self.self_index) if index is not None]
+        return torch.stack(indices, dim=1) if indices else None
 
-    def labelled(self, has_mixed: bool) -> KeySet:
-        """The key set whose keys the labels spread over, with mixed queries or without."""
-        return self if self.mixed_keys is None or not has_mixed else self.mixed_keys
-
-    def own_keys(self) -> Tensor:
-        """The own key (r, d) of each row, which also estimates its label."""
-        return self.rows.roll(len(self.positives), 0) if self.is_symmetric() else self.positives
-
-    def hidden(self, first: int = 0) -> list[Diagonal]:
-        """The keys that the pass leaves out, for rows (or their estimators) that begin at row ``first`` of the pass."""
-        size = len(self.positives)
-        starts = [(block, start) for of in (self.own, self.left_out) for block, start in enumerate(of)]
-        return [Diagonal(first + block * size, start, size) for block, start in starts]
-
-    def with_queue(self, queue: Tensor | None, estimator_queue: Tensor | None) -> KeySet:
-        """The key set and these further keys, and their features that estimate labels if there is an estimator."""
-        estimator = self.estimator_keys
-        # Not _replace, which torch.compile cannot trace in torch 2.4.
-        return KeySet(
-            rows=self.rows,
-            positives=self.positives,
-            keys=self.keys,
-            batch_count=self.batch_count,
-            own=self.own,
-            entering=self.entering,
-            left_out=self.left_out,
-            mixed_keys=self.mixed_keys,
-            queue=queue,
-            estimator_keys=None if estimator is None else estimator.with_queue(estimator_queue, None),
-        )
+    def for_mixed(self) -> KeySet:
+        """The key set that mixed queries see and their labels spread over: of both views, the second ones."""
+        if self.positive_index is None or self.self_index is None:
+            return self
+        samples, first_views = len(self.rows) // 2, self.batch_count // 2
+        positives, index = self.positives[:samples], self.positive_index[:samples] - first_views
+        estimator = None if self.estimator is None else self.estimator.for_mixed()
+        keys = self.keys[first_views:]
+        return KeySet(positives, positives, keys, None, index, None, first_views, self.keys_to_enqueue, estimator)
 
     # ------------------------------------------------------------------------- dense matrices, for looking at and tests
 
@@ -82,19 +60,14 @@ class KeySet(NamedTuple):
         """The cosines (r, K) of features (r, d), one per row, with the row's columns."""
         table = self.keys if self.queue is None else torch.cat([self.keys, self.queue.to(self.keys)])
         cosines = features @ table.T
-        if self.own:
+        if self.positive_index is not None:
             return cosines
-        return torch.cat([(features * self.own_keys()).sum(1, keepdim=True), cosines], dim=1)
+        return torch.cat([(features * self.positives).sum(1, keepdim=True), cosines], dim=1)
 
-    def own_columns(self) -> Tensor:
-        """The column (r,) of each row's own key."""
-        rows = torch.arange(len(self.positives), device=self.positives.device)
-        return torch.cat([rows + start for start in self.own]) if self.own else torch.zeros_like(rows)
-
-    def left_out_columns(self) -> Tensor | None:
-        """The column (r,) that each row does not see, or None."""
-        first = torch.arange(len(self.positives), device=self.positives.device) + (0 if self.own else 1)
-        return torch.cat([first + start for start in self.left_out]) if self.left_out else None
+    def positive_columns(self) -> Tensor:
+        """The column (r,) of each row's positive."""
+        index = self.positive_index
+        return self.rows.new_zeros(len(self.rows), dtype=torch.long) if index is None else index
 
     def column_classes(self, local: Tensor, everyone: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of rows, (r,), and of columns, (K,) or (r, K), from those of samples.
@@ -108,128 +81,92 @@ class KeySet(NamedTuple):
         """
         batch = everyone.repeat(self.batch_count // len(everyone))
         columns = torch.cat([batch, batch.new_full((len(self.keys) - self.batch_count,), -1), queue])
-        if not self.own:
+        if self.positive_index is None:
             columns = torch.cat([local[:, None], columns.expand(len(local), -1)], dim=1)
-        left_out = self.left_out_columns()
-        if left_out is not None:
-            columns = columns.expand(len(left_out), -1).scatter(1, left_out[:, None], -1)
-        return local.repeat(max(1, len(self.own))), columns
+        if self.self_index is not None:
+            columns = columns.expand(len(self.rows), -1).scatter(1, self.self_index[:, None], -1)
+        return local.repeat(len(self.rows) // len(local)), columns
 
 
-def batch_and_queue(
-    queries: Tensor,
-    positives: Tensor,
-    batch: Tensor,
-    negatives: Tensor | None = None,
-    offset: int = 0,
-    estimator: KeySet | None = None,
-) -> KeySet:
-    """The paper's key set: all positives of the batch, further negatives, the queue. Without a queue: one direction.
-
-    Args:
-        queries: (s, d), the rows.
-        positives: (s, d), their own keys.
-        batch: (S, d), the positives of all processes.
-        negatives: (m, d), keys that are nobody's own.
-        offset: the index of ``positives[0]`` in ``batch``.
-        estimator: the same for other features of the samples.
-    """
-    keys = _with_negatives(batch, negatives)
-    return KeySet(queries, positives, keys, len(batch), (offset,), entering=batch, estimator_keys=estimator)
-
-
-def own_positive_and_queue(
-    queries: Tensor,
-    positives: Tensor,
-    batch: Tensor,
-    negatives: Tensor | None = None,
-    estimator: KeySet | None = None,
-) -> KeySet:
-    """MoCo's key set: the own positive, further negatives, the queue. Arguments as above."""
-    keys = positives[:0] if negatives is None else negatives
-    return KeySet(queries, positives, keys, 0, (), entering=batch, estimator_keys=estimator)
-
-
-def both_views(
-    rows: Tensor,
-    batch: Tensor,
-    negatives: Tensor | None = None,
-    offset: int = 0,
-    estimator: KeySet | None = None,
-) -> KeySet:
-    """SimCLR's key set: both views are rows and keys; a row sees all keys but itself, its other view is its own key.
-
-    Mixed queries see the second views only, which estimate their labels.
-
-    Args:
-        rows: (2s, d), the first views and then the second ones.
-        batch: (2S, d), the views of all processes; ``rows`` itself in one process.
-        negatives: (m, d), keys that are nobody's own.
-        offset: the index of ``rows[0]`` in ``batch``.
-        estimator: the same for other features of the samples.
-    """
-    second = len(batch) // 2
-    positives, entering = rows[len(rows) // 2 :], batch[second:]
-    mixed = batch_and_queue(rows[:0], positives, entering, negatives, offset, estimator and estimator.mixed_keys)
-    return KeySet(
-        rows,
-        positives,
-        _with_negatives(batch, negatives),
-        len(batch),
-        own=(second + offset, offset),
-        entering=entering,
-        left_out=(offset, second + offset),
-        mixed_keys=mixed,
-        estimator_keys=estimator,
-    )
-
-
-def choose(
+def build_key_set(
     features: Features,
+    queue: Tensor | None = None,
+    estimator_queue: Tensor | None = None,
     *,
     in_batch_keys: bool,
     symmetric: bool,
-    has_queue: bool,
     gather: Callable[[Tensor], Tensor] | None = None,
     offset: int = 0,
 ) -> KeySet:
-    """The key set of a call, before its queue.
+    """Build the key set of a call: SimCLR's of both views, the paper's, or MoCo's without the batch's other keys.
 
     Args:
         features: of the call.
+        queue: (n, d) further keys.
+        estimator_queue: (n, e), the same in the estimator's features.
         in_batch_keys: whether the batch's other keys are seen.
         symmetric: whether both views are rows.
-        has_queue: whether a queue follows.
         gather: brings the rows of all processes; None where there is one.
         offset: the index of this process's first sample among them.
 
     Raises:
         ValueError: a row would have no keys, or mixed queries would lack their partner's positive.
     """
-    positives, negatives = features.positives, features.negatives
+    queries, positives, negatives = features.queries, features.positives, features.negatives
     if features.mixes and not in_batch_keys:
         raise ValueError(
             "mixed queries need labels over the batch's keys: set in_batch_keys=True, or leave out mixed and mix"
         )
-    if not (has_queue or symmetric or in_batch_keys) and negatives is None:
+    if not (symmetric or in_batch_keys) and negatives is None and (queue is None or not len(queue)):
         raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
-    queries, estimator = features.queries, None
+    estimator = None
     if features.estimator is not None:
         same = Features(features.estimator, features.estimator)
-        how = {"in_batch_keys": in_batch_keys, "symmetric": symmetric, "has_queue": has_queue}
-        estimator = choose(same, **how, gather=gather, offset=offset)
+        how = {"in_batch_keys": in_batch_keys, "symmetric": symmetric}
+        estimator = build_key_set(same, estimator_queue, **how, gather=gather, offset=offset)
     if negatives is not None and gather:
         negatives = gather(negatives)
+    further = [] if negatives is None else [negatives]
+    index = torch.arange(offset, offset + len(queries), device=queries.device)
+
     if symmetric:
-        batch = rows = torch.cat([queries, positives])
+        rows = batch = torch.cat([queries, positives])
         if gather:
             batch = torch.cat(gather(torch.cat([queries, positives], dim=1)).chunk(2, dim=1))  # one exchange
-        return both_views(rows, batch, negatives, offset, estimator)
+        first_views = len(batch) // 2
+        return KeySet(
+            rows,
+            positives=torch.cat([positives, queries]),
+            keys=torch.cat([batch, *further]) if further else batch,
+            queue=None,
+            positive_index=torch.cat([index + first_views, index]),
+            self_index=torch.cat([index, index + first_views]),
+            batch_count=len(batch),
+            keys_to_enqueue=batch[first_views:],
+            estimator=estimator,
+        )
     batch = gather(positives if in_batch_keys else positives.detach()) if gather else positives
-    if in_batch_keys:
-        return batch_and_queue(queries, positives, batch, negatives, offset, estimator)
-    return own_positive_and_queue(queries, positives, batch, negatives, estimator)
+    keys = [batch, *further] if in_batch_keys else further or [positives[:0]]
+    return KeySet(
+        queries,
+        positives,
+        keys=keys[0] if len(keys) == 1 else torch.cat(keys),
+        queue=queue,
+        positive_index=index if in_batch_keys else None,
+        self_index=None,
+        batch_count=len(batch) if in_batch_keys else 0,
+        keys_to_enqueue=batch,
+        estimator=estimator,
+    )
 
 
-def _with_negatives(keys: Tensor, negatives: Tensor | None) -> Tensor:
-    return keys if negatives is None else torch.cat([keys, negatives])
+def warn_if_alone(key_set: KeySet, loss: Tensor, stacklevel: int) -> None:
+    """Warn of a loss that trains nothing, since no row sees a key besides its positive."""
+    views = 1 if key_set.self_index is None else 2
+    sees_none = key_set.positive_index is not None and key_set.queue is None and len(key_set.keys) == views
+    if sees_none and loss.requires_grad and not torch.compiler.is_compiling():
+        warnings.warn(
+            "one sample and no queue leave no negative: this loss and its gradient are 0; take larger batches (a "
+            "DataLoader's drop_last=True leaves out a last batch of one), pass negatives, or use a queue",
+            stacklevel=stacklevel,
+        )

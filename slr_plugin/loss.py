@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,19 +13,15 @@ from torch import distributed as dist
 
 from slr_plugin import dense
 from slr_plugin._inputs import Features, checked_features
-from slr_plugin._misuse import Watch
-from slr_plugin.checkpointing import CallLog, Place, is_repeated
+from slr_plugin._torch_internals import is_in_reentrant_checkpoint, is_repeated, no_autocast, refuse_repetition
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.distributed import broadcast, gather, rank, world_size
-from slr_plugin.key_sets import KeySet, choose
+from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.queue import KeyQueue
 from slr_plugin.refinery import Labels
 from slr_plugin.settings import SETTINGS, Confidence, HasSettings
-
-if TYPE_CHECKING:
-    from slr_plugin.diagnostics.monitor import Observer
 
 
 class SLRLoss(HasSettings):
@@ -42,10 +38,8 @@ class SLRLoss(HasSettings):
     two views, both of which may be trained. Labels carry no gradient. Time on a CPU is about that of two products of
     all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
 
-    All settings but the queue's may be assigned later and are checked then, as here.
-
-    Keep the loss out of a model whose buffers are averaged too (``AveragedModel(use_buffers=True)``, timm's
-    ``ModelEmaV3``): averaging queues or step counts is meaningless. Average the encoder alone.
+    All settings but the queue's may be assigned later and are checked then, as here. Keep the loss out of a model whose
+    buffers are averaged (``AveragedModel(use_buffers=True)``, timm's ``ModelEmaV3``): average the encoder alone.
 
     Args:
         temperature: τ, at least 1e-8 in magnitude. A tensor with one value, such as a parameter, gets its
@@ -61,7 +55,7 @@ class SLRLoss(HasSettings):
             weights are then normalised. 0 means one-hot labels.
             A :class:`slr_plugin.CosineConfidence` is evaluated on the device; another callable gets a Python int.
         refined_weight: λ in [0, 1], the weight of the refined term.
-        in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, the own positive and the queue;
+        in_batch_keys: True for the paper's key set, batch and queue. False for MoCo's, own positive and queue;
             with ``confidence=0`` the loss then equals NTXentLoss's, and mixed queries raise. Where both views are
             compared with both, it changes nothing else.
         symmetric: both views against both (only without a queue, and then the default), or False for one direction:
@@ -74,8 +68,7 @@ class SLRLoss(HasSettings):
         stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
             positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator).
         chunk_size: keys per tile of the streaming pass; None chooses by device. A number trades memory for launches,
-            and gives up the short cut of two views (half of the work) and the Triton kernels.
-        observers: objects that follow every call, see :class:`slr_plugin.diagnostics.Observer`.
+            and disables the symmetric fast path, which halves the work, and the Triton kernels.
 
     Raises:
         ValueError: an argument is out of range, or ``gather_distributed`` without a torch that has it.
@@ -121,9 +114,7 @@ class SLRLoss(HasSettings):
         self.symmetric = not len(self.memory_bank) if symmetric is None else symmetric
         self.chunk_size = None
         self._labels = None
-        self.observers: list[Observer] = []
-        self._calls = CallLog()
-        self._watch = Watch()
+        self._quiet_step = torch.zeros(())  # of the newest call that advanced nothing
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
@@ -153,32 +144,18 @@ class SLRLoss(HasSettings):
         Raises:
             ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
             TypeError: an argument is not a tensor, or not of a float dtype.
-            RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing repeats the
-                call after the queue or the schedule moved on.
+            RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing makes the call
+                again after the queue or the schedule moved on.
         """
-        observers = () if is_repeated() else tuple(self.observers)  # which saw the call when it was made
-        for observer in observers:
-            observer.begin()
-        features, key_set, updates = self._prepare(out0, out1, mixed, mix, negatives, estimator, update)
-        queue_or_schedule = len(self.memory_bank) > 0 or callable(self.confidence)
-        now = Place(self.step, self.memory_bank.version)
-        standing = self._calls.place(now, updates, queue_or_schedule, features)
-        place, advances, repeated, follows_others = standing
-        if follows_others:  # observers saw other calls since, and would take this one for the last of them
-            observers = tuple(self.observers)
-            for observer in observers:
-                observer.begin()
-        has_changed = repeated and place.version != self.memory_bank.version
-        may_change = queue_or_schedule and torch.compiler.is_compiling()
-        settings = self.settings_at(place.step, key_set.rows.dtype, has_changed, may_change)
-        with torch.autocast(out0.device.type, enabled=False):
-            loss, labels = slr_objective(key_set, features.crops, features.mixes, settings)
-            labelled = key_set.labelled(len(features.mixes) > 0)
-            for observer in observers:
-                observer.compare(labelled, lambda: dense.labels(labelled, settings))
-        self._labels, self._confidence = labels, settings.confidence
-        self._watch.follow(key_set, loss, enqueues=advances and len(self.memory_bank) > 0)
-        if advances:
+        features = checked_features(out0, out1, mixed, mix, negatives, estimator)
+        updates = self._updates(out0, update)
+        key_set = self._key_set(features)
+        settings = self.settings_at(self.step, key_set.rows.dtype, repeatable=not self._moves_on_unseen())
+        with no_autocast(out0.device):
+            loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
+        self._confidence = settings.confidence
+        warn_if_alone(key_set, loss, stacklevel=5)  # the caller of the module
+        if updates:
             self._advance(key_set, loss.requires_grad)
         return loss
 
@@ -213,9 +190,26 @@ class SLRLoss(HasSettings):
             ``out0`` then ``out1``, and a row's own view has label 0; in one direction (s, s + m). With
             ``gather_distributed`` the columns are those of all processes.
         """
-        _, key_set, _ = self._prepare(out0, out1, None, None, negatives, estimator, update=False)
-        with torch.autocast(out0.device.type, enabled=False):
-            return dense.labels(key_set, self.settings_at(self.step, key_set.rows.dtype))
+        return self.labelled_keys(out0, out1, negatives=negatives, estimator=estimator)[1]
+
+    @torch.no_grad()
+    def labelled_keys(
+        self,
+        out0: Tensor,
+        out1: Tensor,
+        mixed: Any = None,
+        mix: Any = None,
+        *,
+        negatives: Tensor | None = None,
+        estimator: Tensor | None = None,
+        update: Any = None,
+    ) -> tuple[KeySet, Tensor]:
+        """What the labels of a call spread over, and the labels, dense; arguments as in :meth:`forward`."""
+        features = checked_features(out0, out1, mixed, mix, negatives, estimator)
+        key_set = self._key_set(features)
+        key_set = key_set.for_mixed() if features.mixes else key_set
+        with no_autocast(out0.device):
+            return key_set, dense.labels(key_set, self.settings_at(self.step, key_set.rows.dtype))
 
     @torch.no_grad()
     def set_step(self, step: int) -> None:
@@ -234,13 +228,13 @@ class SLRLoss(HasSettings):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start again: a fresh random queue, step 0, a temperature that is a tensor as it was assigned.
+        """Start again: a fresh random queue, and step 0.
 
-        To be called after ``to_empty``, which leaves no values; from the meta device it is called by itself.
+        To be called after ``to_empty``; from the meta device it is called by itself. A temperature that is a parameter
+        has lost its value there and is not a number: assign it again.
         """
         self.memory_bank.reset_parameters()
         self.step.zero_()
-        self._reset_temperature()
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
@@ -253,7 +247,8 @@ class SLRLoss(HasSettings):
         if not had_values and not self.step.is_meta:
             with torch.no_grad():
                 self.step.zero_()
-                self._reset_temperature()
+                if isinstance(self.temperature, torch.nn.Parameter):
+                    self.temperature.fill_(torch.nan)  # until it is assigned again
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -273,56 +268,63 @@ class SLRLoss(HasSettings):
             state_dict = state_dict | {prefix + "step": self.step}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _prepare(
-        self,
-        out0: Tensor,
-        out1: Tensor,
-        mixed: Any,
-        mix: Any,
-        negatives: Tensor | None,
-        estimator: Tensor | None,
-        update: bool | None,
-    ) -> tuple[Features, KeySet, bool]:
-        """Check a call; return its features, its key set, and whether it asks the queue and the schedule to advance.
-
-        Gathering comes before the queue is touched, since it may raise.
-        """
-        features = checked_features(out0, out1, mixed, mix, negatives, estimator)
+    def _updates(self, out0: Tensor, update: bool | None) -> bool:
+        """Whether the queue and the schedule advance after a call; raises if they have done so for it already."""
         if update is None:
             update = out0.requires_grad and torch.is_grad_enabled()
         check_flag("update", update)
-        bank = self.memory_bank
-        bank.check(out0, estimator)
-        if self.step.is_meta and not out0.is_meta:
+        if torch.compiler.is_compiling():
+            return update
+        if not is_repeated():
+            if not update:
+                self._quiet_step = self.step.clone()
+            return update
+        # A repetition is right where the first run advanced nothing, and nothing has advanced since.
+        first_was_quiet = is_in_reentrant_checkpoint() or not update
+        if (len(self.memory_bank) or callable(self.confidence)) and not (
+            first_was_quiet and self._quiet_step == self.step
+        ):
+            refuse_repetition()
+        return update and first_was_quiet
+
+    def _moves_on_unseen(self) -> bool:
+        """Whether the call is compiled, and cannot know if it is repeated, but depends on what moves on."""
+        return torch.compiler.is_compiling() and (len(self.memory_bank) > 0 or callable(self.confidence))
+
+    def _key_set(self, features: Features) -> KeySet:
+        """The keys of a call. Gathering may raise, and comes before the queue changes."""
+        bank, size = self.memory_bank, len(features.queries)
+        bank.check(features.positives, features.estimator)
+        if self.step.is_meta and not features.queries.is_meta:
             raise RuntimeError(
                 "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
             )
         gathers = self.gather_distributed and world_size() > 1
-        key_set = choose(
-            features,
+        build = functools.partial(
+            build_key_set,
             in_batch_keys=self.in_batch_keys,
             symmetric=self.symmetric,
-            has_queue=len(bank) > 0,
             gather=gather if gathers else None,
-            offset=rank() * len(out0) if gathers else 0,
+            offset=rank() * size if gathers else 0,
         )
-        if len(bank):
-            bank.set_dim(out0.shape[1])
-            if gathers and bank.share(functools.partial(broadcast, device=out0.device)):
-                broadcast(self.step, out0.device)
-            key_set = key_set.with_queue(bank.bank, bank.estimator_bank)
-        return features, key_set, update
+        if not len(bank):
+            return build(features)
+        key_set = build(features, bank.bank, bank.estimator_bank)
+        if not bank.dim:
+            bank.set_dim(features.queries.shape[1])
+            key_set = build(features, bank.bank, bank.estimator_bank)
+        if gathers and bank.share(functools.partial(broadcast, device=features.queries.device)):
+            broadcast(self.step, features.queries.device)
+        return key_set
 
     @torch.no_grad()
     def _advance(self, key_set: KeySet, has_backward: bool) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key or estimator does neither."""
-        estimator = key_set.estimator_keys
-        enqueued = self.memory_bank.enqueue(key_set.entering, estimator and estimator.entering)
-        accepted = enqueued.accepted.to(self.step.device)
+        estimator = key_set.estimator
+        accepted = self.memory_bank.enqueue(
+            key_set.keys_to_enqueue, None if estimator is None else estimator.keys_to_enqueue
+        ).to(self.step.device)
         if torch.compiler.is_compiling() and has_backward:
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:
             self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
-        if len(self.memory_bank):
-            for observer in self.observers:
-                observer.enqueue(enqueued)

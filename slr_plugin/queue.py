@@ -5,20 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slr_plugin.checks import check_integer
-
-
-class Enqueued(NamedTuple):
-    """Where a batch of keys went: ``keys[-len(places):]`` stand at ``places``, if they were accepted."""
-
-    places: Tensor  # (min(s, n),) int64
-    accepted: Tensor  # () bool: whether all keys are finite
 
 
 class KeyQueue(nn.Module):
@@ -68,11 +61,6 @@ class KeyQueue(nn.Module):
     def dim(self) -> int:
         """The dimension d of the keys; 0 while it is not known."""
         return self.bank.shape[1]
-
-    @property
-    def version(self) -> int:
-        """A number that changes when keys do."""
-        return 0 if torch.compiler.is_compiling() or self.bank.is_inference() else self.bank._version
 
     def check(self, features: Tensor, estimators: Tensor | None = None) -> None:
         """Raise unless features (s, d), and (s, e), could enter the queue, or there is none."""
@@ -129,17 +117,19 @@ class KeyQueue(nn.Module):
         return True
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, estimators: Tensor | None = None) -> Enqueued:
+    def enqueue(self, keys: Tensor, estimators: Tensor | None = None) -> Tensor:
         """Write (s, d) unit keys, and their (s, e) other features, over the oldest ones; the newest n stay.
 
-        A batch with a feature that is not finite leaves the queue as it is, without reading values back to the host. A
-        queue of size 0 says whether it would accept the batch, and has no places.
+        A batch with a feature that is not finite leaves the queue as it is, without reading values back to the host.
+
+        Returns:
+            A bool tensor (): whether the batch was accepted; or would be, by a queue of size 0.
         """
         accepted = keys.float().sum().abs() < torch.inf  # true just if all are finite, since they have unit length
         if estimators is not None:
             accepted = accepted & (estimators.float().sum().abs() < torch.inf)
         if not self.size:
-            return Enqueued(self.bank_ptr[:0], accepted)
+            return accepted
         accepted = accepted.to(self.bank.device)
         newest = min(len(keys), self.size)
         start = self.bank_ptr + (len(keys) - newest)
@@ -148,7 +138,7 @@ class KeyQueue(nn.Module):
             if ring is not None and rows is not None:
                 ring.index_copy_(0, places, torch.where(accepted, rows[-newest:].to(ring), ring[places]))
         self.bank_ptr.add_(len(keys) * accepted).remainder_(self.size)
-        return Enqueued(places, accepted)
+        return accepted
 
     def extra_repr(self) -> str:
         """The size, for print(module)."""

@@ -1,9 +1,7 @@
-"""The numbers of the loss, and what each of them may be: checked wherever one is given or assigned."""
+"""Hyperparameters of SLRLoss and their validation, wherever one is given or assigned."""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,22 +23,7 @@ class Settings(NamedTuple):
     confidence: float | Tensor
     refines: bool  # False only where the confidence is known to be 0: the labels need no pass then
     chunk_size: int | None = None
-    has_changed: bool = False  # this and the next: see softmax_stats
-    may_change: bool = False
-
-    def one_hot(self) -> Settings:
-        """The same without refinement."""
-        # Not _replace, which torch.compile cannot trace in torch 2.4.
-        return Settings(
-            self.temperature,
-            self.sharpening,
-            self.refined_weight,
-            self.confidence,
-            refines=False,
-            chunk_size=self.chunk_size,
-            has_changed=self.has_changed,
-            may_change=self.may_change,
-        )
+    repeatable: bool = True  # see softmax_stats
 
 
 def check_setting(name: str, value: Any) -> Any:
@@ -61,8 +44,6 @@ class HasSettings(nn.Module):
     chunk_size: int | None
     _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
     _refines = True
-    _was_compiled = False
-    _first_temperature: Tensor | None = None  # what a parameter was when it was assigned; None without a value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
@@ -73,12 +54,6 @@ class HasSettings(nn.Module):
                     "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
                     "directions call one loss per direction"
                 )
-            if name == "temperature" and self._was_compiled and isinstance(value, float):
-                warnings.warn(
-                    "torch.compile compiles the loss anew for every new temperature that is a Python number: "
-                    "assign a tensor, criterion.temperature = torch.tensor(...)",
-                    stacklevel=2,
-                )
             # A parameter or module that had this name; torch takes no number in its place.
             self._parameters.pop(name, None)
             self._modules.pop(name, None)
@@ -86,24 +61,19 @@ class HasSettings(nn.Module):
                 with torch.inference_mode(False):
                     self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
                 self._refines = callable(value) or value > 0
-            if name == "temperature":
-                has_value = isinstance(value, nn.Parameter) and not value.is_meta
-                self._first_temperature = value.detach().clone() if has_value else None
         super().__setattr__(name, value)
 
-    def settings_at(
-        self, step: Tensor, dtype: torch.dtype, has_changed: bool = False, may_change: bool = False
-    ) -> Settings:
+    def settings_at(self, step: Tensor, dtype: torch.dtype, repeatable: bool = True) -> Settings:
         """Return the settings of a call at a step () of the schedule, for features of a dtype."""
-        if torch.compiler.is_compiling():
-            self._was_compiled = True
         mu: float | Tensor
         if isinstance(self.confidence, CosineConfidence):
             mu = self.confidence(step.to(dtype))
-        elif self._mu is None:
-            mu = self._called_schedule(step)
+        elif callable(self.confidence):
+            mu = self.confidence(int(step))
+            check_confidence(f"confidence({int(step)})", mu)
+            mu = torch.tensor(mu, dtype=torch.float64, device="cpu")
         else:
-            mu = self._mu if torch.compiler.is_compiling() else self.confidence  # type: ignore[assignment]
+            mu = self._mu if torch.compiler.is_compiling() and self._mu is not None else self.confidence
         temperature = as_scalar(self.temperature, dtype)
         if isinstance(temperature, Tensor) and temperature.is_meta and not step.is_meta:
             raise RuntimeError(
@@ -111,33 +81,8 @@ class HasSettings(nn.Module):
                 "tensor that has one"
             )
         return Settings(
-            temperature,
-            self.sharpening,
-            self.refined_weight,
-            mu,
-            self._refines,
-            self.chunk_size,
-            has_changed,
-            may_change,
+            temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size, repeatable
         )
-
-    def _reset_temperature(self) -> None:
-        """Give a parameter the value that it had when it was assigned, or not a number where it had none."""
-        if isinstance(self.temperature, nn.Parameter) and not self.temperature.is_meta:
-            first = self._first_temperature
-            self.temperature.fill_(math.nan if first is None else first.reshape(()))
-
-    def _called_schedule(self, step: Tensor) -> Tensor:
-        assert callable(self.confidence)
-        if torch.compiler.is_compiling():
-            warnings.warn(
-                "torch.compile compiles the loss anew at every step of a schedule that is a Python function: use "
-                "CosineConfidence",
-                stacklevel=2,
-            )
-        mu = self.confidence(int(step))
-        check_confidence(f"confidence({int(step)})", mu)
-        return torch.tensor(mu, dtype=torch.float64, device="cpu")
 
 
 def as_scalar(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:

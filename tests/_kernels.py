@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from slr_plugin.streaming import triton as kernels
 
-POINTERS = {"unseen": "*i32"}  # the others are *fp32
+POINTERS = {"masked_keys": "*i32"}  # the others are *fp32
 NUMBERS = {"count": "i32", "width": "i32", "first": "i32", "span": "i32", "scale": "fp32"}
 
 

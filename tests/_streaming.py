@@ -1,18 +1,24 @@
 """The definitions at the top of slr_plugin/streaming/stats.py, dense."""
 
+import math
+
 import torch
 
-from slr_plugin.streaming import Diagonal
+# Of 9 rows: some see all of 14 keys, one sees all but two.
+HIDDEN = torch.tensor([[2, -1], [3, -1], [4, -1], [5, 0], [1, 9], [2, 10], [-1, 11], [-1, 12], [-1, 13]])
 
-HIDDEN = [Diagonal(0, 2, 4), Diagonal(3, 0, 3), Diagonal(4, 9, 5)]
+
+def hidden_for(rows):
+    """HIDDEN for any number of rows, of which further ones see all keys."""
+    return torch.cat([HIDDEN, torch.full((max(0, rows - 9), 2), -1)])[:rows]
 
 
 def dense(rows, keys, queue, scale, hidden=HIDDEN, values=None, queue_values=None):
-    """Log-sum-exp, peak and mean, with the weights of the mean as constants."""
+    """Log-sum-exp, largest weight and mean, with the weights of the mean as constants."""
     every = torch.cat([keys, queue.detach()])
     logits = scale * (rows @ every.T)
-    for row, key, length in hidden:
-        logits[range(row, row + length), range(key, key + length)] = -torch.inf
+    for row, unseen in enumerate([] if hidden is None else hidden.tolist()):
+        logits[row, [key for key in unseen if key >= 0]] = -torch.inf
     weights = logits.softmax(1).detach()
     averaged = every if values is None else torch.cat([values, queue_values])
     return logits.logsumexp(1), weights.amax(1), weights @ averaged
@@ -20,4 +26,4 @@ def dense(rows, keys, queue, scale, hidden=HIDDEN, values=None, queue_values=Non
 
 def parts(stats):
     """Softmax statistics as :func:`dense` returns them."""
-    return stats.reference + stats.offset, stats.peak, stats.mean
+    return stats.reference * math.log(2) + stats.offset, stats.max_weight, stats.mean

@@ -119,19 +119,6 @@ def test_settings_that_change_at_every_step_compile_nothing_anew(name):
         assert criterion.stats["mu"].item() == pytest.approx(0.5)
 
 
-def test_a_temperature_that_changes_as_a_number_is_told_to_be_a_tensor():
-    criterion = SLRLoss(0.2, (10, 4))
-    with pytest.warns(UserWarning, match=r"criterion.temperature = torch.tensor"):
-        graphs_of(criterion, lambda step: setattr(criterion, "temperature", 0.1 + 0.1 * step), steps=2)
-
-
-def test_a_schedule_that_is_a_function_is_told_of_cosine_confidence():
-    criterion = SLRLoss(0.2, (10, 4), confidence=lambda step: 0.1 * step)
-    with pytest.warns(UserWarning, match="use CosineConfidence"):
-        graphs_of(criterion, lambda step: None, steps=2)
-    assert criterion.stats["mu"].item() == pytest.approx(0.1)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_losses_with_other_schedules_compile_beside_each_other(backend, dynamic):

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
-from slr_plugin.streaming import Diagonal, tiled
+from slr_plugin.streaming import tiled
 from slr_plugin.streaming.stats import Plan, Source
 
 aten = torch.ops.aten
@@ -41,12 +41,12 @@ def test_a_step_stays_on_the_device(confidence, size, mixed, pretended_gpu):
 @pytest.mark.parametrize("bound", [5.0, 100.0])
 @pytest.mark.parametrize("size", [300, 0])
 def test_so_does_the_pass_inside_the_operator(size, bound, pretended_gpu):
-    plan = Plan(5.0, bound, [Diagonal(16, 0, 8)], False, 0)
     with pretended_gpu, torch.no_grad():
         rows, keys, queue = (torch.empty(n, 16, device="cuda") for n in (24, 8, size))
+        plan = Plan(torch.empty(24, 1, dtype=torch.long, device="cuda"), 5.0, bound, False, 0)
         with OnTheDevice():
             stats = tiled.forward(rows, [Source(keys, keys), Source(queue, queue)], plan)
-            gradient = tiled.keys_backward(rows, keys, stats.reference + stats.offset, stats.mean, plan)
+            gradient = tiled.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)
     assert gradient.device.type == "cuda"
 
 

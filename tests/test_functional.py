@@ -10,9 +10,6 @@ from test_oracle import ESTIMATOR_MODES, MODES, SOFT, assert_close, batch_of, se
 
 from slr_plugin import Mix, dense
 from slr_plugin.functional import slr_loss
-from slr_plugin.key_sets import KeySet
-from slr_plugin.objective import slr_objective
-from slr_plugin.settings import Settings
 
 FUNCTIONAL_MODES = [mode for mode in MODES if mode not in ESTIMATOR_MODES]  # which need a second queue
 
@@ -112,17 +109,6 @@ def test_a_temperature_is_a_tensor_of_one_value_whatever_its_shape_and_dtype(mix
     loss.backward()
     assert temperature.grad.shape == shape
     assert temperature.grad.abs() > 0
-
-
-def test_a_key_set_of_ones_own_may_leave_out_a_key_of_each_row():
-    torch.manual_seed(0)
-    queries, positives, others, queue = (
-        torch.nn.functional.normalize(torch.randn(n, 5, dtype=torch.float64), dim=1) for n in (6, 6, 6, 9)
-    )
-    key_set = KeySet(queries, positives, others, 0, (), positives, left_out=(0,), queue=queue)
-    settings = Settings(0.3, 0.7, 0.6, 2.0, refines=True)
-    loss, _ = slr_objective(key_set, (), (), settings)
-    torch.testing.assert_close(loss, dense.objective(key_set, [], [], settings), rtol=0, atol=1e-12)
 
 
 def test_an_empty_queue_is_none():

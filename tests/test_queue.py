@@ -168,7 +168,7 @@ def test_non_finite_keys_leave_the_queue_as_it_is():
     before = copy.deepcopy(queue.state_dict())
     keys = unit_keys(3)
     keys[1, 0] = torch.nan
-    assert not queue.enqueue(keys).accepted
+    assert not queue.enqueue(keys)
     for name, value in before.items():
         assert torch.equal(queue.state_dict()[name], value)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _streaming import HIDDEN, dense, parts
+from _streaming import dense, hidden_for, parts
 from test_oracle import MODES, SETTINGS, assert_equals_oracle, batch_of, settings_of
 
-from slr_plugin.streaming import Diagonal, op, softmax_stats, tiled
+from slr_plugin.streaming import op, softmax_stats, tiled
 from slr_plugin.streaming.op import resolve
 from slr_plugin.streaming.stats import Plan, Source
 
@@ -56,12 +56,13 @@ def test_equals_the_dense_formulas_with_gradients(rows, keys, queue, dim, scale,
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     apart = [] if width is None else [tensor.detach() for tensor in tensors(rows, keys, queue, width)[1:]]
     doubles_apart = [tensor.double() for tensor in apart]
+    hidden = hidden_for(rows)
     if apart:
         apart[0].requires_grad_()
         doubles_apart[0].requires_grad_()
     names = dict(zip(("values", "queue_values"), apart, strict=False))
-    single = parts(stats_of(*inputs[:2], inputs[2].detach(), hidden=HIDDEN, scale=scale, **names))
-    exact = dense(*doubles, scale, HIDDEN, *doubles_apart)
+    single = parts(stats_of(*inputs[:2], inputs[2].detach(), hidden=hidden.to(DEVICE), scale=scale, **names))
+    exact = dense(*doubles, scale, hidden, *doubles_apart)
     for got, want in zip(single, exact, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
     weights = [torch.randn_like(exact[0]) * (not apart), torch.randn_like(exact[2])]
@@ -91,11 +92,11 @@ def test_value_and_gradients_of_the_loss_equal_the_equations(mode, monkeypatch):
 
 def test_a_row_without_keys_is_empty_not_nan():
     rows, keys, _ = tensors(2, 1, 0, 3)
-    stats = stats_of(rows, keys, hidden=[Diagonal(0, 0, 1)])
+    stats = stats_of(rows, keys, hidden=torch.tensor([[0], [-1]], device=DEVICE))
     assert stats.offset[0] == -torch.inf
-    assert stats.peak[0] == 0
+    assert stats.max_weight[0] == 0
     assert torch.equal(stats.mean[0], torch.zeros_like(rows[0]))
-    torch.logaddexp(stats.reference + stats.offset, torch.zeros_like(stats.offset)).sum().backward()
+    torch.logaddexp(parts(stats)[0], torch.zeros_like(stats.offset)).sum().backward()
     assert torch.equal(rows.grad[0], torch.zeros_like(rows[0]))
     assert keys.grad.isfinite().all()
 
@@ -104,14 +105,14 @@ def test_without_any_key():
     rows, keys, _ = tensors(2, 0, 0, 3)
     stats = stats_of(rows, keys)
     assert (stats.offset == -torch.inf).all()
-    assert (stats.peak == 0).all()
+    assert (stats.max_weight == 0).all()
     assert (stats.mean == 0).all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_extreme_logits_stay_finite_and_exact(scale):
     rows, keys, queue = (tensor.detach() * scale for tensor in tensors(9, 14, 40, 4))
-    stats = stats_of(rows, keys, queue, hidden=HIDDEN)
+    stats = stats_of(rows, keys, queue, hidden=hidden_for(9).to(DEVICE))
     expected = dense(rows.double(), keys.double(), queue.double(), 1.0)
     torch.testing.assert_close(parts(stats)[0].double(), expected[0], rtol=TOLERANCE, atol=TOLERANCE)
     assert stats.mean.isfinite().all()
@@ -166,7 +167,7 @@ def test_rounding_costs_no_more_than_in_dense_products(precision, bits, monkeypa
     multiply_as_a_gpu(monkeypatch, precision)
     rows, keys, queue = (torch.nn.functional.normalize(tensor.detach(), dim=1) for tensor in tensors(64, 0, 2000, 128))
     ours = parts(stats_of(rows, keys, queue, scale=5.0))
-    exact = dense(rows.double(), keys.double(), queue.double(), 5.0, hidden=[])
+    exact = dense(rows.double(), keys.double(), queue.double(), 5.0, hidden=None)
     logits = rough(5 * rows, bits) @ rough(queue, bits).T
     weights = logits.softmax(1)
     products = logits.logsumexp(1), weights.amax(1), rough(weights, bits) @ rough(queue, bits)
@@ -202,7 +203,7 @@ def test_only_the_queue_is_met_in_half_precision(monkeypatch):
     rows, keys, queue = (tensor.detach() for tensor in tensors(4, 4, 40, 16))
     for precision in ("high", "medium"):
         monkeypatch.setattr("torch.get_float32_matmul_precision", lambda precision=precision: precision)
-        kernels.forward(rows, [Source(keys, keys), Source(queue, queue, may_be_low=True)], Plan(1.0, 5.0, [], False, 0))
+        kernels.forward(rows, [Source(keys, keys), Source(queue, queue)], Plan(None, 1.0, 5.0, False, 0))
     assert met == ["tf32", "tf32", "tf32", "bf16"]
 
 
@@ -244,12 +245,12 @@ def test_a_pass_does_not_wait_for_the_gpu(backend, queue, monkeypatch, pretended
     monkeypatch.setattr(kernels, "_keys_backward_kernel", launches[1])
     monkeypatch.setattr(kernels, "_processors", lambda device: 132)
     monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
-    plan = Plan(5.0, 5.0, [Diagonal(512, 0, 256)], False, 0)
     with pretended_gpu, torch.no_grad():
         rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
-        sources = [Source(keys, keys), *([Source(table, table, True)] if queue else [])]
+        sources = [Source(keys, keys), *([Source(table, table)] if queue else [])]
+        plan = Plan(torch.empty(768, 1, dtype=torch.long, device="cuda"), 5.0, 5.0, False, 0)
         stats = backend.forward(rows, sources, plan)
-        gradient = backend.keys_backward(rows, keys, stats.reference + stats.offset, stats.mean, plan)
+        gradient = backend.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)
     assert gradient.shape == keys.shape
     assert gradient.device.type == "cuda"
     grids = [[(6, 8), *([(6, 10)] if queue else [])], [(8,)]] if backend is kernels else [[], []]
@@ -277,16 +278,5 @@ def test_the_tiled_pass_stays_the_rule(monkeypatch, pretended_gpu):
     assert asked() == "tiled"
     monkeypatch.setattr(op, "DEFAULT_BACKEND", "triton")
     assert asked() == asked(precision="medium") == "triton"
-    for odd in ({"dtype": torch.float64}, {"dim": 257}, {"chunk": 1024}, {"device": "cpu"}):
+    for odd in ({"dtype": torch.float64}, {"dim": 257}, {"chunk": 1024}, {"device": "cpu"}, {"precision": "highest"}):
         assert asked(**odd) == "tiled", odd
-    with pytest.warns(UserWarning, match='set_float32_matmul_precision."high".'):
-        assert asked(precision="highest") == "tiled"
-
-
-@pytest.mark.parametrize(("value", "backend"), [("1", "triton"), ("0", "tiled"), (None, "tiled")])
-def test_an_environment_variable_sets_the_default(value, backend):
-    environment = {name: text for name, text in os.environ.items() if name != "SLR_PLUGIN_FUSED"}
-    environment |= {} if value is None else {"SLR_PLUGIN_FUSED": value}
-    script = "from slr_plugin.streaming import op; print(op.DEFAULT_BACKEND)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-    assert result.stdout.strip() == backend

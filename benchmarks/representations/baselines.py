@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slr_plugin import CosineConfidence, Mix, dense
-from slr_plugin.diagnostics import Observer
-from slr_plugin.key_sets import batch_and_queue
+from slr_plugin._inputs import Features
+from slr_plugin.key_sets import KeySet, build_key_set
 from slr_plugin.queue import KeyQueue
 
 # (similarity (s, K), the column of each positive (s,), prior confidence ()) -> labels (s, K)
@@ -45,39 +46,29 @@ class SoftLabelLoss(nn.Module):
         self.temperature = temperature
         self.confidence = confidence
         self.refined_weight = refined_weight
-        self.observers: list[Observer] = []
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(self, out0: Tensor, out1: Tensor, mixed: Tensor | None = None, mix: Mix | None = None) -> Tensor:
         """As :meth:`slr_plugin.SLRLoss.forward`."""
-        for observer in self.observers:
-            observer.begin()
-        queries, positives = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-        key_set = batch_and_queue(queries, positives, positives).with_queue(self.memory_bank.bank, None)
-        keys = torch.cat([positives, self.memory_bank.bank])
-        labels = unmixed = self.labels(out0, out1)
-        logits = queries @ keys.T / self.temperature
-        one_hot_term = F.cross_entropy(logits, key_set.own_columns())
+        key_set, labels = self.labelled_keys(out0, out1)
+        logits = key_set.similarity(F.normalize(out0, dim=1)) / self.temperature
+        one_hot_term = F.cross_entropy(logits, key_set.positive_columns())
         if mixed is not None and mix is not None:
             theta, partner = mix
             labels = theta[:, None] * labels + (1 - theta[:, None]) * labels[partner]
-            logits = F.normalize(mixed, dim=1) @ keys.T / self.temperature
+            logits = key_set.similarity(F.normalize(mixed, dim=1)) / self.temperature
         loss = torch.lerp(one_hot_term, dense.cross_entropy(logits, labels), self.refined_weight)
-        for observer in self.observers:
-            observer.compare(key_set, lambda: unmixed)
-        enqueued = self.memory_bank.enqueue(positives)
-        for observer in self.observers:
-            observer.enqueue(enqueued)
+        self.memory_bank.enqueue(key_set.keys_to_enqueue)
         self.step += 1
         return loss
 
     @torch.no_grad()
-    def labels(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """As :meth:`slr_plugin.SLRLoss.labels`."""
-        positives = F.normalize(out1, dim=1)
-        similarity = positives @ torch.cat([positives, self.memory_bank.bank]).T
-        own = torch.arange(len(positives), device=positives.device)
-        return self.labeler(similarity, own, self.confidence(self.step.double()))
+    def labelled_keys(self, out0: Tensor, out1: Tensor, mixed: Any = None, mix: Any = None) -> tuple[KeySet, Tensor]:
+        """As :meth:`slr_plugin.SLRLoss.labelled_keys`."""
+        features = Features(F.normalize(out0, dim=1), F.normalize(out1, dim=1))
+        key_set = build_key_set(features, self.memory_bank.bank, in_batch_keys=True, symmetric=False)
+        similarity = key_set.similarity(key_set.positives)
+        return key_set, self.labeler(similarity, key_set.positive_columns(), self.confidence(self.step.double()))
 
 
 def one_estimator(which: str, temperature: float) -> Labeler:

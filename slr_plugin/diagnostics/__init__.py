@@ -4,10 +4,9 @@
 """
 
 from slr_plugin.diagnostics.monitor import LabelMonitor as LabelMonitor
-from slr_plugin.diagnostics.monitor import Observer as Observer
 from slr_plugin.diagnostics.quality import LabelQuality as LabelQuality
 from slr_plugin.diagnostics.quality import label_quality as label_quality
 from slr_plugin.diagnostics.report import plot as plot
 from slr_plugin.diagnostics.report import summary as summary
 
-__all__ = ["LabelMonitor", "LabelQuality", "Observer", "label_quality", "plot", "summary"]
+__all__ = ["LabelMonitor", "LabelQuality", "label_quality", "plot", "summary"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +12,7 @@ from slr_plugin.checks import check_index_tensor
 from slr_plugin.diagnostics.quality import LabelQuality, label_quality
 from slr_plugin.diagnostics.report import summary
 from slr_plugin.distributed import gather
-from slr_plugin.key_sets import KeySet
 from slr_plugin.loss import SLRLoss
-from slr_plugin.queue import Enqueued
-
-
-class Observer(Protocol):
-    """Follows every call of a loss; :class:`LabelMonitor` is one."""
-
-    def begin(self) -> None:
-        """A call begins, which may still raise."""
-
-    def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
-        """The loss is computed, the queue not advanced yet; ``labels()`` gives the dense labels over the key set."""
-
-    def enqueue(self, enqueued: Enqueued) -> None:
-        """The batch's keys entered the queue."""
 
 
 class LabelMonitor:
@@ -37,7 +22,8 @@ class LabelMonitor:
     measured on the calls announced with ``measure``, before the loss of the same call, and cost one dense (s, K)
     matrix; the other calls cost next to nothing. Classes become unknown when a checkpoint or a reset replaces the
     queue. Where the criterion gathers over processes, build a monitor in all of them, since it gathers the classes at
-    every call; on one process alone it would wait for the others.
+    every call; on one process alone it would wait for the others. Calls are followed by the module's forward hooks,
+    which ``criterion.forward(...)`` called by name does not run.
 
     Args:
         criterion: a :class:`slr_plugin.SLRLoss`.
@@ -57,16 +43,18 @@ class LabelMonitor:
     """
 
     def __init__(self, criterion: SLRLoss) -> None:
-        if not hasattr(criterion, "observers"):
+        if not hasattr(criterion, "labelled_keys"):
             raise TypeError(f"criterion must be a slr_plugin.SLRLoss, got {type(criterion).__name__}")
         self.criterion = criterion
         self.measured: list[LabelQuality] = []
         self._averaged: list[LabelQuality] = []  # by the last call of mean()
         self._announced: Tensor | None = None  # of the next call
-        self._classes: Tensor | None = None  # of the call under way
         self._measures = False
         self._queue_classes, self._generation = self._unknown()
-        criterion.observers.append(self)
+        self._hooks = (
+            criterion.register_forward_pre_hook(self._before, with_kwargs=True),
+            criterion.register_forward_hook(self._after),
+        )
 
     @property
     def queue_classes(self) -> Tensor:
@@ -75,6 +63,8 @@ class LabelMonitor:
 
     def announce(self, classes: Tensor, measure: bool = True) -> None:
         """Tell the classes (s,) of the criterion's next call, -1 where unknown; whether to measure its labels.
+
+        Where the criterion gathers over processes, all of them measure the same calls.
 
         Raises:
             TypeError: ``classes`` is no integer tensor.
@@ -96,8 +86,8 @@ class LabelMonitor:
 
     def remove(self) -> None:
         """Let go of the criterion; a second time does nothing."""
-        if self in self.criterion.observers:
-            self.criterion.observers.remove(self)
+        for hook in self._hooks:
+            hook.remove()
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside the criterion's."""
@@ -117,40 +107,41 @@ class LabelMonitor:
             )
         self._table().copy_(stored)
 
-    # ---------------------------------------------------------- what the criterion calls, see Observer
+    @torch.no_grad()
+    def _before(self, criterion: SLRLoss, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take the announcement, which belongs to this call even if it raises; measure the labels if it says so.
 
-    def begin(self) -> None:
-        """Take the announcement, which belongs to this call even if it raises."""
-        self._classes, self._announced = self._announced, None
+        A call that activation checkpointing makes again comes without one, and its keys have unknown classes.
+        """
+        out0 = args[0] if args else kwargs["out0"]
+        announced, self._announced = self._announced, None
+        measures = self._measures and announced is not None
+        unknown = torch.full((len(out0),), -1, device=out0.device)
+        local = unknown if announced is None else announced.to(out0.device, torch.int64)
+        if local.shape != unknown.shape:
+            raise ValueError(
+                f"the classes announced have shape {tuple(local.shape)}, the criterion's batch {len(out0)} rows; "
+                "announce one class per query, -1 where it is unknown"
+            )
+        self._classes = gather(local) if criterion.gather_distributed else local
+        self._step, self._pointer = criterion.step.clone(), criterion.memory_bank.bank_ptr.clone()
+        if measures:
+            key_set, labels = criterion.labelled_keys(*args, **kwargs)
+            rows, columns = key_set.column_classes(local, self._classes, self._table().to(out0.device))
+            self.measured.append(label_quality(labels, rows, columns, key_set.positive_columns()))
 
     @torch.no_grad()
-    def compare(self, key_set: KeySet, labels: Callable[[], Tensor]) -> None:
-        """Measure the labels, if announced, while the queue still holds the keys that they spread over."""
-        size = len(key_set.positives)
-        device = key_set.positives.device
-        if self._classes is None:  # nobody told
-            self._classes, self._measures = torch.full((size,), -1, device=device), False
-        if self._classes.shape != (size,):
-            raise ValueError(
-                f"the classes announced have shape {tuple(self._classes.shape)}, the criterion's batch {size} "
-                "rows; announce one class per query, -1 where it is unknown"
-            )
-        local = self._classes.to(device, torch.int64)
-        self._classes = gather(local) if self.criterion.gather_distributed else local
-        if self._measures:
-            rows, columns = key_set.column_classes(local, self._classes, self._table().to(device))
-            self.measured.append(label_quality(labels(), rows, columns, key_set.own_columns()))
-
-    def enqueue(self, enqueued: Enqueued) -> None:
-        """Record the classes of the keys that were just enqueued."""
-        places, accepted = enqueued
+    def _after(self, criterion: SLRLoss, args: tuple[Any, ...], loss: Tensor) -> None:
+        """Record the classes of the keys that entered the queue, if they did, without reading values back."""
         classes = self._table()
-        if self._classes is None:  # this monitor did not see the call begin
-            newest = torch.full_like(places, -1)
-        else:
-            newest = self._classes[-len(places) :].to(classes.device)
-        # Without reading back whether the keys were finite; in place, as a CUDA graph repeats it.
-        classes.index_copy_(0, places, torch.where(accepted, newest, classes[places]))
+        if not len(classes):
+            return
+        newest = self._classes[-len(classes) :].to(classes.device)
+        start = self._pointer + (len(self._classes) - len(newest))
+        places = (start + torch.arange(len(newest), device=classes.device)) % len(classes)
+        entered = (criterion.step != self._step).to(classes.device)
+        # In place, as a CUDA graph repeats it.
+        classes.index_copy_(0, places, torch.where(entered, newest, classes[places]))
 
     def _table(self) -> Tensor:
         """The classes that later calls write to, on the queue's device; unknown ones after its keys were replaced."""

@@ -5,7 +5,6 @@ compute it: tile by tile with torch's own operations, or with GPU kernels.
 """
 
 from slr_plugin.streaming.op import softmax_stats as softmax_stats
-from slr_plugin.streaming.stats import Diagonal as Diagonal
 from slr_plugin.streaming.stats import SoftmaxStats as SoftmaxStats
 
-__all__ = ["Diagonal", "SoftmaxStats", "softmax_stats"]
+__all__ = ["SoftmaxStats", "softmax_stats"]

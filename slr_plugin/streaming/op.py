@@ -1,15 +1,12 @@
 """The streaming pass as a ``torch.library`` operator: its arguments, its gradient, and which backend computes it.
 
-As an operator the pass is one node for ``torch.compile``, without a graph break, and one entry that selective
-activation checkpointing can save.
+As an operator the pass is one node for ``torch.compile``, without a graph break.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-import os
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -17,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr_plugin.checkpointing import is_recomputed
-from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
+from slr_plugin._torch_internals import is_recomputed, refuse_repetition
+from slr_plugin.streaming.stats import Plan, SoftmaxStats, Source
 
 BACKENDS = ("tiled", "triton")  # modules beside this one, with ``forward`` and ``keys_backward``
-# Taken where none is asked for; "triton" gives way to "tiled" where its kernels cannot compute the pass.
-DEFAULT_BACKEND = "triton" if os.environ.get("SLR_PLUGIN_FUSED") == "1" else "tiled"
+DEFAULT_BACKEND = "tiled"  # may be set to "triton", which gives way to "tiled" where its kernels cannot do
 WIDEST_TRITON = 256  # dimensions that the registers of a GPU hold
 
-_PLAN = "float scale, float bound, SymInt[] hidden, bool symmetric, SymInt chunk, str backend"
+_PLAN = "Tensor? hidden, float scale, float bound, bool symmetric, SymInt chunk, str backend"
 
 
 def softmax_stats(
@@ -35,14 +31,13 @@ def softmax_stats(
     *,
     values: Tensor | None = None,
     queue_values: Tensor | None = None,
+    hidden: Tensor | None = None,
     scale: float = 1.0,
     bound: float = math.inf,
-    hidden: Sequence[Diagonal] = (),
     symmetric: bool = False,
     chunk_size: int | None = None,
     backend: str | None = None,
-    has_changed: bool = False,
-    may_change: bool = False,
+    repeatable: bool = True,
 ) -> SoftmaxStats:
     """Compute the softmax statistics of every row over its keys in one pass (equations in ``stats.py``).
 
@@ -54,51 +49,34 @@ def softmax_stats(
         values: (b, v), what is averaged, where that is not the keys. The weights then count as constants: only
             ``values`` gets a gradient.
         queue_values: (n, v), likewise for ``queue``.
+        hidden: (r, h) int64, the numbers of the ``keys`` that each row does not see; -1 for none.
         scale: the factor c on the similarities.
         bound: no logit is larger in magnitude. A small bound saves the running maximum.
-        hidden: pairs of rows and keys that are left out.
         symmetric: ``keys`` is ``rows`` and the hidden pairs are symmetric: half of the logits are then enough.
         chunk_size: keys per tile; None chooses by device.
         backend: ``"tiled"`` or ``"triton"``; None takes ``DEFAULT_BACKEND`` as far as it can compute the pass.
-        has_changed: this repeats an earlier call, for activation checkpointing, and the queue or the schedule have
-            changed since: computing the pass raises. Selective checkpointing, which saved its output, does not compute
-            it.
-        may_change: they may change before the call is repeated, and the call, which is compiled, cannot know: it raises
-            where checkpointing computes it again.
+        repeatable: False where a compiled call reads a queue or a schedule that have moved on when activation
+            checkpointing computes the pass again; that then raises.
 
     Returns:
         The :class:`SoftmaxStats`. Where the values are the keys, ``offset`` has gradients for rows and keys, and
         ``mean`` has one for the keys alone: its weights count as constants, because they serve as labels.
 
     Raises:
-        RuntimeError: a second derivative is asked for, or the keys have changed; the result would be wrong.
+        RuntimeError: a second derivative is asked for, or a pass that is not repeatable is computed again.
         ValueError: an unknown ``backend``.
     """
     if values is not None:
         rows, keys = rows.detach(), keys.detach()
     averaged = keys if values is None else values
-    flat = [number for diagonal in hidden for number in diagonal]
     name = resolve(backend, rows, max(rows.shape[1], averaged.shape[1]), chunk_size)
-    reference, offset, peak, mean = _forward(
-        rows,
-        keys,
-        queue,
-        values,
-        queue_values,
-        has_changed,
-        may_change,
-        scale,
-        bound,
-        flat,
-        symmetric,
-        chunk_size or 0,
-        name,
-    )
+    plan = hidden, scale, bound, symmetric, chunk_size or 0, name
+    reference, offset, max_weight, mean = _forward(rows, keys, queue, values, queue_values, repeatable, *plan)
     # Autograd follows all outputs of an operator; cut off here, the others cost nothing in the backward.
     return SoftmaxStats(
         reference.detach(),
         offset if values is None else offset.detach(),
-        peak.detach(),
+        max_weight.detach(),
         mean if averaged.requires_grad else mean.detach(),
     )
 
@@ -111,23 +89,16 @@ def resolve(backend: str | None, rows: Tensor, dim: int, chunk_size: int | None)
         raise ValueError(f'backend="triton" takes at most {WIDEST_TRITON} dimensions, got {dim}; pass backend="tiled"')
     if backend is not None or DEFAULT_BACKEND == "tiled":
         return backend or "tiled"
-    if rows.device.type != "cuda" or rows.dtype != torch.float32 or chunk_size or dim > WIDEST_TRITON:
-        return "tiled"
-    if torch.get_float32_matmul_precision() == "highest":
-        warnings.warn(
-            'SLR_PLUGIN_FUSED=1 has no effect at torch\'s default precision of products, "highest": call '
-            'torch.set_float32_matmul_precision("high")',
-            stacklevel=3,
-        )
-        return "tiled"
-    return "triton"
+    float32_on_gpu = rows.device.type == "cuda" and rows.dtype == torch.float32
+    may_round = torch.get_float32_matmul_precision() != "highest"  # as the kernels do
+    return "triton" if float32_on_gpu and may_round and not chunk_size and dim <= WIDEST_TRITON else "tiled"
 
 
 @torch.library.custom_op(
     "slr_plugin::softmax_stats",
     mutates_args=(),
-    schema="(Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, bool has_changed, "
-    f"bool may_change, {_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, bool repeatable, "
+    f"{_PLAN}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
     rows: Tensor,
@@ -135,32 +106,28 @@ def _forward(
     queue: Tensor | None,
     values: Tensor | None,
     queue_values: Tensor | None,
-    has_changed: bool,
-    may_change: bool,
+    repeatable: bool,
     *plan: Any,
 ) -> tuple[Tensor, ...]:
-    if has_changed or (may_change and is_recomputed()):
-        raise RuntimeError(
-            "activation checkpointing computes SLRLoss again after its queue or schedule may have moved on, so its "
-            "gradient would be wrong: checkpoint the encoder without the loss, or save the loss's pass by context_fn="
-            "functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, "
-            "[torch.ops.slr_plugin.softmax_stats.default])"
-        )
+    if not repeatable and is_recomputed():
+        refuse_repetition()
     sources = [Source(keys, keys if values is None else values)]
     if queue is not None:
-        sources.append(Source(queue, queue if queue_values is None else queue_values, may_be_low=True))
-    return tuple(_backend(plan).forward(rows, sources, _planned(plan)))
+        sources.append(Source(queue, queue if queue_values is None else queue_values))
+    return tuple(_backend(plan).forward(rows, sources, Plan(*plan[:-1])))
 
 
 @torch.library.custom_op(
     "slr_plugin::softmax_stats_keys_backward",
     mutates_args=(),
-    schema=f"(Tensor rows, Tensor keys, Tensor logsumexp, Tensor row_values, {_PLAN}) -> Tensor",
+    schema=f"(Tensor rows, Tensor keys, Tensor reference, Tensor offset, Tensor row_values, {_PLAN}) -> Tensor",
 )
-def _keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, *plan: Any) -> Tensor:
+def _keys_backward(
+    rows: Tensor, keys: Tensor, reference: Tensor, offset: Tensor, row_values: Tensor, *plan: Any
+) -> Tensor:
     r""":math:`\sum_i s_{ik} u_i` of every key k, for row values u (r, v), with the weights s computed anew."""
-    finite = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)  # of a row that sees no key
-    gradient: Tensor = _backend(plan).keys_backward(rows, keys, finite, row_values, _planned(plan))
+    finite = offset.masked_fill(offset == -torch.inf, 0.0)  # of a row that sees no key
+    gradient: Tensor = _backend(plan).keys_backward(rows, keys, reference, finite, row_values, Plan(*plan[:-1]))
     return gradient
 
 
@@ -171,14 +138,14 @@ def _(rows: Tensor, keys: Tensor, queue: Any, values: Tensor | None, *args: Any)
 
 
 @_keys_backward.register_fake
-def _(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, *args: Any) -> Tensor:
+def _(rows: Tensor, keys: Tensor, reference: Tensor, offset: Tensor, row_values: Tensor, *args: Any) -> Tensor:
     return row_values.new_empty(keys.shape[0], row_values.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, keys, _, _, _, _, _, *ctx.plan = inputs
+    rows, keys, _, _, _, _, hidden, *ctx.plan = inputs
     reference, offset, _, mean = output
-    ctx.save_for_backward(rows, keys, reference + offset, mean)
+    ctx.save_for_backward(rows, keys, reference, offset, mean, hidden)
     ctx.set_materialize_grads(False)
 
 
@@ -190,11 +157,11 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
     if torch.is_grad_enabled():  # under create_graph=True only
         raise RuntimeError("SLRLoss has no second derivative: its gradient is in closed form; drop create_graph=True")
     _, grad_offset, _, grad_mean = grad_outputs
-    rows, keys, logsumexp, mean = ctx.saved_tensors
+    rows, keys, reference, offset, mean, hidden = ctx.saved_tensors
     grad_rows = grad_keys = grad_values = None
     if ctx.needs_input_grad[3]:  # values that are not the keys: the weights are constants
         if grad_mean is not None:
-            grad_values = _keys_backward(rows, keys, logsumexp, grad_mean, *ctx.plan)
+            grad_values = _keys_backward(rows, keys, reference, offset, grad_mean, hidden, *ctx.plan)
     else:
         row_values = grad_mean
         if grad_offset is not None:
@@ -204,16 +171,11 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
             if ctx.needs_input_grad[1]:
                 row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
         if ctx.needs_input_grad[1] and row_values is not None:
-            grad_keys = _keys_backward(rows, keys, logsumexp, row_values, *ctx.plan)
-    return grad_rows, grad_keys, None, grad_values, *[None] * 9  # queue_values, has_changed, may_change and the plan
+            grad_keys = _keys_backward(rows, keys, reference, offset, row_values, hidden, *ctx.plan)
+    return grad_rows, grad_keys, None, grad_values, *[None] * 8  # queue_values, repeatable and the plan
 
 
 _forward.register_autograd(_backward, setup_context=_save)
-
-
-def _planned(plan: Sequence[Any]) -> Plan:
-    scale, bound, flat, symmetric, chunk, _ = plan
-    return Plan(scale, bound, [Diagonal(*flat[i : i + 3]) for i in range(0, len(flat), 3)], symmetric, chunk)
 
 
 def _backend(plan: Sequence[Any]) -> ModuleType:

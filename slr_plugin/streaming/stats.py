@@ -6,7 +6,7 @@ For rows :math:`r_i`, keys :math:`b_k` with values :math:`v_k`, a scale :math:`c
 .. math::
     \ell_i = \log \sum_{k \in V_i} e^{c \langle r_i, b_k \rangle}, \qquad
     s_{ik} = e^{c \langle r_i, b_k \rangle - \ell_i}, \qquad
-    \mathrm{peak}_i = \max_{k \in V_i} s_{ik}, \qquad
+    m_i = \max_{k \in V_i} s_{ik}, \qquad
     a_i = \sum_{k \in V_i} s_{ik} v_k .
 
 This is attention with its statistics; the values are usually the keys themselves. Online softmax gathers the sums tile
@@ -16,18 +16,13 @@ nothing more: :math:`\partial \ell_i / \partial r_i = c\, a_i` where the values 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Diagonal(NamedTuple):
-    """A run of hidden pairs: row ``row + t`` does not see key ``key + t``, for every ``t < length``."""
-
-    row: int
-    key: int
-    length: int
+LN2 = math.log(2)
 
 
 class Source(NamedTuple):
@@ -35,15 +30,14 @@ class Source(NamedTuple):
 
     keys: Tensor  # (n, d)
     values: Tensor  # (n, v), often the keys themselves
-    may_be_low: bool = False  # whether its products may be in bfloat16
 
 
 class Plan(NamedTuple):
     """How the backends compute a pass; the arguments of ``softmax_stats``."""
 
+    hidden: Tensor | None  # (r, h) int64, see softmax_stats
     scale: float
     bound: float
-    hidden: list[Diagonal]
     symmetric: bool
     chunk: int  # 0: chosen by device
 
@@ -55,20 +49,19 @@ class SoftmaxStats(NamedTuple):
     :math:`(\rho_i - x) + (\ell_i - \rho_i)` keeps digits that :math:`\ell_i - x` loses.
     """
 
-    reference: Tensor  # (r,) rho, without gradient
+    reference: Tensor  # (r,) rho in bits (rho / ln 2), as the backends have it; without gradient
     offset: Tensor  # (r,) l - rho, with the gradient of l; -inf where a row sees no key
-    peak: Tensor  # (r,) the largest softmax weight, without gradient; 0 where a row sees no key
-    mean: Tensor  # (r, v) the weighted mean of the values; 0 where a row sees no key
+    max_weight: Tensor  # (r,) m, without gradient; 0 where a row sees no key
+    mean: Tensor  # (r, v) a; 0 where a row sees no key
 
     def logsumexp_minus(self, logit: Tensor) -> Tensor:
         """The log-sum-exp minus a logit (r,): large numbers are subtracted first."""
-        return (self.reference - logit) + self.offset
+        return (self.reference * LN2 - logit) + self.offset
 
     def roll(self, count: int) -> SoftmaxStats:
         """The statistics with every row ``count`` further on, the last ones first."""
         return SoftmaxStats(*(x.roll(count, 0) for x in self))
 
-    def split(self, count: int) -> tuple[SoftmaxStats, SoftmaxStats]:
-        """The statistics of the first ``count`` rows, and of the others."""
-        first, others = zip(*(torch.split(x, [count, len(x) - count]) for x in self), strict=True)
-        return SoftmaxStats(*first), SoftmaxStats(*others)
+    def split(self, counts: list[int]) -> list[SoftmaxStats]:
+        """The statistics of the first ``counts[0]`` rows, of the next ``counts[1]``, and so on."""
+        return [SoftmaxStats(*part) for part in zip(*(torch.split(x, counts) for x in self), strict=True)]

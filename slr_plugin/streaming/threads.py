@@ -8,46 +8,46 @@ with one intra-op thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
-Task = Callable[[], None]
-START_SECONDS = 30  # within which the threads have to start
+T = TypeVar("T")
 
 
-def run(tasks: Sequence[Task]) -> None:
-    """Run tasks at once, each in a thread of its own; a single one here. Raises what the first that fails raises.
+def run(tasks: Sequence[Callable[[], T]]) -> list[T]:
+    """Return what the tasks return, each computed in a thread of its own; a single one is computed here.
 
-    Tasks write into tensors that the caller made, and record no gradient.
+    Where the system gives no thread, as at the interpreter's end, the others and the caller do its work, so a task may
+    be computed twice: it must write to nothing but tensors of its own. Tasks record no gradient. Raises what the first
+    task that fails raises.
     """
-    if len(tasks) == 1:
-        tasks[0]()
-        return
-    futures: list[Future[None]] = []
+    futures: list[Future[T]] = []
     try:
-        executor = pool.of(len(tasks))
-        for task in tasks:
-            futures.append(executor.submit(_without_gradient, task))
-    except RuntimeError:  # no thread can be started, as at the interpreter's end
-        for task in tasks[len(futures) :]:
-            task()
-    wait(futures)
-    for future in futures:
-        future.result()
+        if len(tasks) > 1 and not pool.is_broken:
+            executor = pool.of(len(tasks))
+            for task in tasks:
+                futures.append(executor.submit(_without_gradient, task))
+    except RuntimeError as error:
+        if "start new thread" in str(error):
+            pool.is_broken = True
+            warnings.warn("the system starts no further thread: the loss computes with one from now on", stacklevel=2)
+    return [future.result() for future in futures] + [task() for task in tasks[len(futures) :]]
 
 
-def _without_gradient(task: Task) -> None:
-    # What the caller has set for its own thread does not reach this one; its tensors may be those of inference mode.
-    with torch.inference_mode():
-        task()
+def _without_gradient(task: Callable[[], T]) -> T:
+    with torch.no_grad():  # what the caller has set holds in its own thread only
+        return task()
 
 
 class Pool:
-    """The threads, started when they are first needed, and anew where more of them are."""
+    """The threads, started when they are first needed."""
 
     def __init__(self) -> None:
         self.forget()
@@ -56,40 +56,29 @@ class Pool:
         """Start anew: a forked process has none of its parent's threads, and perhaps a lock that one of them held."""
         self.executor: ThreadPoolExecutor | None = None
         self.size = 0
-        self.lock = threading.Lock()
+        self.is_broken = False  # whether no thread could be started
+        self.choosing, self.preparing = threading.Lock(), threading.Lock()
 
     def of(self, size: int) -> ThreadPoolExecutor:
-        """At least ``size`` threads, all of them started and prepared; raises RuntimeError if they cannot be."""
-        with self.lock:
+        """At least ``size`` threads."""
+        with self.choosing:
             if self.executor is None or self.size < size:
-                executor = ThreadPoolExecutor(size, "slr_plugin", _prepare_thread)
-                everyone = threading.Barrier(size + 1, timeout=START_SECONDS)
-                try:
-                    for _ in range(size):  # each waits, so that the next one gets a thread of its own
-                        executor.submit(everyone.wait)
-                    everyone.wait()  # BrokenBarrierError, which is a RuntimeError, if one does not come
-                except RuntimeError:
-                    everyone.abort()
-                    raise
-                self.executor, self.size = executor, size
+                self.executor, self.size = ThreadPoolExecutor(size, "slr_plugin", self.prepare_thread), size
             return self.executor
 
+    def prepare_thread(self) -> None:
+        """Give this thread one intra-op thread, and leave what torch gives to other threads as it was.
 
-_preparing = threading.Lock()
-
-
-def _prepare_thread() -> None:
-    """Give this thread one intra-op thread, and leave what torch gives to other threads as it was.
-
-    ``torch.set_num_threads`` sets the number of the calling thread and the default of new threads. The latter is put
-    back by a thread that ends at once; one thread at a time is prepared, or it would read what another one has set.
-    """
-    with _preparing:
-        default = torch.get_num_threads()
-        torch.set_num_threads(1)
-        restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
-        restorer.start()
-        restorer.join()
+        ``torch.set_num_threads`` sets the number of the calling thread and the default of new threads. The latter is
+        put back by a thread that ends at once; one thread at a time is prepared, or it would read what another one set.
+        """
+        with self.preparing:
+            default = torch.get_num_threads()
+            torch.set_num_threads(1)
+            restorer = threading.Thread(target=torch.set_num_threads, args=(default,))
+            with contextlib.suppress(RuntimeError):  # no thread can be started: there is none to keep the default for
+                restorer.start()
+                restorer.join()
 
 
 pool = Pool()

@@ -6,88 +6,36 @@ time of its ``exp`` on the CPU. The factor rides on the matrix product for nothi
 A running maximum prevents overflow; it is left out where logits are known to be small (``bound``). Where the keys
 are the rows, the logits are a symmetric matrix: a tile then serves its mirror image too, and half the tiles are enough.
 
-After ``torch.set_float32_matmul_precision("medium")`` float32 rows meet the *queue* through bfloat16 products where the
-CPU has instructions for them (torch itself reaches those units on few CPUs). The keys of the batch, with the positives
-and their large logits, stay in float32, and so do all sums. A queue that fits into one tile together with the batch is
-joined with it, and then stays in float32 too.
+On a CPU a large pass is shared: worker i of n takes every n-th tile into sums of its own, and the sums are merged in
+the order of the workers. Results are therefore deterministic for a number of threads.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from slr_plugin.streaming import threads
-from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
+from slr_plugin.streaming.stats import LN2, Plan, SoftmaxStats, Source
+
+T = TypeVar("T")
 
 # Tiles of rows x keys. On the CPU 1,024 x 1,024 float32 values are 4 MB and stay in the cache between the two products.
 # An accelerator wants fewer, larger launches: on an H200, at precision "high", (8192, 65536) halves the forward pass of
 # 256 images over 65,536 keys, then one tile of 200 MB. This one takes 134 MB at most (``python -m benchmarks tiles``).
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 8192)
-# A pass over at least so many pairs of rows and keys is shared among threads. Handing it over costs up to 8 ms, while
-# the threads of torch's last operation still spin.
+LEAST_WIDTH = 256  # of a tile, however many workers there are
+# A pass over at least so many pairs of rows and keys is shared. Handing it over costs up to 8 ms, while the threads of
+# torch's last operation still spin.
 SHARED_PAIRS = 2**23
-LEAST_HEIGHT = 256  # rows of a tile, however many threads there are
-LN2 = math.log(2)
 # Logits of at most so many bits need no running maximum: their weights stay below 2^32, and float32 reaches 2^127.
 SAFE_BITS = 32
-
-
-class Tiling(NamedTuple):
-    """How a pass is cut into tiles, and the memory of one tile for each thread that computes a share of it.
-
-    Every sum has one writer at a time and receives its parts in a fixed order, so that results are deterministic for a
-    given number of threads.
-    """
-
-    height: int  # rows of a tile
-    width: int  # keys of a tile; equal to the height, where a tile serves its mirror image too
-    tiles: list[Tensor]
-
-    @classmethod
-    def of(cls, rows: Tensor, sources: Sequence[Source], chunk: int, mirrored: bool, shares_rows: bool) -> Tiling:
-        """Choose tiles and threads by the device and the size of the pass; threads share its rows or its keys."""
-        on_cpu = rows.device.type == "cpu"
-        pairs = len(rows) * sum(len(source.keys) for source in sources)
-        count = torch.get_num_threads() if on_cpu and pairs >= SHARED_PAIRS else 1
-        height, width = _largest_tile(rows.device)
-        height, width = max(height // count, min(height, LEAST_HEIGHT)), chunk or width
-        if mirrored:
-            width = height
-        longest = max(len(source.keys) for source in sources)
-        if not mirrored and shares_rows:
-            height = min(height, -(-len(rows) // count))
-        elif not mirrored:
-            width = min(width, -(-longest // count))
-        height, width = max(1, min(height, len(rows))), max(1, min(width, longest))
-        return cls(height, width, [rows.new_empty(height * width) for _ in range(count)])
-
-    def run_shares(self, count: int, compute: Callable[[Tensor, slice], None]) -> None:
-        """Call ``compute(tile, share)`` for shares of ``range(count)``, one per thread."""
-        stops = [count * i // len(self.tiles) for i in range(len(self.tiles) + 1)]
-        shares = zip(self.tiles, itertools.starmap(slice, itertools.pairwise(stops)), strict=True)
-        threads.run([functools.partial(compute, tile, share) for tile, share in shares])
-
-    def run_pairs(self, count: int, compute: Callable[[Tensor, slice, slice], None]) -> None:
-        """Call ``compute(tile, here, there)`` for every two blocks of ``range(count)``, and for each and itself.
-
-        Pairs that are computed at the same time have no block in common, so no two threads write the same rows.
-        """
-
-        def share(tile: Tensor, pairs: list[tuple[slice, slice]]) -> None:
-            for here, there in pairs:
-                compute(tile, here, there)
-
-        number = len(self.tiles)
-        for pairs in _rounds(list(_slices(slice(0, count), self.height))):
-            threads.run([functools.partial(share, tile, pairs[i::number]) for i, tile in enumerate(self.tiles)])
 
 
 class Sums(NamedTuple):
@@ -106,12 +54,9 @@ class Sums(NamedTuple):
         """Accumulate one block of keys: weights (rows, keys), values (keys, v)."""
         self.total.add_(weights.sum(1, keepdim=True))
         torch.maximum(self.largest, weights.amax(1, keepdim=True), out=self.largest)
-        if values.dtype == weights.dtype:
-            self.mean.addmm_(weights, values)
-        else:
-            self.mean.add_(weights.to(values.dtype) @ values)
+        self.mean.addmm_(weights, values)
 
-    def raise_shift(self, logits: Tensor) -> None:
+    def rescale(self, logits: Tensor) -> None:
         """Raise the shift to the largest of ``logits``, which are made relative to it, as are the sums."""
         previous = self.shift.clone()
         torch.maximum(previous, logits.amax(1, keepdim=True), out=self.shift)
@@ -121,97 +66,133 @@ class Sums(NamedTuple):
         for sums in (self.total, self.largest, self.mean):
             sums.mul_(decay)
 
+    def merge(self, other: Sums) -> Sums:
+        """The sums over the keys of both, in this one's memory."""
+        shift = torch.maximum(self.shift, other.shift)
+        for sums in (self, other):
+            decay = (sums.shift - _finite(shift)).exp2_()
+            for x in (sums.total, sums.largest, sums.mean):
+                x.mul_(decay)
+        self.total.add_(other.total)
+        torch.maximum(self.largest, other.largest, out=self.largest)
+        self.mean.add_(other.mean)
+        return self._replace(shift=shift)
+
+
+class Tile(NamedTuple):
+    """Some rows and some keys of a pass, and the memory for their logits."""
+
+    rows: slice
+    keys: slice  # by their number among all keys
+    block: Tensor  # the keys (w, d), on the device and in the dtype of the rows
+    values: Tensor  # (w, v)
+    memory: Tensor  # as many numbers as the largest tile has pairs, and a spare one
+
+
+class Tiling:
+    """Cuts a pass into tiles and goes through them, alone or with several workers."""
+
+    def __init__(self, rows: Tensor, sources: Sequence[Source], plan: Plan) -> None:
+        on_cpu = rows.device.type == "cpu"
+        count, total = len(rows), sum(len(source.keys) for source in sources)
+        height, width = CPU_TILE if on_cpu else ACCELERATOR_TILE
+        if len(sources) > 1 and total <= min(width, plan.chunk or width):
+            sources = [_one_source(sources, rows)]  # one tile in place of two, of some seven operations each
+        self.rows, self.sources, self.plan = rows, sources, plan
+        self.bounded = plan.bound / LN2 <= SAFE_BITS
+        self.mirrored = plan.symmetric and self.bounded and not plan.chunk
+        self.workers = torch.get_num_threads() if on_cpu and count * total >= SHARED_PAIRS else 1
+        if self.workers > 1:  # their tiles together stay in the cache, and are enough for all
+            width = max(LEAST_WIDTH, width // self.workers)
+        width = min(height, width) if self.mirrored else plan.chunk or width
+        self.height = max(1, min(width if self.mirrored else height, count))
+        self.width = max(1, min(width, max(len(source.keys) for source in sources)))
+
+    def run(self, compute: Callable[[Iterator[Tile]], T]) -> list[T]:
+        """What ``compute`` returns for every n-th tile, one worker each."""
+        return threads.run([functools.partial(self._work, compute, worker) for worker in range(self.workers)])
+
+    def _work(self, compute: Callable[[Iterator[Tile]], T], worker: int) -> T:
+        return compute(self._tiles(worker))
+
+    def _tiles(self, worker: int) -> Iterator[Tile]:
+        memory = self.rows.new_empty(self.height * self.width + 1)
+        first = number = 0
+        for keys, values in self.sources:
+            for there in _slices(len(keys), self.width):
+                for here in _slices(len(self.rows), self.height):
+                    if self.mirrored and here.start > there.start:
+                        continue
+                    if number % self.workers == worker:
+                        block = keys[there].to(self.rows)
+                        averaged = block if values is keys else values[there].to(self.rows)
+                        yield Tile(here, slice(first + there.start, first + there.stop), block, averaged, memory)
+                    number += 1
+            first += len(keys)
+
+    def logits(self, tile: Tile) -> Tensor:
+        """The logits of a tile in bits, in its memory; minus infinity where hidden."""
+        height, width = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
+        logits = tile.memory[: height * width].view(height, width)
+        torch.addmm(logits, self.rows[tile.rows], tile.block.T, beta=0, alpha=self.plan.scale / LN2, out=logits)
+        if self.plan.hidden is not None and tile.keys.start < len(self.sources[0].keys):  # further sources hide nothing
+            column = self.plan.hidden[tile.rows] - tile.keys.start
+            place = column + torch.arange(0, height * width, width, device=column.device)[:, None]
+            spare = len(tile.memory) - 1  # takes what is hidden in other tiles
+            place = place.where((column >= 0) & (column < width), spare)
+            tile.memory.index_fill_(0, place.flatten(), -torch.inf)
+        return logits
+
 
 def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats:
     """Compute the statistics of (r, d) rows over all keys of all sources."""
-    scale, bound, hidden, _, chunk = plan
-    bounded, mirrored = _is_bounded(plan), _is_mirrored(plan)
-    most = _largest_tile(rows.device)[1]
-    if len(sources) > 1 and sum(len(source.keys) for source in sources) <= min(chunk or most, most):
-        sources = [_one_source(sources, rows)]  # one tile in place of two, of some seven operations each
-    tiling = Tiling.of(rows, sources, chunk, mirrored, shares_rows=True)
-    count, values = len(rows), sources[0].values
-    sums = Sums(
-        rows.new_full((count, 1), 0.0 if bounded else -torch.inf),
-        rows.new_zeros(count, 1),
-        rows.new_zeros(count, 1),
-        rows.new_zeros(count, values.shape[1]),
-    )
-    low = (rows * (scale / LN2)).bfloat16() if sources[-1].may_be_low and uses_bfloat16(rows) else rows
+    tiling = Tiling(rows, sources, plan)
 
-    def add_keys(tile: Tensor, share: slice) -> None:
-        for left, block, averaged in _blocks(sources, tiling.width, rows, low.dtype):
-            compared = rows if block.dtype == rows.dtype else low
-            for here in _slices(share, tiling.height):
-                logits = _fill_logits(compared[here], block, scale, tile, here.start, left, hidden)
-                part = sums.at(here)
-                if not bounded:
-                    part.raise_shift(logits)
-                part.add(logits.exp2_(), averaged)
+    def add_keys(tiles: Iterator[Tile]) -> Sums:
+        zeros = [rows.new_zeros(len(rows), width) for width in (1, 1, 1, sources[0].values.shape[1])]
+        sums = Sums(*zeros) if tiling.bounded else Sums(zeros[0].fill_(-torch.inf), *zeros[1:])
+        for tile in tiles:
+            logits, own = tiling.logits(tile), sums.at(tile.rows)
+            if not tiling.bounded:
+                own.rescale(logits)
+            weights = logits.exp2_()
+            own.add(weights, tile.values)
+            if tiling.mirrored and tile.rows != tile.keys:
+                sums.at(tile.keys).add(weights.T, sources[0].values[tile.rows])
+        return sums
 
-    def add_each_other(tile: Tensor, here: slice, there: slice) -> None:
-        weights = _fill_logits(rows[here], rows[there], scale, tile, here.start, there.start, hidden).exp2_()
-        sums.at(here).add(weights, values[there])
-        if here != there:
-            sums.at(there).add(weights.T, values[here])
-
-    if mirrored:
-        tiling.run_pairs(count, add_each_other)
+    sums = functools.reduce(Sums.merge, tiling.run(add_keys))
+    total, bound = sums.total, plan.bound
+    if tiling.bounded:
+        reference, offset = torch.full_like(total, bound / LN2), (total * math.exp(-bound)).log_()
     else:
-        tiling.run_shares(count, add_keys)
-    total = sums.total
-    if bounded:
-        reference, offset = torch.full_like(total, bound), (total * math.exp(-bound)).log_()
-    else:
-        reference, offset = LN2 * _finite(sums.shift), total.log()
+        reference, offset = _finite(sums.shift), total.log()
     total = total.masked_fill(total == 0, 1.0)
     return SoftmaxStats(reference[:, 0], offset[:, 0], (sums.largest / total)[:, 0], sums.mean.div_(total))
 
 
-def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, plan: Plan) -> Tensor:
-    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' log-sum-exp (r,), finite, and their values u (r, v)."""
-    scale, _, hidden, _, chunk = plan
-    bounded, mirrored = _is_bounded(plan), _is_mirrored(plan)
-    tiling = Tiling.of(rows, [Source(keys, keys)], chunk, mirrored, shares_rows=False)
-    shift = logsumexp[:, None] / LN2
-    values = row_values * (-shift).exp2() if bounded else row_values
-    gradient = row_values.new_zeros(len(keys), row_values.shape[1])
+def keys_backward(
+    rows: Tensor, keys: Tensor, reference: Tensor, offset: Tensor, row_values: Tensor, plan: Plan
+) -> Tensor:
+    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' statistics (r,), finite, and their values u (r, v)."""
+    tiling = Tiling(rows, [Source(keys, keys)], plan)
+    shift = reference[:, None]
+    # What all weights of a row are divided by is taken from its value once, where no weight can overflow.
+    values = row_values * (-offset[:, None]).exp() * ((-shift).exp2() if tiling.bounded else 1.0)
 
-    def weights_of(tile: Tensor, here: slice, there: slice) -> Tensor:
-        weights = _fill_logits(rows[here], keys[there], scale, tile, here.start, there.start, hidden)
-        if not bounded:
-            weights.sub_(shift[here]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
-        return weights.exp2_()
+    def add_rows(tiles: Iterator[Tile]) -> Tensor:
+        gradient = values.new_zeros(len(keys), values.shape[1])
+        for tile in tiles:
+            weights = tiling.logits(tile)
+            if not tiling.bounded:
+                weights.sub_(shift[tile.rows]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
+            weights.exp2_()
+            gradient[tile.keys].addmm_(weights.T, values[tile.rows])
+            if tiling.mirrored and tile.rows != tile.keys:
+                gradient[tile.rows].addmm_(weights, values[tile.keys])
+        return gradient
 
-    def add_rows(tile: Tensor, share: slice) -> None:
-        for there in _slices(share, tiling.width):
-            for here in _slices(slice(0, len(rows)), tiling.height):
-                gradient[there].addmm_(weights_of(tile, here, there).T, values[here])
-
-    def add_each_other(tile: Tensor, here: slice, there: slice) -> None:
-        weights = weights_of(tile, here, there)
-        gradient[there].addmm_(weights.T, values[here])
-        if here != there:
-            gradient[here].addmm_(weights, values[there])
-
-    if mirrored:
-        tiling.run_pairs(len(rows), add_each_other)
-    else:
-        tiling.run_shares(len(keys), add_rows)
-    return gradient
-
-
-def _is_bounded(plan: Plan) -> bool:
-    return plan.bound / LN2 <= SAFE_BITS
-
-
-def _is_mirrored(plan: Plan) -> bool:
-    """Whether a tile serves its mirror image too."""
-    return plan.symmetric and _is_bounded(plan) and not plan.chunk
-
-
-def _largest_tile(device: torch.device) -> tuple[int, int]:
-    return CPU_TILE if device.type == "cpu" else ACCELERATOR_TILE
+    return functools.reduce(Tensor.add_, tiling.run(add_rows))
 
 
 def _one_source(sources: Sequence[Source], like: Tensor) -> Source:
@@ -222,74 +203,9 @@ def _one_source(sources: Sequence[Source], like: Tensor) -> Source:
     return Source(keys, torch.cat([source.values.to(like) for source in sources]))
 
 
-def _fill_logits(
-    rows: Tensor, keys: Tensor, scale: float, tile: Tensor, top: int, left: int, hidden: Sequence[Diagonal]
-) -> Tensor:
-    """Logits in bits of rows ``top ..`` with keys ``left ..``, in a tile's memory; minus infinity where hidden.
-
-    Rows in bfloat16 are scaled already.
-    """
-    height, width = len(rows), len(keys)
-    logits = tile[: height * width].view(height, width)
-    if rows.dtype == tile.dtype:
-        torch.addmm(logits, rows, keys.T, beta=0, alpha=scale / LN2, out=logits)
-    else:
-        logits.copy_(rows @ keys.T)
-    for row, key, length in hidden:
-        # The part of the diagonal (row + t, key + t), t < length, inside this tile.
-        start = max(top - row, left - key, 0)
-        stop = min(top + height - row, left + width - key, length)
-        if start < stop:
-            corner = logits[row + start - top :, key + start - left :]
-            corner.diagonal()[: stop - start].fill_(-torch.inf)
-    return logits
-
-
-def _blocks(
-    sources: Sequence[Source], width: int, like: Tensor, low: torch.dtype
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """All keys in blocks: the number of the first among all, the keys, their values.
-
-    They come on the device and in the dtype of ``like``, or ``low`` where that may be.
-    """
-    first = 0
-    for keys, values, may_be_low in sources:
-        dtype = low if may_be_low else like.dtype
-        for here in _slices(slice(0, len(keys)), width):
-            block = keys[here].to(like.device, dtype)
-            averaged = block if values is keys else values[here].to(like.device, dtype)
-            yield first + here.start, block, averaged
-        first += len(keys)
-
-
-def _slices(of: slice, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, of.stop)) for start in range(of.start, of.stop, size))
-
-
-def _rounds(blocks: Sequence[slice]) -> Iterator[list[tuple[slice, slice]]]:
-    """Every two of the blocks once, in rounds of disjoint pairs as in a tournament; first each block with itself."""
-    yield [(block, block) for block in blocks]
-    fixed, *others = [*blocks, None] if len(blocks) % 2 else blocks
-    for _ in range(len(others)):
-        circle = [fixed, *others]
-        pairs = zip(circle[: len(circle) // 2], reversed(circle), strict=False)
-        yield [(here, there) for here, there in pairs if here is not None and there is not None]
-        others = [others[-1], *others[:-1]]
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _finite(logits: Tensor) -> Tensor:
     return logits.masked_fill(logits == -torch.inf, 0.0)
-
-
-def uses_bfloat16(rows: Tensor) -> bool:
-    """Whether float32 products may be approximate, and the CPU is faster at bfloat16."""
-    if rows.device.type != "cpu" or rows.dtype != torch.float32:
-        return False
-    return torch.get_float32_matmul_precision() == "medium" and cpu_has_bfloat16()
-
-
-@functools.cache
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, and not in every torch
-    return supported is not None and bool(supported())

@@ -18,7 +18,6 @@ Imported only where it is used: Triton is no dependency of this package, torch b
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,10 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slr_plugin.streaming.stats import Diagonal, Plan, SoftmaxStats, Source
+from slr_plugin.streaming.stats import LN2, Plan, SoftmaxStats, Source
 
-LN2 = math.log(2)
-NO_KEY = -1
 # The numbers of a product's factors: "tf32", "bf16", or "float32", which is exact in the interpreter and only there.
 BATCH_NUMBERS, QUEUE_NUMBERS_AT_MEDIUM = "tf32", "bf16"
 
@@ -88,11 +85,11 @@ def _rounded(x, NUMBERS: tl.constexpr):
 
 
 @triton.jit
-def _sees(unseen, row, key, first, count, width, SLOTS: tl.constexpr):
+def _sees(masked_keys, row, key, first, count, width, SLOTS: tl.constexpr):
     """Whether rows see keys, in the shape that ``row`` and ``key`` broadcast to; ``first`` is the number of key 0."""
     seen = (row < count) & (key < width)
     for slot in tl.static_range(SLOTS):
-        hidden = tl.load(unseen + slot * count + row, mask=row < count, other=-1)
+        hidden = tl.load(masked_keys + slot * count + row, mask=row < count, other=-1)
         seen = seen & (hidden != first + key)
     return seen
 
@@ -102,7 +99,7 @@ def _forward_kernel(
     rows,
     keys,
     values,  # (width, VALUE_DIM), not read unless APART
-    unseen,  # (SLOTS, count) the keys that each row does not see
+    masked_keys,  # (SLOTS, count) the keys that each row does not see
     largest,  # (splits, count)
     total,  # (splits, count)
     mean,  # (splits, count, VALUE_DIM)
@@ -133,7 +130,7 @@ def _forward_kernel(
     for left in range(split * span, stop, BLOCK_KEYS):
         key = left + tl.arange(0, BLOCK_KEYS)
         block = _rounded(_load(keys, key, column, width, DIM, BLOCK_DIM).to(tl.float32), NUMBERS)
-        seen = _sees(unseen, row[:, None], key[None, :], first, count, width, SLOTS)
+        seen = _sees(masked_keys, row[:, None], key[None, :], first, count, width, SLOTS)
         logits = tl.dot(part, tl.trans(block), input_precision="tf32")
         logits = tl.where(seen, logits, float("-inf"))
         previous = top
@@ -155,8 +152,8 @@ def _forward_kernel(
 def _keys_backward_kernel(
     rows,
     keys,
-    unseen,
-    logsumexp,  # (count,) in bits
+    masked_keys,
+    reference,  # (count,) in bits
     values,  # (count, VALUE_DIM), of the rows
     gradient,  # (width, VALUE_DIM)
     count,
@@ -179,9 +176,9 @@ def _keys_backward_kernel(
     for start in range(0, count, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         part = _rounded(_load(rows, row, column, count, DIM, BLOCK_DIM), NUMBERS)
-        shift = tl.load(logsumexp + row, mask=row < count, other=0.0)
+        shift = tl.load(reference + row, mask=row < count, other=0.0)
         logits = tl.dot(block, tl.trans(part), input_precision="tf32")
-        seen = _sees(unseen, row[None, :], key[:, None], 0, count, width, SLOTS)
+        seen = _sees(masked_keys, row[None, :], key[:, None], 0, count, width, SLOTS)
         # At most 1, where rounding says otherwise.
         bits = tl.minimum(logits - shift[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
         weights = tl.where(seen, tl.exp2(bits), 0.0)
@@ -196,7 +193,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     The plan's ``bound`` and ``symmetric`` would save nothing here, and ``chunk`` is ignored.
     """
     rows, (count, dim), value_dim = rows.contiguous(), rows.shape, sources[0].values.shape[1]
-    unseen, (tile, sizes) = _unseen(rows, plan.hidden), _sizes(FORWARD, dim, value_dim)
+    masked_keys, (tile, sizes) = _masked_keys(rows, plan), _sizes(FORWARD, dim, value_dim)
     tables = list(_split_sources(rows, sources, tile))
     found = sum(table.parts for table in tables)
     largest = rows.new_full((max(found, 1), count), -torch.inf)
@@ -209,7 +206,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
                 rows,
                 table.keys,
                 table.values,
-                unseen,
+                masked_keys,
                 largest[at:],
                 total[at:],
                 sums[at:],
@@ -218,7 +215,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
                 table.first,
                 table.span,
                 plan.scale / LN2,
-                SLOTS=len(unseen),
+                SLOTS=len(masked_keys),
                 NUMBERS=table.numbers,
                 APART=table.values is not table.keys,
                 **sizes,
@@ -227,10 +224,13 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     return _joined(largest, total, sums)
 
 
-def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Tensor, plan: Plan) -> Tensor:
-    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' log-sum-exp (r,), finite, and their values u (r, v)."""
+def keys_backward(
+    rows: Tensor, keys: Tensor, reference: Tensor, offset: Tensor, row_values: Tensor, plan: Plan
+) -> Tensor:
+    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' statistics (r,), finite, and their values u (r, v)."""
     rows, keys, (count, dim), value_dim = rows.contiguous(), keys.contiguous(), rows.shape, row_values.shape[1]
-    unseen, (tile, sizes) = _unseen(rows, plan.hidden), _sizes(BACKWARD, dim, value_dim)
+    masked_keys, (tile, sizes) = _masked_keys(rows, plan), _sizes(BACKWARD, dim, value_dim)
+    values = row_values * (-offset[:, None]).exp()
     gradient = rows.new_zeros(len(keys), value_dim)
     if not len(keys):
         return gradient
@@ -238,14 +238,14 @@ def keys_backward(rows: Tensor, keys: Tensor, logsumexp: Tensor, row_values: Ten
         _keys_backward_kernel[(triton.cdiv(len(keys), tile.keys),)](
             rows,
             keys,
-            unseen,
-            logsumexp / LN2,
-            row_values.contiguous(),
+            masked_keys,
+            reference,
+            values,
             gradient,
             count,
             len(keys),
             plan.scale / LN2,
-            SLOTS=len(unseen),
+            SLOTS=len(masked_keys),
             NUMBERS=BATCH_NUMBERS,
             **sizes,
         )
@@ -261,7 +261,7 @@ def _joined(largest: Tensor, total: Tensor, sums: Tensor) -> SoftmaxStats:
     offset = weight.log()
     weight.masked_fill_(weight == 0, 1.0)
     mean = sums.mul_(share[..., None]).sum(0) / weight[..., None]  # not a product, which TF32 would round
-    return SoftmaxStats(LN2 * shift, offset, (top - shift).exp2_() / weight, mean)
+    return SoftmaxStats(shift, offset, (top - shift).exp2_() / weight, mean)
 
 
 def _sizes(tiles: dict[int, Tile], dim: int, value_dim: int) -> tuple[Tile, dict[str, int]]:
@@ -283,7 +283,7 @@ def _split_sources(rows: Tensor, sources: Sequence[Source], tile: Tile) -> Itera
     """The sources that hold keys, each split so that all processors of the GPU have work."""
     medium = torch.get_float32_matmul_precision() == "medium"
     first = 0
-    for source in sources:
+    for number, source in enumerate(sources):
         width = len(source.keys)
         if not width:
             continue
@@ -291,7 +291,7 @@ def _split_sources(rows: Tensor, sources: Sequence[Source], tile: Tile) -> Itera
         span = tile.keys * triton.cdiv(triton.cdiv(width, tile.keys), splits)
         keys = source.keys.to(rows.device).contiguous()
         values = keys if source.values is source.keys else source.values.to(rows.device).contiguous()
-        numbers = QUEUE_NUMBERS_AT_MEDIUM if medium and source.may_be_low else BATCH_NUMBERS
+        numbers = QUEUE_NUMBERS_AT_MEDIUM if medium and number else BATCH_NUMBERS
         yield SplitSource(keys, values, first, numbers, triton.cdiv(width, span), span)
         first += width
 
@@ -308,19 +308,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _unseen(rows: Tensor, hidden: Sequence[Diagonal]) -> Tensor:
-    """For each row the keys that it does not see, (slots, r) int32; ``NO_KEY`` where there is none."""
-    slots: list[list[Diagonal]] = []
-    for one in hidden:
-        free = (
-            slot for slot in slots if all(one.row + one.length <= d.row or d.row + d.length <= one.row for d in slot)
-        )
-        slot = next(free, None)
-        if slot is None:
-            slots.append(slot := [])
-        slot.append(one)
-    unseen = torch.full((len(slots), len(rows)), NO_KEY, dtype=torch.int32, device=rows.device)
-    for line, diagonals in zip(unseen, slots, strict=True):
-        for row, key, length in diagonals:
-            torch.arange(key, key + length, out=line[row : row + length])
-    return unseen
+def _masked_keys(rows: Tensor, plan: Plan) -> Tensor:
+    """For each row the keys that it does not see, (slots, r) int32; -1 where there is none."""
+    if plan.hidden is None:
+        return rows.new_empty(0, len(rows), dtype=torch.int32)
+    return plan.hidden.T.to(torch.int32).contiguous()
