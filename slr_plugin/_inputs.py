@@ -72,18 +72,15 @@ def checked_features(
     if queries.device != positives.device:
         raise ValueError(f"{first} is on {queries.device} and {second} on {positives.device}; move them to one device")
     crops, mixes = _checked_crops(queries, mixed, mix, first)
+    size, dim = queries.shape
     if negatives is not None:
         _check_beside("negatives", negatives, queries, first)
-        if negatives.shape[1] != queries.shape[1]:
-            raise ValueError(
-                f"negatives must have shape (m, {queries.shape[1]}), as wide as {first}, got {tuple(negatives.shape)}"
-            )
+        if negatives.shape[1] != dim:
+            raise ValueError(f"negatives must have shape (m, {dim}), as wide as {first}, got {tuple(negatives.shape)}")
     if estimator is not None:
         _check_beside("estimator", estimator, queries, first)
-        if len(estimator) != len(queries):
-            raise ValueError(
-                f"estimator must have one row per row of {first}, {len(queries)}, got shape {tuple(estimator.shape)}"
-            )
+        if len(estimator) != size:
+            raise ValueError(f"estimator must have one row per row of {first}, {size}, got {tuple(estimator.shape)}")
         if negatives is not None:
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
@@ -111,19 +108,16 @@ def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[l
         return [], []
     if isinstance(mixed, Tensor):
         _check_features("mixed", mixed)  # class labels, perhaps, which come without mix
-    if mixed is None or mix is None:
-        given, absent = ("mixed", "mix") if mix is None else ("mix", "mixed")
-        raise ValueError(f"{given} came without {absent}: pass both, or neither")
-    if isinstance(mixed, Tensor) and _is_mix(mix):
-        return [mixed], [_checked_mix("", queries, mixed, mix, first)]
-    if not isinstance(mixed, Tensor | list | tuple):
-        raise TypeError(f"mixed must be a tensor or a list of tensors, one per crop, got {type(mixed).__name__}")
-    if not isinstance(mix, list | tuple):
-        raise TypeError(
-            "mix must be the (theta, partner) that MomentumMixup returned or a list of them, one per crop, got "
-            f"{type(mix).__name__}"
-        )
-    if isinstance(mixed, Tensor) or _is_mix(mix) or len(mixed) != len(mix) or not mixed:
+        if _is_mix(mix):
+            return [mixed], [_checked_mix("", queries, mixed, mix, first)]
+    for name, value in (("mixed", mixed), ("mix", mix)):
+        if not isinstance(value, Tensor | list | tuple | None) or (name == "mix" and isinstance(value, Tensor)):
+            raise TypeError(
+                f"{name} must be features of mixed queries with the (theta, partner) that MomentumMixup returned, or "
+                f"lists of both, one per crop, got {type(value).__name__}"
+            )
+    both_lists = isinstance(mixed, list | tuple) and isinstance(mix, list | tuple) and not _is_mix(mix)
+    if not both_lists or len(mixed) != len(mix) or not mixed:
         raise ValueError(f"mixed and mix must match one to one, got mixed={_count(mixed)} and mix={_count(mix)}")
     pairs = enumerate(zip(mixed, mix, strict=True))
     return list(mixed), [_checked_mix(f"[{i}]", queries, *pair, first) for i, pair in pairs]
@@ -132,14 +126,12 @@ def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[l
 def _checked_mix(where: str, queries: Tensor, features: Any, mix: Any, first: str) -> Mix:
     _check_beside(f"mixed{where}", features, queries, first)
     if not _is_mix(mix):
-        raise TypeError(
-            f"mix{where} must be the (theta, partner) that MomentumMixup returned, got {type(mix).__name__}"
-        )
+        raise TypeError(f"mix{where} must be the (theta, partner) of MomentumMixup, got {type(mix).__name__}")
     if features.shape != queries.shape:
         shape = tuple(queries.shape)
         raise ValueError(f"mixed{where} must have the shape of {first}, {shape}, got {tuple(features.shape)}")
-    check_mix(Mix(*mix), len(queries), name=f"mix{where}.")
     theta, partner = mix
+    check_mix(Mix(theta, partner), len(queries), name=f"mix{where}.")
     return Mix(theta.to(queries.device), partner.to(queries.device, torch.long))
 
 
@@ -149,14 +141,14 @@ def _is_mix(value: Any) -> TypeGuard[Mix]:
 
 
 def _count(value: Any) -> str:
-    return "one" if isinstance(value, Tensor) or _is_mix(value) else f"a list of {len(value)}"
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) and not _is_mix(value) else str(type(value))
 
 
 def _check_features(name: str, value: Any) -> None:
     if isinstance(value, Tensor) and not value.dtype.is_floating_point:
         raise TypeError(
             f"{name} must be features (batch, dimension) with a floating point dtype, got {value.dtype} of shape "
-            f"{tuple(value.shape)}; the loss takes no class labels, it estimates its own"
+            f"{tuple(value.shape)}; the loss takes no class labels there: pass ids of known groups as groups="
         )
     check_float_tensor(name, value)
     if value.ndim != 2 or 0 in value.shape:

@@ -1,4 +1,4 @@
-"""Checks of arguments, shared with the adapters: errors that name the argument, what came, and what would do."""
+"""Checks of arguments, shared with the adapters: errors name the argument, what came, and what would do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> None:
+def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite real number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
@@ -21,35 +21,37 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
         number = math.inf
     if not (math.isfinite(number) and low <= number <= high):
         raise ValueError(f"{name} must be {_interval(low, high)}, got {value}")
+    return number
 
 
-def check_confidence(name: str, value: Any) -> None:
+def check_confidence(name: str, value: Any) -> float:
     """A prior confidence mu in [0, 1e38], so that 1 + 2 mu, the largest z of equation (5), is finite in float32."""
-    check_number(name, value, low=0.0, high=1e38)
+    return check_number(name, value, low=0.0, high=1e38)
 
 
-def check_integer(name: str, value: Any, *, low: int) -> None:
+def check_integer(name: str, value: Any, *, low: int) -> int:
     """An integer >= low that int64 holds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be >= {low}, got {value}")
-    if int(value) >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, got {value}")
+    if not low <= value < 2**63:
+        raise ValueError(f"{name} must be {f'>= {low}' if value < low else 'below 2**63'}, got {value}")
+    return int(value)
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: Any) -> bool:
     """A bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
 
 
-def check_float_tensor(name: str, value: Any) -> None:
-    """A real floating point tensor."""
+def check_float_tensor(name: str, value: Any, hint: str = "") -> None:
+    """A real floating point tensor; ``hint`` says what to do about another dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a floating point dtype, got {value.dtype}")
+        found = f"{value.dtype} of shape {tuple(value.shape)}"
+        raise TypeError(f"{name} must have a floating point dtype, got {found}{'; ' * bool(hint)}{hint}")
 
 
 def check_index_tensor(name: str, value: Any) -> None:

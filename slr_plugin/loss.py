@@ -3,8 +3,7 @@ r"""The loss, equation (9), as a module that takes NTXentLoss's place: settings,
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,18 +12,18 @@ from torch import distributed as dist
 
 from slr_plugin import dense
 from slr_plugin._inputs import Features, checked_features
-from slr_plugin._torch_internals import is_in_reentrant_checkpoint, is_repeated, no_autocast, refuse_repetition
-from slr_plugin.checks import check_flag, check_integer
+from slr_plugin._torch_internals import no_autocast
 from slr_plugin.distributed import broadcast, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.queue import KeyQueue
 from slr_plugin.refinery import Labels
-from slr_plugin.settings import SETTINGS, Confidence, HasSettings
+from slr_plugin.settings import SETTINGS, Confidence, Settings
+from slr_plugin.state import HasState
 
 
-class SLRLoss(HasSettings):
+class SLRLoss(HasState):
     r"""Contrastive loss whose labels are refined during training; takes the place of lightly's NTXentLoss.
 
     It weighs two cross-entropies over the keys, which are the minibatch's positives and the queue::
@@ -35,8 +34,7 @@ class SLRLoss(HasSettings):
     with λ ``refined_weight`` and τ ``temperature``. Without mixed queries the second term is CE(queries, refined
     labels). A refined label moves weight from the query's own positive to the keys that the positive itself resembles
     (``slr_plugin.refinery``), the more the larger ``confidence`` is. Without a queue the loss is symmetric in its
-    two views, both of which may be trained. Labels carry no gradient. Time on a CPU is about that of two products of
-    all rows with all keys, memory O(s d): neither logits nor labels are ever stored.
+    two views, both of which may be trained. Labels carry no gradient. Neither logits nor labels are ever stored.
 
     All settings but the queue's may be assigned later and are checked then, as here. Keep the loss out of a model whose
     buffers are averaged (``AveragedModel(use_buffers=True)``, timm's ``ModelEmaV3``): average the encoder alone.
@@ -82,7 +80,6 @@ class SLRLoss(HasSettings):
     >>> loss.backward()
     """
 
-    step: Tensor
     _labels: Labels | None  # of the last call
     _confidence: float | Tensor
 
@@ -99,7 +96,7 @@ class SLRLoss(HasSettings):
         symmetric: bool | None = None,
         estimator_dim: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(KeyQueue(memory_bank_size, estimator_dim))
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         if gather_distributed and not dist.is_available():
@@ -110,12 +107,9 @@ class SLRLoss(HasSettings):
         self.confidence = confidence
         self.refined_weight = refined_weight
         self.in_batch_keys = in_batch_keys
-        self.memory_bank = KeyQueue(memory_bank_size, estimator_dim)
         self.symmetric = not len(self.memory_bank) if symmetric is None else symmetric
         self.chunk_size = None
         self._labels = None
-        self._quiet_step = torch.zeros(())  # of the newest call that advanced nothing
-        self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(
         self,
@@ -150,7 +144,7 @@ class SLRLoss(HasSettings):
         features = checked_features(out0, out1, mixed, mix, negatives, estimator)
         updates = self._updates(out0, update)
         key_set = self._key_set(features)
-        settings = self.settings_at(self.step, key_set.rows.dtype, repeatable=not self._moves_on_unseen())
+        settings = self._settings(key_set.rows.dtype)
         with no_autocast(out0.device):
             loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
         self._confidence = settings.confidence
@@ -169,7 +163,6 @@ class SLRLoss(HasSettings):
         mu = (averages["alpha"].new_zeros(1) + self._confidence)[0]
         return averages | {"mu": mu}
 
-    @torch.no_grad()
     def labels(
         self, out0: Tensor, out1: Tensor, *, negatives: Tensor | None = None, estimator: Tensor | None = None
     ) -> Tensor:
@@ -194,102 +187,21 @@ class SLRLoss(HasSettings):
 
     @torch.no_grad()
     def labelled_keys(
-        self,
-        out0: Tensor,
-        out1: Tensor,
-        mixed: Any = None,
-        mix: Any = None,
-        *,
-        negatives: Tensor | None = None,
-        estimator: Tensor | None = None,
-        update: Any = None,
+        self, out0: Tensor, out1: Tensor, *args: Any, update: bool | None = None, **kwargs: Any
     ) -> tuple[KeySet, Tensor]:
-        """What the labels of a call spread over, and the labels, dense; arguments as in :meth:`forward`."""
-        features = checked_features(out0, out1, mixed, mix, negatives, estimator)
-        key_set = self._key_set(features)
-        key_set = key_set.for_mixed() if features.mixes else key_set
+        """The keys that the labels of a call spread over, and the labels, dense; arguments as in :meth:`forward`."""
+        features = checked_features(out0, out1, *args, **kwargs)
+        key_set = self._key_set(features).for_mixed() if features.mixes else self._key_set(features)
         with no_autocast(out0.device):
-            return key_set, dense.labels(key_set, self.settings_at(self.step, key_set.rows.dtype))
-
-    @torch.no_grad()
-    def set_step(self, step: int) -> None:
-        """Place the schedule of the confidence at ``step``, for trainers that count steps themselves.
-
-        A call counts one step, which is wrong where several batches make one optimizer step or a run begins anew with
-        loaded weights. Call this before every batch with the trainer's own count (Lightning's ``global_step``) and give
-        the schedule the trainer's total.
-
-        Raises:
-            ValueError: ``step`` is negative.
-            TypeError: ``step`` is not an integer.
-        """
-        check_integer("step", step, low=0)
-        self.step.fill_(step)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Start again: a fresh random queue, and step 0.
-
-        To be called after ``to_empty``; from the meta device it is called by itself. A temperature that is a parameter
-        has lost its value there and is not a number: assign it again.
-        """
-        self.memory_bank.reset_parameters()
-        self.step.zero_()
+            return key_set, dense.labels(key_set, self._settings(key_set.rows.dtype))
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS if name != "chunk_size")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SLRLoss:
-        """Move or convert; what leaves the meta device, where it had no values, starts afresh."""
-        had_values = not self.step.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not had_values and not self.step.is_meta:
-            with torch.no_grad():
-                self.step.zero_()
-                if isinstance(self.temperature, torch.nn.Parameter):
-                    self.temperature.fill_(torch.nan)  # until it is assigned again
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Tolerate a checkpoint without step count, NTXentLoss's: its absence matters to schedules only.
-
-        One whose queue does not fit changes nothing: the queue, which comes next, raises.
-        """
-        if self.memory_bank.refusal(state_dict, f"{prefix}memory_bank."):
-            return
-        if prefix + "step" not in state_dict:
-            if callable(self.confidence):
-                warnings.warn(
-                    f"the checkpoint holds no step count ({prefix + 'step'!r}): the confidence schedule stays "
-                    "where it is",
-                    stacklevel=2,
-                )
-            state_dict = state_dict | {prefix + "step": self.step}
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _updates(self, out0: Tensor, update: bool | None) -> bool:
-        """Whether the queue and the schedule advance after a call; raises if they have done so for it already."""
-        if update is None:
-            update = out0.requires_grad and torch.is_grad_enabled()
-        check_flag("update", update)
-        if torch.compiler.is_compiling():
-            return update
-        if not is_repeated():
-            if not update:
-                self._quiet_step = self.step.clone()
-            return update
-        # A repetition is right where the first run advanced nothing, and nothing has advanced since.
-        first_was_quiet = is_in_reentrant_checkpoint() or not update
-        if (len(self.memory_bank) or callable(self.confidence)) and not (
-            first_was_quiet and self._quiet_step == self.step
-        ):
-            refuse_repetition()
-        return update and first_was_quiet
-
-    def _moves_on_unseen(self) -> bool:
-        """Whether the call is compiled, and cannot know if it is repeated, but depends on what moves on."""
-        return torch.compiler.is_compiling() and (len(self.memory_bank) > 0 or callable(self.confidence))
+    def _settings(self, dtype: torch.dtype) -> Settings:
+        """The settings of a call at this step, for features of a dtype. Compiled, it cannot know if it is repeated."""
+        return self.settings_at(self.step, dtype, repeatable=not (torch.compiler.is_compiling() and self._moves_on()))
 
     def _key_set(self, features: Features) -> KeySet:
         """The keys of a call. Gathering may raise, and comes before the queue changes."""
@@ -316,15 +228,3 @@ class SLRLoss(HasSettings):
         if gathers and bank.share(functools.partial(broadcast, device=features.queries.device)):
             broadcast(self.step, features.queries.device)
         return key_set
-
-    @torch.no_grad()
-    def _advance(self, key_set: KeySet, has_backward: bool) -> None:
-        """Enqueue the keys and count the step; a batch with a non-finite key or estimator does neither."""
-        estimator = key_set.estimator
-        accepted = self.memory_bank.enqueue(
-            key_set.keys_to_enqueue, None if estimator is None else estimator.keys_to_enqueue
-        ).to(self.step.device)
-        if torch.compiler.is_compiling() and has_backward:
-            self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
-        else:
-            self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded

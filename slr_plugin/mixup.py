@@ -34,11 +34,9 @@ class MomentumMixup:
         kappa: κ in [1e-8, 1e8]. At 2, most mixtures hold a good part of both; at 0.1, most are nearly one of the two.
             The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
         mode: ``"elem"`` draws one theta per sample, ``"batch"`` one per minibatch.
-        generator: source of randomness; ``None`` is the global one of the samples' device. Another device's generator
+        generator: source of randomness, which may be assigned later as the others; ``None`` is the global one of the samples' device. Another device's generator
             draws there and the draws are copied. Under DDP all processes often share their seed: give each its own
             generator, else all mix alike.
-
-    All three are attributes that may be assigned later, which checks them again.
 
     Raises:
         ValueError: ``kappa`` or ``mode`` is out of range.
@@ -56,13 +54,11 @@ class MomentumMixup:
         self.kappa = kappa
         self.mode = mode
         self.generator = generator
-        self._told = False  # that one sample is mixed with itself
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
         if name == "kappa":
-            check_number("kappa", value, low=1e-8, high=1e8)
-            value = float(value)
+            value = check_number("kappa", value, low=1e-8, high=1e8)
         elif name == "mode" and value not in ("elem", "batch"):
             raise ValueError(f'mode must be "elem" or "batch", got {value!r}')
         elif name == "generator" and not isinstance(value, torch.Generator | None):
@@ -92,23 +88,23 @@ class MomentumMixup:
             ValueError: shapes differ, the batch is empty, or ``theta`` or ``partner`` does not fit.
             TypeError: a tensor has the wrong dtype.
         """
-        _check_view("queries", queries)
-        _check_view("positives", positives)
-        if queries.shape != positives.shape:
+        for name, view in (("queries", queries), ("positives", positives)):
+            check_float_tensor(name, view, "call .float() on whole-number samples; class labels are not mixed")
+        kinds = [(tuple(view.shape), view.dtype, str(view.device)) for view in (queries, positives)]
+        if kinds[0] != kinds[1]:
             raise ValueError(
-                f"queries and positives must have one shape, got {tuple(queries.shape)} and {tuple(positives.shape)}; "
-                "crops of another size need a positive of that size"
+                f"queries and positives must have one shape, dtype and device, got {kinds[0]} and {kinds[1]}; crops of "
+                "another size need a positive of that size"
             )
         if queries.ndim == 0 or len(queries) == 0:
             raise ValueError(f"queries must hold at least one sample, got shape {tuple(queries.shape)}")
-        if queries.dtype != positives.dtype or queries.device != positives.device:
-            raise ValueError(
-                "queries and positives must share dtype and device, got "
-                f"{queries.dtype} on {queries.device} and {positives.dtype} on {positives.device}"
-            )
         size = len(queries)
-        if size == 1 and partner is None:
-            self._warn_of_one_sample()
+        if size == 1 and partner is None and not torch.compiler.is_compiling():
+            warnings.warn(
+                "a minibatch of one sample is mixed with itself, which makes no virtual query; take larger batches (a "
+                "DataLoader's drop_last=True leaves out a last batch of one)",
+                stacklevel=2,
+            )
         mix = Mix(
             theta=(self._draw_theta(queries) if theta is None else _as_theta(theta, queries)).to(queries),
             partner=self._draw_partner(queries) if partner is None else partner,
@@ -117,15 +113,6 @@ class MomentumMixup:
         weight = mix.theta.view(-1, *[1] * (queries.ndim - 1))
         mix = Mix(mix.theta, mix.partner.to(queries.device, torch.int64))
         return positives[mix.partner].lerp_(queries, weight), mix
-
-    def _warn_of_one_sample(self) -> None:
-        if not self._told and not torch.compiler.is_compiling():
-            self._told = True
-            warnings.warn(
-                "a minibatch of one sample is mixed with itself, which makes no virtual query; take larger batches (a "
-                "DataLoader's drop_last=True leaves out a last batch of one)",
-                stacklevel=3,
-            )
 
     def _draw_theta(self, queries: Tensor) -> Tensor:
         count = len(queries) if self.mode == "elem" else 1
@@ -160,18 +147,8 @@ def check_mix(mix: Mix, size: int, name: str = "") -> None:
     check_values(f"{name}partner", partner, 0, size - 1)
 
 
-def _check_view(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and not value.dtype.is_floating_point:
-        raise TypeError(
-            f"{name} must be a view of the samples with a floating point dtype, got {value.dtype} of shape "
-            f"{tuple(value.shape)}; call .float() on whole-number samples, but class labels are not mixed"
-        )
-    check_float_tensor(name, value)
-
-
 def _as_theta(theta: Tensor | float, queries: Tensor) -> Tensor:
     if not isinstance(theta, Tensor):
-        check_number("theta", theta, low=0.0, high=1.0)
-        theta = queries.new_full((), theta)
+        theta = queries.new_full((), check_number("theta", theta, low=0.0, high=1.0))
     check_float_tensor("theta", theta)
     return theta.expand(len(queries)) if theta.ndim == 0 else theta

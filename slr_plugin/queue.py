@@ -17,9 +17,9 @@ from slr_plugin.checks import check_integer
 class KeyQueue(nn.Module):
     """A ring of the newest ``n`` keys, for any batch size.
 
-    ``bank`` (n, d) float32 holds unit rows, random ones at first; ``bank_ptr`` (1,) int64 is the row written next. Both
-    are in the state dict. Loading is tolerant where nothing of value can be lost: a checkpoint without a queue keeps
-    the one in place and warns; a module without a queue drops the checkpoint's and warns. Another *size* is an error.
+    ``bank`` (n, d) float32 holds unit rows, random ones at first; ``bank_ptr`` (1,) int64 is the row written next;
+    ``groups`` (n,) int64 are the ids of the keys' groups, -1 where unknown. All are in the state dict. In loading, what a
+    checkpoint lacks stays as it is, what this queue lacks is dropped, and both warn. Another *size* is an error.
 
     Args:
         size: ``(n, d)``; 0 or ``(0, d)`` for no queue. A bare positive int n takes d from the first batch.
@@ -36,6 +36,7 @@ class KeyQueue(nn.Module):
 
     bank: Tensor
     bank_ptr: Tensor
+    groups: Tensor
     estimator_bank: Tensor | None
 
     def __init__(self, size: int | Sequence[int] = 0, estimator_dim: int | None = None) -> None:
@@ -51,6 +52,7 @@ class KeyQueue(nn.Module):
         persistent = self.size > 0
         self.register_buffer("bank", _random_keys(self.size, dim), persistent=persistent)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=persistent)
+        self.register_buffer("groups", torch.full((self.size,), -1), persistent=persistent)
         ring = None if estimator_dim is None else _random_keys(self.size, estimator_dim)
         self.register_buffer("estimator_bank", ring)
 
@@ -98,6 +100,7 @@ class KeyQueue(nn.Module):
                 size, dim = ring.shape
                 ring.copy_(_random_keys(size, dim, device="cpu"))  # the default device may hold no values
         self.bank_ptr.zero_()
+        self.groups.fill_(-1)
         self.generation += 1
         self._is_shared = False
 
@@ -110,17 +113,17 @@ class KeyQueue(nn.Module):
         """
         if self._is_shared:
             return False
-        for ring in (self.bank, self.bank_ptr, self.estimator_bank):
-            if ring is not None:
-                broadcast(ring)
+        for ring in self.buffers():
+            broadcast(ring)
         self._is_shared = True
         return True
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, estimators: Tensor | None = None) -> Tensor:
-        """Write (s, d) unit keys, and their (s, e) other features, over the oldest ones; the newest n stay.
+    def enqueue(self, keys: Tensor, estimators: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+        """Write (s, d) unit keys over the oldest ones, with their (s, e) other features and the (s,) ids of their groups.
 
-        A batch with a feature that is not finite leaves the queue as it is, without reading values back to the host.
+        The newest n stay. A batch with a feature that is not finite leaves the queue as it is, without reading values
+        back to the host.
 
         Returns:
             A bool tensor (): whether the batch was accepted; or would be, by a queue of size 0.
@@ -134,7 +137,8 @@ class KeyQueue(nn.Module):
         newest = min(len(keys), self.size)
         start = self.bank_ptr + (len(keys) - newest)
         places = (start + torch.arange(newest, device=self.bank.device)) % self.size
-        for ring, rows in ((self.bank, keys), (self.estimator_bank, estimators)):
+        groups = self.groups.new_full((1,), -1).expand(len(keys)) if groups is None else groups
+        for ring, rows in ((self.bank, keys), (self.estimator_bank, estimators), (self.groups, groups)):
             if ring is not None and rows is not None:
                 ring.index_copy_(0, places, torch.where(accepted, rows[-newest:].to(ring), ring[places]))
         self.bank_ptr.add_(len(keys) * accepted).remainder_(self.size)
@@ -154,24 +158,21 @@ class KeyQueue(nn.Module):
 
     def refusal(self, state_dict: Mapping[str, Any], prefix: str) -> str:
         """Say why a checkpoint's queue cannot be loaded; "" if it can."""
-        bank, second = (state_dict.get(prefix + name) for name in ("bank", "estimator_bank"))
+        bank = state_dict.get(f"{prefix}bank")
         if not self.size or bank is None or bank.numel() == 0:
             return ""
-        if bank.shape != (self.size, self.dim or bank.shape[-1]):
+        for name, own in self._buffers.items():
+            stored = state_dict.get(prefix + name)
+            fits = own is None or stored is None or stored.shape == own.shape
+            if fits or (name == "bank" and not self.dim and stored.shape[0] == self.size):
+                continue
+            setting = {
+                "bank": f"memory_bank_size={tuple(bank.shape)}",
+                "estimator_bank": f"estimator_dim={stored.shape[-1]}",
+            }
             return (
-                f"{prefix}bank: the checkpoint's queue has shape {tuple(bank.shape)}, this loss's ({self.size}, "
-                f"{self.dim or 'any'}); build the loss with memory_bank_size={tuple(bank.shape)}, or delete "
-                f"{prefix + 'bank'!r} from the checkpoint to start a fresh queue"
-            )
-        pointer = state_dict.get(f"{prefix}bank_ptr")
-        if pointer is not None and pointer.shape != self.bank_ptr.shape:
-            return f"{prefix}bank_ptr must have shape (1,), the checkpoint's has {tuple(pointer.shape)}"
-        own = self.estimator_bank
-        if own is not None and second is not None and second.shape != own.shape:
-            return (
-                f"{prefix}estimator_bank: the checkpoint's other features of the queue's keys have shape "
-                f"{tuple(second.shape)}, this loss's {tuple(own.shape)}; build the loss with "
-                f"estimator_dim={second.shape[-1]}, or delete {prefix + 'estimator_bank'!r} from the checkpoint"
+                f"{prefix}{name} must have shape {tuple(own.shape)}, the checkpoint's has {tuple(stored.shape)}; build the "
+                f"loss with {setting.get(name, setting['bank'])}, or delete {prefix + name!r} from the checkpoint"
             )
         return ""
 
@@ -179,49 +180,41 @@ class KeyQueue(nn.Module):
         self,
         state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: dict[str, Any],
+        metadata: Any,
         strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
     ) -> None:
-        own = {prefix + name: value for name, value in self._buffers.items() if value is not None}
-        bank, pointer, second = (prefix + name for name in ("bank", "bank_ptr", "estimator_bank"))
-        stored = state_dict.get(bank)
+        refusal = self.refusal(state_dict, prefix)
+        if refusal:
+            errors.append(refusal)
+            return
         local = dict(state_dict)
-        if not self.size:
-            if bank in local or pointer in local:
-                warnings.warn(
-                    f"the checkpoint holds a queue of shape {tuple(stored.shape) if stored is not None else '?'}, this "
-                    "loss has none: the checkpoint's queue is dropped; set memory_bank_size to keep it",
-                    stacklevel=2,
-                )
-            local = {name: value for name, value in local.items() if name not in (bank, pointer, second)}
-        elif stored is None or stored.numel() == 0:
-            warnings.warn(
-                f"the checkpoint holds no queue ({bank!r}): the queue in place is kept, its first "
-                f"{self.size} keys are not those of the checkpoint's run",
-                stacklevel=2,
-            )
-            local.update(own)
-        else:
-            refusal = self.refusal(state_dict, prefix)
-            if refusal:
-                error_msgs.append(refusal)
-                return
-            self.set_dim(stored.shape[-1])
-            if second not in local and second in own:
-                warnings.warn(
-                    f"the checkpoint holds no {second!r}: the estimator's features in place are kept, which are not "
-                    "those of the queue's keys",
-                    stacklevel=2,
-                )
-                local[second] = own[second]
-            elif second in local and second not in own:
-                warnings.warn(f"{second!r} of the checkpoint is dropped: this loss has no estimator_dim", stacklevel=2)
-                del local[second]
+        mine = {name: value for name, value in self._buffers.items() if value is not None and self.size}
+        stored = {name for name in self._buffers if local.get(prefix + name, self.bank_ptr[:0]).numel()}
+        if "bank" in stored and self.size:
+            self.set_dim(local[f"{prefix}bank"].shape[-1])
             self.generation += 1
-        super()._load_from_state_dict(local, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            mine |= {"bank": self.bank, "groups": torch.full_like(self.groups, -1)}  # unknown where not stored
+        elif self.size:
+            stored = set()
+            _warn(f"the checkpoint holds no queue ({prefix + 'bank'!r}): the keys in place stay, not those of its run")
+        for name in {"estimator_bank"} & mine.keys() - stored:
+            _warn(f"the checkpoint holds no {prefix + name!r}: the features in place stay, not those of its keys")
+        for name in {"bank", "estimator_bank"} & stored - mine.keys():
+            shape = tuple(local[prefix + name].shape)
+            _warn(f"{prefix + name!r} of the checkpoint, of shape {shape}, is dropped: this loss has none")
+        for name in self._buffers:
+            if name not in mine:
+                local.pop(prefix + name, None)
+            elif name not in stored:
+                local[prefix + name] = mine[name]
+        super()._load_from_state_dict(local, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _random_keys(size: int, dim: int, device: str | None = None) -> Tensor:

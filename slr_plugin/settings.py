@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,8 +70,7 @@ class HasSettings(nn.Module):
         if isinstance(self.confidence, CosineConfidence):
             mu = self.confidence(step.to(dtype))
         elif callable(self.confidence):
-            mu = self.confidence(int(step))
-            check_confidence(f"confidence({int(step)})", mu)
+            mu = check_confidence(f"confidence({int(step)})", self.confidence(int(step)))
             mu = torch.tensor(mu, dtype=torch.float64, device="cpu")
         else:
             mu = self._mu if torch.compiler.is_compiling() and self._mu is not None else self.confidence
@@ -104,49 +104,34 @@ def _checked_temperature(name: str, value: Any) -> float | Tensor:
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             _checked_temperature(name, value.item())
         return value
-    check_number(name, value)
-    if abs(value) < 1e-8:
+    number = check_number(name, value)
+    if abs(number) < 1e-8:
         raise ValueError(f"{name} must be at least 1e-8 in magnitude, got {value}")
-    return float(value)
+    return number
 
 
 def _checked_sharpening(name: str, value: Any) -> float:
-    check_number(name, value)
-    if not 1e-8 <= value <= 1:
-        raise ValueError(f"{name} must be in {'(0, 1]' if value <= 0 or value > 1 else '[1e-8, 1]'}, got {value}")
-    return float(value)
+    number = check_number(name, value)
+    if not 1e-8 <= number <= 1:
+        raise ValueError(f"{name} must be in {'(0, 1]' if number <= 0 or number > 1 else '[1e-8, 1]'}, got {value}")
+    return number
 
 
 def _checked_confidence(name: str, value: Any) -> Confidence:
-    if callable(value):
-        return value  # type: ignore[no-any-return]
-    check_confidence(name, value)
-    return float(value)
-
-
-def _checked_weight(name: str, value: Any) -> float:
-    check_number(name, value, low=0.0, high=1.0)
-    return float(value)
+    return value if callable(value) else check_confidence(name, value)
 
 
 def _checked_size(name: str, value: Any) -> int | None:
-    if value is not None:
-        check_integer(name, value, low=1)
-    return value and int(value)
-
-
-def _checked_flag(name: str, value: Any) -> bool:
-    check_flag(name, value)
-    return bool(value)
+    return None if value is None else check_integer(name, value, low=1)
 
 
 SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _checked_temperature,
     "sharpening": _checked_sharpening,
     "confidence": _checked_confidence,
-    "refined_weight": _checked_weight,
-    "in_batch_keys": _checked_flag,
-    "gather_distributed": _checked_flag,
-    "symmetric": _checked_flag,
+    "refined_weight": functools.partial(check_number, low=0.0, high=1.0),
+    "in_batch_keys": check_flag,
+    "gather_distributed": check_flag,
+    "symmetric": check_flag,
     "chunk_size": _checked_size,
 }

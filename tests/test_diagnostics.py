@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
-from slr_plugin.diagnostics import LabelMonitor, LabelQuality, label_quality, plot, summary
+from slr_plugin.diagnostics import LabelMonitor, LabelQuality, label_quality, summary
 
 
 def looped(labels, classes, key_classes, own):
@@ -426,28 +425,18 @@ def test_a_monitor_that_measured_nothing_says_so():
 
 
 @pytest.mark.parametrize(
-    ("quality", "start", "advice"),
+    ("quality", "said"),
     [
-        (quality_of(1.0, 0.0, 0.0), "Nearly one-hot", "a larger confidence (now 2) gives more away"),
-        (quality_of(0.5, 0.05, 0.45), "Blind", "let the confidence (now 2) grow from 0"),
-        (quality_of(0.5, 0.15, 0.35), "Better than chance, but more than half wrong", "Lower the sharpening (now 0.8)"),
-        (quality_of(0.97, 0.02, 0.01), "Good: 67%", "a larger confidence (now 2)"),
-        (quality_of(0.1, 0.6, 0.3), "Good: 67%", "a lower sharpening (now 0.8) leaves more"),
-        (
-            quality_of(0.7, 0.18, 0.12, chance=0.4),
-            "Better than chance, but not by much",
-            "Lower the sharpening (now 0.8)",
-        ),
-        (quality_of(0.7, 0.2, 0.1), "Good: 67%", "6.7 times chance (10%)"),
+        (quality_of(1.0, 0.0, 0.0), "Nearly one-hot: 100.0% of a label stays on the own positive{settings}"),
+        (quality_of(0.5, 0.05, 0.45), "give away 50.0%{settings}. Of that, 10.0% lies on the own class"),
+        (quality_of(0.7, 0.2, 0.1), "Of that, 66.7% lies on the own class, where blind labels reach 10.0%"),
     ],
 )
-def test_a_summary_says_how_good_the_labels_are_and_what_to_change(quality, start, advice):
+def test_a_summary_says_how_good_the_labels_are(quality, said):
     criterion = SLRLoss(0.2, sharpening=0.8, confidence=2.0)
     criterion(torch.randn(4, 4), torch.randn(4, 4))
-    text = summary(quality, criterion)
-    assert text.startswith(start)
-    assert advice in text
-    assert summary(quality).startswith(start)
+    assert said.format(settings="") in summary(quality)
+    assert said.format(settings=" at confidence 2 and sharpening 0.8") in summary(quality, criterion)
 
 
 def test_a_summary_does_not_depend_on_how_many_keys_have_a_class():
@@ -465,15 +454,6 @@ def test_a_summary_does_not_depend_on_how_many_keys_have_a_class():
     assert "unknown ones" not in str(label_quality(labels, classes, every))
 
 
-def test_blind_features_are_not_told_to_wait():
-    criterion = SLRLoss(0.1, refined_weight=1.0, confidence=1000.0)
-    monitor = LabelMonitor(criterion)
-    torch.manual_seed(0)
-    monitor.announce(torch.arange(32) % 3)
-    criterion(*torch.randn(2, 32, 16, requires_grad=True), estimator=torch.randn(32, 300))
-    assert monitor.summary().endswith("Take others, or none.")
-
-
 def test_the_advice_does_what_it_says():
     """More confidence gives more away; less sharpening gives away purer labels."""
     torch.manual_seed(0)
@@ -488,52 +468,6 @@ def test_the_advice_does_what_it_says():
     usual, more, sharper = measured(), measured(confidence=5.0), measured(sharpening=0.5)
     assert more.own < usual.own
     assert sharper.purity > usual.purity
-
-
-def curves(figure):
-    return [
-        [(line.get_xdata().tolist(), line.get_ydata().tolist(), line.get_marker()) for line in axes.get_lines()]
-        for axes in figure.axes
-    ]
-
-
-def test_plots_purity_against_chance_and_where_the_labels_lie(tmp_path):
-    pytest.importorskip("matplotlib")
-    run = [quality_of(0.7, 0.2, 0.1), quality_of(0.5, 0.4, 0.1, chance=0.2)]
-    figure = plot(run)
-    figure.savefig(tmp_path / "labels.png")
-    (purity, chance), (same, other) = curves(figure)
-    assert purity[:2] == ([1, 2], pytest.approx([66.667, 80.0], abs=1e-3))
-    assert chance[:2] == ([1, 2], pytest.approx([10, 20]))
-    assert (same[1], other[1]) == (pytest.approx([20, 40]), pytest.approx([10, 10]))
-    assert purity[2] == "."  # one epoch alone is to be seen
-    rows = [{name: value.item() for name, value in quality._asdict().items()} for quality in run]
-    assert curves(plot(rows)) == curves(figure)
-    assert [axes.get_xlabel() for axes in plot(run, x=[10, 20], xlabel="step").axes] == ["step"] * 2
-
-
-def test_plots_the_mean_of_several_runs_into_axes_that_are_given():
-    matplotlib = pytest.importorskip("matplotlib.figure")
-    axes = matplotlib.Figure().subplots(1, 3)
-    figure = plot([[quality_of(0.7, 0.2, 0.1)], [quality_of(0.7, 0.1, 0.2)]], axes=axes[1:])
-    assert figure is axes[0].figure
-    none, purity, mass = curves(figure)
-    assert none == []
-    assert purity[0][1] == pytest.approx([50], abs=1e-3)
-    assert mass[0][1] == pytest.approx([15])
-
-
-@pytest.mark.parametrize(("runs", "x"), [([], None), ([[]], None), ([quality_of(0.7, 0.2, 0.1)], [1, 2])])
-def test_plots_nothing_of_what_does_not_fit(runs, x):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(ValueError, match="runs"):
-        plot(runs, x)
-
-
-def test_a_missing_matplotlib_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        plot([quality_of(0.7, 0.2, 0.1)])
 
 
 def test_labels_of_both_views_are_not_taken_for_those_of_one_direction():

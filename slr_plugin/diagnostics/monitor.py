@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin.checks import check_index_tensor
-from slr_plugin.diagnostics.quality import LabelQuality, label_quality
-from slr_plugin.diagnostics.report import summary
+from slr_plugin.diagnostics.quality import LabelQuality, label_quality, summary
 from slr_plugin.distributed import gather
 from slr_plugin.loss import SLRLoss
 
@@ -78,10 +77,7 @@ class LabelMonitor:
         return LabelQuality.average(self._averaged)
 
     def summary(self) -> str:
-        """Say in words how good the labels are, and what to change: those measured since the last :meth:`mean`.
-
-        If there are none, those of that mean.
-        """
+        """Say in words how good the labels are that were measured since the last :meth:`mean`, or else up to then."""
         return summary(LabelQuality.average(self.measured or self._averaged), self.criterion)
 
     def remove(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin.checks import check_float_tensor, check_index_tensor
+from slr_plugin.loss import SLRLoss
 
 NOTHING_MEASURED = "nothing was measured: call announce(classes) before the criterion"
 NO_CLASSES = "no query has a class: all of them are -1"
@@ -179,3 +180,29 @@ def label_quality(labels: Tensor, classes: Tensor, key_classes: Tensor, own: Ten
     )
     reason = None if bool(counted.any()) else NO_KEYS if bool((classes >= 0).any()) else NO_CLASSES
     return LabelQuality._of(measures, reason)
+
+
+def summary(quality: LabelQuality, criterion: SLRLoss | None = None) -> str:
+    """Say in words how good labels are.
+
+    Args:
+        quality: of some batches, as from ``monitor.mean()``.
+        criterion: the loss they come from, whose settings are then named.
+
+    >>> labels = torch.tensor([[0.8, 0.2, 0.0, 0.0], [0.3, 0.6, 0.0, 0.1]])
+    >>> print(summary(label_quality(labels, torch.tensor([0, 0]), torch.tensor([0, 0, 1, 1]))))
+    The labels give away 30.0%. Of that, 83.3% lies on the own class, where blind labels reach 33.3%.
+    Whether accuracy follows, only an evaluation of the features tells.
+    """
+    if quality.reason not in (None, ONE_HOT):
+        return f"Cannot tell: {quality.reason}."
+    own, purity, chance = quality.own.item(), quality.purity.item(), quality.chance.item()
+    settings = ""
+    if criterion is not None and criterion.stats:
+        settings = f" at confidence {criterion.stats['mu'].item():.3g} and sharpening {criterion.sharpening:.3g}"
+    if own > 0.99:
+        return f"Nearly one-hot: {own:.1%} of a label stays on the own positive{settings}, as without refinement."
+    return (
+        f"The labels give away {1 - own:.1%}{settings}. Of that, {purity:.1%} lies on the own class, where blind labels "
+        f"reach {chance:.1%}.\nWhether accuracy follows, only an evaluation of the features tells."
+    )

@@ -1,0 +1,113 @@
+"""What a call of the loss leaves behind: the queue and the step count. When they advance, and how they are loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slr_plugin._torch_internals import is_in_reentrant_checkpoint, is_repeated, refuse_repetition
+from slr_plugin.checks import check_flag, check_integer
+from slr_plugin.key_sets import KeySet
+from slr_plugin.queue import KeyQueue
+from slr_plugin.settings import HasSettings
+
+
+class HasState(HasSettings):
+    """A loss with a queue of keys and a count of the calls that advanced it."""
+
+    memory_bank: KeyQueue
+    step: Tensor
+
+    def __init__(self, memory_bank: KeyQueue) -> None:
+        super().__init__()
+        self.memory_bank = memory_bank
+        self._quiet_step = torch.zeros(())  # of the newest call that advanced nothing
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def set_step(self, step: int) -> None:
+        """Place the schedule of the confidence at ``step``, for trainers that count steps themselves.
+
+        A call counts one step, which is wrong where several batches make one optimizer step or a run begins anew with
+        loaded weights. Call this before every batch with the trainer's own count (Lightning's ``global_step``) and give
+        the schedule the trainer's total.
+
+        Raises:
+            ValueError: ``step`` is negative.
+            TypeError: ``step`` is not an integer.
+        """
+        check_integer("step", step, low=0)
+        self.step.fill_(step)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start again: a fresh random queue, and step 0.
+
+        To be called after ``to_empty``; from the meta device it is called by itself. A temperature that is a parameter
+        has lost its value there and is not a number: assign it again.
+        """
+        self.memory_bank.reset_parameters()
+        self.step.zero_()
+
+    def _updates(self, out0: Tensor, update: bool | None) -> bool:
+        """Whether the queue and the schedule advance after a call; raises if they have done so for it already."""
+        updates = check_flag("update", out0.requires_grad and torch.is_grad_enabled() if update is None else update)
+        if torch.compiler.is_compiling():
+            return updates
+        if not is_repeated():
+            if not updates:
+                self._quiet_step = self.step.clone()
+            return updates
+        # A repetition is right where the first run advanced nothing, and nothing has advanced since.
+        first_was_quiet = is_in_reentrant_checkpoint() or not updates
+        if self._moves_on() and not (first_was_quiet and self._quiet_step == self.step):
+            refuse_repetition()
+        return updates and first_was_quiet
+
+    def _moves_on(self) -> bool:
+        """Whether a later call can differ: there is a queue or a schedule."""
+        return len(self.memory_bank) > 0 or callable(self.confidence)
+
+    @torch.no_grad()
+    def _advance(self, key_set: KeySet, has_backward: bool) -> None:
+        """Enqueue the keys and count the step; a batch with a non-finite key or estimator does neither."""
+        estimator = key_set.estimator
+        accepted = self.memory_bank.enqueue(
+            key_set.keys_to_enqueue, None if estimator is None else estimator.keys_to_enqueue
+        ).to(self.step.device)
+        if torch.compiler.is_compiling() and has_backward:
+            self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
+        else:
+            self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HasState:
+        """Move or convert; what leaves the meta device, where it had no values, starts afresh."""
+        had_values = not self.step.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not had_values and not self.step.is_meta:
+            with torch.no_grad():
+                self.step.zero_()
+                if isinstance(self.temperature, torch.nn.Parameter):
+                    self.temperature.fill_(torch.nan)  # until it is assigned again
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Tolerate a checkpoint without step count, NTXentLoss's: its absence matters to schedules only.
+
+        One whose queue does not fit changes nothing: the queue, which comes next, raises.
+        """
+        if self.memory_bank.refusal(state_dict, f"{prefix}memory_bank."):
+            return
+        if prefix + "step" not in state_dict:
+            if callable(self.confidence):
+                warnings.warn(
+                    f"the checkpoint holds no step count ({prefix + 'step'!r}): the confidence schedule stays "
+                    "where it is",
+                    stacklevel=2,
+                )
+            state_dict = state_dict | {prefix + "step": self.step}
+        super()._load_from_state_dict(state_dict, prefix, *args)
