@@ -7,10 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.experimental.callback import Callback
 
-from slr_plugin.adapters._require import install
+from slr_plugin.adapters._require import has_gpu, install
 
 CLONE = "git clone https://github.com/vturrisi/solo-learn"
 CPU = "accelerator=cpu \"devices='1'\" strategy=auto sync_batchnorm=False precision=32"
@@ -82,8 +81,7 @@ class RegisterSANE(Callback):
 
 def _wrong_device(accelerator: Any, devices: Any) -> str | None:
     """What Lightning and solo-learn would end with, said with the options that help."""
-    has_gpu = torch.cuda.is_available() or (accelerator == "gpu" and torch.backends.mps.is_available())
-    if accelerator in ("gpu", "cuda") and not has_gpu:
+    if accelerator in ("gpu", "cuda") and not has_gpu(accelerator):
         return f"accelerator={accelerator}, but torch finds no GPU here; on a CPU add: {CPU}"
     if accelerator == "cpu" and not isinstance(devices, str):
         return f"on a CPU solo-learn takes the number of processes as text, not devices={devices}; add: {CPU}"
