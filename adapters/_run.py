@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 from slr_plugin.adapters._random import mixing_generator
 
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule
-else:
-    LightningModule = object  # of pytorch_lightning in lightly, of lightning.pytorch in solo-learn
-
+_Hooks: Any = object  # those of a LightningModule, of pytorch_lightning for lightly, of lightning for solo-learn
 _RUN = "slr_plugin_run"  # in a checkpoint
 
 
-class SelfLabelingModule(LightningModule):
-    """Hooks of a LightningModule that has one or more :class:`slr_plugin.SLRLoss`.
+class SelfLabelingModule(_Hooks):  # type: ignore[misc]
+    """Hooks for a LightningModule, its first base, that has one or more :class:`slr_plugin.SLRLoss`.
 
     Attributes:
         confidence: a number, ``(m1, m2)`` for a growth from m1 to m2 over the run, or a callable ``step -> mu``.
@@ -40,7 +36,7 @@ class SelfLabelingModule(LightningModule):
         """Remember where this run begins."""
         super().on_fit_start()
         self._steps.begin(self.trainer)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:
             if getattr(callback, "_use_buffers", False):  # Lightning's WeightAveraging and EMAWeightAveraging
                 warnings.warn(
                     f"{type(callback).__name__} averages the queue and the step of the loss, which no average of them "
@@ -85,7 +81,7 @@ class SelfLabelingModule(LightningModule):
 
     def _warn_of_long_queue(self, queue_size: int) -> None:
         try:
-            images = len(self.trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+            images = len(self.trainer.train_dataloader.dataset)
         except (AttributeError, TypeError):  # several loaders, or data without a length
             return
         if queue_size > images:
@@ -103,7 +99,7 @@ def schedule(confidence: Any, total_steps: int) -> Any:
         return confidence
     if len(confidence) != 2:
         raise ValueError(f"confidence must be a number, (m1, m2) or a callable, got {confidence}")
-    return CosineConfidence(*confidence, total_steps=total_steps)
+    return CosineConfidence(confidence[0], confidence[1], total_steps)
 
 
 class RunSteps:
@@ -115,6 +111,10 @@ class RunSteps:
     Attributes:
         first: the ``global_step`` from which the steps of this run count.
     """
+
+    first: int
+    _earlier: int  # steps of earlier fits, which the trainer's estimate of all steps includes
+    _per_epoch: float | None  # steps per epoch of the checkpoint's run, in whose steps both are; None: in today's
 
     def __init__(self) -> None:
         self._stored: Mapping[str, Any] = {}  # in the checkpoint that was loaded last
@@ -166,9 +166,8 @@ class RunSteps:
         self._stored = dict(state)
 
     def _take(self, state: Mapping[str, Any]) -> None:
-        self.first: int = state.get("first", 0)
-        self._earlier: int = state.get("earlier", 0)  # steps of earlier fits, which the trainer's estimate includes
-        self._per_epoch: float | None = state.get("per_epoch")  # in whose steps both numbers are; None: today's
+        self.first, self._earlier = state.get("first", 0), state.get("earlier", 0)
+        self._per_epoch = state.get("per_epoch")
 
     def _share(self, trainer: Any) -> float:
         """Today's steps per epoch over the checkpoint's; 1 where steps and not epochs end the run."""

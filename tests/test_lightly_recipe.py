@@ -217,6 +217,7 @@ def mistake(capsys, *options):
     [
         (["--backbone", "resnet19"], "invalid choice: 'resnet19' (choose from"),
         (["--backbone", "wide_resnet50_2", "--width", "0.5"], "--width is of lightly's ResNets, resnet9, "),
+        (["--backbone", "resnet9", "--image-size", "57"], "take --image-size 32 to 56"),
         (["--precision", "fp16"], "invalid choice: 'fp16' (choose from"),
         (["--accelerator", "gpux"], "invalid choice: 'gpux' (choose from"),
         (["--accelerator", "gpu"], "torch finds no such device here; take --accelerator cpu"),
@@ -353,7 +354,7 @@ def test_images_of_another_size(size, kernel, folder, tmp_path):
 
 def test_lightlys_narrow_networks_take_images_of_another_size(folder, tmp_path):
     assert (
-        run(folder, tmp_path, "--image-size", "80", "--epochs", "1", "--limit", "16", "--queue-size", "16")["epochs"][
+        run(folder, tmp_path, "--image-size", "56", "--epochs", "1", "--limit", "16", "--queue-size", "16")["epochs"][
             0
         ]["loss"]
         > 0

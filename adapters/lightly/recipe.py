@@ -122,6 +122,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--beside: there is no {folder / 'results.json'}; name the --output of a finished run")
     if args.width != 1 and args.backbone in WIDE:
         parser.error(f"--width is of lightly's ResNets, {', '.join(BACKBONES[:6])}; {args.backbone} has none")
+    if is_lightlys(args) and args.image_size > 56:
+        parser.error("lightly's ResNets, resnet9 or with --width, take --image-size 32 to 56; take torchvision's")
     if args.accelerator not in ("auto", "cpu") and not has_gpu(args.accelerator):
         parser.error(f"--accelerator {args.accelerator}: torch finds no such device here; take --accelerator cpu")
     if args.init is not None and not args.resume and not args.init.is_file():
@@ -135,6 +137,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--output: {args.output} is no folder that can be written: {error}")
     return args
+
+
+def is_lightlys(args: argparse.Namespace) -> bool:
+    """Whether the network is lightly's, for small images, and not torchvision's."""
+    return bool(args.width != 1 or args.backbone == "resnet9")
 
 
 def _resumed(

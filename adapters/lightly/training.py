@@ -24,7 +24,7 @@ from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import CIFAR10, DatasetFolder, ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.models import get_model
@@ -35,7 +35,7 @@ from slr_plugin import SLRLoss, presets
 from slr_plugin.adapters.export import read_backbone
 from slr_plugin.adapters.lightly.module import SANE
 from slr_plugin.adapters.lightly.networks import cifar_stem
-from slr_plugin.adapters.lightly.recipe import IMAGES, Folders, plain
+from slr_plugin.adapters.lightly.recipe import IMAGES, Folders, is_lightlys, plain
 from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION, SANETransform
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.diagnostics import LabelQuality, plot, summary
@@ -80,7 +80,7 @@ class Record(LabelQualityCallback):
         self.epochs = list(state_dict["epochs"])
 
 
-class FlatFolder(DatasetFolder):
+class FlatFolder(DatasetFolder):  # type: ignore[misc]  # torchvision is untyped
     """The images of a folder and of those in it, of no known class: their target is 0."""
 
     def __init__(self, root: Path, transform: Callable[[Any], Any]) -> None:
@@ -91,7 +91,7 @@ class FlatFolder(DatasetFolder):
         return ["."], {".": 0}
 
 
-def load(args: argparse.Namespace, folders: Folders | None) -> tuple[list[Dataset[Any]], int]:
+def load(args: argparse.Namespace, folders: Folders | None) -> tuple[list[Subset[Any]], int]:
     """Training images as views, the same and test images (if there are) as they are; and the number of classes."""
     small = args.image_size <= SMALL
     augmentation = CIFAR10_AUGMENTATION if small else {}
@@ -151,13 +151,9 @@ def check_images(paths: Sequence[str], workers: int) -> None:
 
 def build(args: argparse.Namespace, num_classes: int) -> SANE:
     """The method; the baseline is the same module with one-hot labels, MoCo's keys and no mixup."""
-    feature_dim = None
-    if args.width != 1 or args.backbone == "resnet9":  # lightly's, which do not have torchvision's names
+    if is_lightlys(args):  # these do not have torchvision's names
         backbone = ResNetGenerator(args.backbone.replace("resnet", "resnet-"), width=args.width)
-        backbone.linear = nn.Identity()
-        with torch.no_grad():
-            feature_dim = backbone.eval()(torch.zeros(1, 3, args.image_size, args.image_size)).shape[1]
-        backbone.train()
+        backbone.linear, feature_dim = nn.Identity(), backbone.linear.in_features
     else:
         backbone = get_model(args.backbone)
         backbone.fc, feature_dim = nn.Identity(), backbone.fc.in_features

@@ -31,9 +31,10 @@ def require_solo_learn() -> None:
         importlib.import_module("solo.methods")
         importlib.import_module("solo.utils.misc").omegaconf_select  # noqa: B018  # PyPI's release has no such function
     except (ImportError, AttributeError) as error:
-        # PyPI has one release; where pip installed it, its metadata lies beside it.
-        places = spec.submodule_search_locations or ()
-        if any(Path(place).with_name("solo_learn-1.0.2.dist-info").exists() for place in places):
+        beside = (
+            Path(place).with_name("solo_learn-1.0.2.dist-info") for place in spec.submodule_search_locations or ()
+        )
+        if any(metadata.exists() for metadata in beside):  # PyPI's one release, as pip installed it
             raise SoloLearnMissingError(
                 "the solo-learn installed here is PyPI's release of 2021, which today's Lightning cannot load: "
                 f"pip uninstall solo-learn, then {CLONE} and run its scripts",
