@@ -66,7 +66,8 @@ class SLRLoss(HasState):
         memory_bank: the queue; ``memory_bank.bank`` is its (n, d) buffer of unit rows.
         step: int64 buffer, the number of calls that advanced the queue and the schedule.
         stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
-            positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator or refined groups).
+            positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator, or where
+            labels of groups are refined).
         chunk_size: keys per tile of the streaming pass; None chooses by device. A number trades memory for launches,
             and disables the symmetric fast path, which halves the work, and the Triton kernels.
 
