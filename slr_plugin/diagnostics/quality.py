@@ -203,6 +203,6 @@ def summary(quality: LabelQuality, criterion: SLRLoss | None = None) -> str:
     if own > 0.99:
         return f"Nearly one-hot: {own:.1%} of a label stays on the own positive{settings}."
     return (
-        f"The labels give away {1 - own:.1%}{settings}. Of that, {purity:.1%} lies on the own class, where blind labels "
-        f"reach {chance:.1%}.\nWhether accuracy follows, only an evaluation of the features tells."
+        f"The labels give away {1 - own:.1%}{settings}. Of that, {purity:.1%} lies on the own class, where blind "
+        f"labels reach {chance:.1%}.\nWhether accuracy follows, only an evaluation of the features tells."
     )
