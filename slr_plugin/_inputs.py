@@ -51,6 +51,7 @@ class Features(NamedTuple):
     mixes: Sequence[Mix] = ()  # of every crop
     negatives: Tensor | None = None  # (m, d)
     estimator: Tensor | None = None  # (s, e), without gradient
+    groups: Tensor | None = None  # (s,) int64 ids, negative for none
 
 
 def checked_features(
@@ -60,6 +61,7 @@ def checked_features(
     mix: Any = None,
     negatives: Any = None,
     estimator: Any = None,
+    groups: Any = None,
     names: Sequence[str] = VIEWS,
 ) -> Features:
     """Return the features of a call, or raise ValueError or TypeError that names the argument which does not fit."""
@@ -83,6 +85,8 @@ def checked_features(
             raise ValueError(f"estimator must have one row per row of {first}, {size}, got {tuple(estimator.shape)}")
         if negatives is not None:
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
+    if groups is not None:
+        groups = checked_groups("groups", groups, size, queries.device)
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
     with no_autocast(queries.device):
         return Features(
@@ -92,7 +96,20 @@ def checked_features(
             mixes,
             None if negatives is None else UnitRows.apply(negatives.to(dtype)),
             None if estimator is None else UnitRows.apply(estimator.detach().to(dtype)),
+            groups,
         )
+
+
+def checked_groups(name: str, groups: Any, size: int, device: torch.device) -> Tensor:
+    """The ids (size,) of groups on a device, or TypeError or ValueError that says what to pass."""
+    if not isinstance(groups, Tensor) or groups.dtype not in (torch.int32, torch.int64):
+        found = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
+        raise TypeError(
+            f"{name} must be whole numbers, a tensor ({size},) of torch.int64, negative for none, got {found}"
+        )
+    if groups.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), an id for each sample, got {tuple(groups.shape)}")
+    return groups.to(device, torch.int64)
 
 
 def _check_beside(name: str, value: Any, queries: Tensor, first: str) -> None:

@@ -33,9 +33,10 @@ def check_integer(name: str, value: Any, *, low: int) -> int:
     """An integer >= low that int64 holds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if not low <= value < 2**63:
-        raise ValueError(f"{name} must be {f'>= {low}' if value < low else 'below 2**63'}, got {value}")
-    return int(value)
+    number = int(value)
+    if not low <= number < 2**63:
+        raise ValueError(f"{name} must be {f'>= {low}' if number < low else 'below 2**63'}, got {value}")
+    return number
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -42,6 +42,7 @@ class HasSettings(nn.Module):
     in_batch_keys: bool
     gather_distributed: bool
     symmetric: bool
+    same_group: str
     chunk_size: int | None
     _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
     _refines = True
@@ -125,6 +126,12 @@ def _checked_size(name: str, value: Any) -> int | None:
     return None if value is None else check_integer(name, value, low=1)
 
 
+def _checked_same_group(name: str, value: Any) -> str:
+    if value not in ("positive", "ignored"):
+        raise ValueError(f'{name} must be "positive" or "ignored", got {value!r}')
+    return str(value)
+
+
 SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _checked_temperature,
     "sharpening": _checked_sharpening,
@@ -133,5 +140,6 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "in_batch_keys": check_flag,
     "gather_distributed": check_flag,
     "symmetric": check_flag,
+    "same_group": _checked_same_group,
     "chunk_size": _checked_size,
 }
