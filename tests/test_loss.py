@@ -28,6 +28,7 @@ def test_signature_begins_with_ntxents():
         "in_batch_keys": True,
         "symmetric": None,
         "estimator_dim": None,
+        "same_group": "positive",
     }
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[3:])
 
