@@ -13,7 +13,7 @@ from torch import distributed as dist
 from slr_plugin import dense
 from slr_plugin._inputs import Features, checked_features
 from slr_plugin._torch_internals import no_autocast
-from slr_plugin.distributed import broadcast, gather, rank, world_size
+from slr_plugin.distributed import broadcast, check_alike, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
@@ -115,6 +115,7 @@ class SLRLoss(HasState):
         self.same_group = same_group
         self.chunk_size = None
         self._labels = None
+        self._compared = False  # whether the processes bring the same arguments
 
     def forward(
         self,
@@ -227,6 +228,16 @@ class SLRLoss(HasState):
                 "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
             )
         gathers = self.gather_distributed and world_size() > 1
+        device = features.queries.device
+        if gathers and not torch.compiler.is_compiling() and (device.type == "cpu" or not self._compared):
+            self._compared = True  # once on an accelerator, since the check waits for it
+            check_alike(
+                device,
+                out0=features.queries,
+                negatives=features.negatives,
+                estimator=features.estimator,
+                groups=features.groups,
+            )
         build = functools.partial(
             build_key_set,
             in_batch_keys=self.in_batch_keys,
@@ -242,6 +253,6 @@ class SLRLoss(HasState):
         if not bank.dim:
             bank.set_dim(features.queries.shape[1])
             key_set = build(features, bank.bank, bank.estimator_bank)
-        if gathers and bank.share(functools.partial(broadcast, device=features.queries.device)):
-            broadcast(self.step, features.queries.device)
+        if gathers and bank.share(functools.partial(broadcast, device=device)):
+            broadcast(self.step, device)
         return key_set
