@@ -11,8 +11,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._inputs import Features, checked_features
-from slr_plugin._torch_internals import no_autocast
+from slr_plugin._inputs import Features, checked_features, warn_if_not_finite
+from slr_plugin._torch_internals import no_autocast, refuse_export
 from slr_plugin.distributed import broadcast, check_alike, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
@@ -150,6 +150,7 @@ class SLRLoss(HasState):
             RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing makes the call
                 again after the queue or the schedule moved on.
         """
+        refuse_export()
         features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
         updates = self._updates(out0, update)
         key_set = self._key_set(features)
@@ -158,6 +159,7 @@ class SLRLoss(HasState):
             loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
         self._confidence = settings.confidence
         warn_if_alone(key_set, loss, stacklevel=5)  # the caller of the module
+        warn_if_not_finite(loss, features, stacklevel=5)
         if updates:
             self._advance(key_set, loss.requires_grad)
         return loss
@@ -227,6 +229,8 @@ class SLRLoss(HasState):
             raise RuntimeError(
                 "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
             )
+        if features.queries.is_meta and not self.step.is_meta:
+            raise RuntimeError("the features are on the meta device, the loss is not: call criterion.to('meta')")
         gathers = self.gather_distributed and world_size() > 1
         device = features.queries.device
         if gathers and not torch.compiler.is_compiling() and (device.type == "cpu" or not self._compared):
