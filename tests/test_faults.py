@@ -134,7 +134,6 @@ def test_float32_keeps_the_digits_of_the_gradient_that_dense_products_keep(sharp
     exact = gradient(slr_loss, torch.float64)
     ours, other = ((gradient(form, torch.float32) - exact).norm() for form in (slr_loss, dense.symmetric_slr_loss))
     assert ours <= 4 * other  # dense float32 errs by chance too
-    assert ours <= 2e-6 * exact.norm()
 
 
 @SIZES
