@@ -30,7 +30,7 @@ T = TypeVar("T")
 # 256 images over 65,536 keys, then one tile of 200 MB. This one takes 134 MB at most (``python -m benchmarks tiles``).
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 8192)
-LEAST_WIDTH = 256  # of a tile, however many workers there are
+LEAST_WIDTH, LEAST_PAIRS = 256, 2**17  # of a tile, however many workers there are: smaller products take longer
 # A pass over at least so many pairs of rows and keys is shared. Handing it over costs up to 8 ms, while the threads of
 # torch's last operation still spin.
 SHARED_PAIRS = 2**23
@@ -103,7 +103,8 @@ class Tiling:
         self.mirrored = plan.symmetric and self.bounded and not plan.chunk
         self.workers = torch.get_num_threads() if on_cpu and count * total >= SHARED_PAIRS else 1
         if self.workers > 1:  # their tiles together stay in the cache, and are enough for all
-            width = max(LEAST_WIDTH, width // self.workers)
+            least = 0 if self.mirrored else LEAST_PAIRS // min(height, count)
+            width = max(LEAST_WIDTH, least, width // self.workers)
         width = min(height, width) if self.mirrored else plan.chunk or width
         self.height = max(1, min(width if self.mirrored else height, count))
         self.width = max(1, min(width, max(len(source.keys) for source in sources)))
