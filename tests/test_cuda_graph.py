@@ -43,7 +43,7 @@ def test_a_step_stays_on_the_device(confidence, size, mixed, pretended_gpu):
 def test_so_does_the_pass_inside_the_operator(size, bound, pretended_gpu):
     with pretended_gpu, torch.no_grad():
         rows, keys, queue = (torch.empty(n, 16, device="cuda") for n in (24, 8, size))
-        plan = Plan(torch.empty(24, 1, dtype=torch.long, device="cuda"), 5.0, bound, False, 0)
+        plan = Plan(torch.empty(24, 1, dtype=torch.long, device="cuda"), None, None, 5.0, bound, False, 0)
         with OnTheDevice():
             stats = tiled.forward(rows, [Source(keys, keys), Source(queue, queue)], plan)
             gradient = tiled.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)

@@ -123,7 +123,7 @@ class Products(TorchDispatchMode):
 def test_half_the_tiles_are_computed_where_they_are_enough(symmetric, bound, chunk, share, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 4))
     rows = tensors(rows=12)[0].detach()
-    plan = Plan(SYMMETRIC[0], 1.0, bound, symmetric, chunk)
+    plan = Plan(SYMMETRIC[0], None, None, 1.0, bound, symmetric, chunk)
     with Products() as forward:
         stats = tiled.forward(rows, [Source(rows, rows)], plan)
     with Products() as backward:
@@ -148,7 +148,7 @@ def test_gradcheck_of_the_log_sum_exp(bound):
 def test_opcheck(apart):
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=5) if apart else (None, None, None)
-    plan = HIDDEN, 1.0, math.inf, False, 4, "tiled"
+    plan = HIDDEN, None, None, 1.0, math.inf, False, 4, "tiled"
     constants = None if queue_values is None else queue_values.detach(), True, *plan
     leaves = (rows.detach(), keys.detach()) if apart else (rows, keys)
     torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, (*leaves, queue.detach(), values, *constants))
@@ -189,7 +189,7 @@ def test_no_rows_by_keys_matrix_is_allocated():
 
     rows, keys, queue = torch.randn(64, 8), torch.randn(64, 8), torch.randn(20000, 8)
     with Largest() as largest:
-        tiled.forward(rows, [Source(keys, keys), Source(queue, queue)], Plan(None, 1.0, math.inf, False, 0))
+        tiled.forward(rows, [Source(keys, keys), Source(queue, queue)], Plan(None, None, None, 1.0, math.inf, False, 0))
     assert 0 < largest.numel <= max(queue.numel(), 64 * 1024)
 
 

@@ -203,7 +203,7 @@ def test_only_the_queue_is_met_in_half_precision(monkeypatch):
     rows, keys, queue = (tensor.detach() for tensor in tensors(4, 4, 40, 16))
     for precision in ("high", "medium"):
         monkeypatch.setattr("torch.get_float32_matmul_precision", lambda precision=precision: precision)
-        kernels.forward(rows, [Source(keys, keys), Source(queue, queue)], Plan(None, 1.0, 5.0, False, 0))
+        kernels.forward(rows, [Source(keys, keys), Source(queue, queue)], Plan(None, None, None, 1.0, 5.0, False, 0))
     assert met == ["tf32", "tf32", "tf32", "bf16"]
 
 
@@ -248,7 +248,7 @@ def test_a_pass_does_not_wait_for_the_gpu(backend, queue, monkeypatch, pretended
     with pretended_gpu, torch.no_grad():
         rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
         sources = [Source(keys, keys), *([Source(table, table)] if queue else [])]
-        plan = Plan(torch.empty(768, 1, dtype=torch.long, device="cuda"), 5.0, 5.0, False, 0)
+        plan = Plan(torch.empty(768, 1, dtype=torch.long, device="cuda"), None, None, 5.0, 5.0, False, 0)
         stats = backend.forward(rows, sources, plan)
         gradient = backend.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)
     assert gradient.shape == keys.shape
