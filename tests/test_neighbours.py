@@ -33,7 +33,7 @@ def test_an_adapter_without_its_framework_names_the_command(adapter):
     assert f'pip install "slr-plugin[{extra}]"' in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("extra", {extra for extra, _ in ADAPTERS.values()})
+@pytest.mark.parametrize("extra", sorted({extra for extra, _ in ADAPTERS.values()}))
 def test_the_overview_shows_every_adapter(extra):
     page = ROOT / "docs" / "frameworks.md"
     if not page.is_file():

@@ -18,7 +18,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 if not PAGES[0].is_file():
     pytest.skip("installed without the repository", allow_module_level=True)
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
-LINKS = [(page, link) for page, text in TEXTS.items() for link in set(re.findall(r"\]\((?!http|#)([^)#]+)", text))]
+# Sorted, as whatever names a test: the processes that run the tests must find the same ones in the same order.
+LINKS = sorted({(page, link) for page, text in TEXTS.items() for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)})
 START = "literalinclude} _start.py"
 PRESET_NAMES = {"memory_bank_size": "queue_size"}
 # What the configuration on the page of stable-pretraining leaves to its user.
@@ -94,7 +95,7 @@ def named(pattern):
     return sorted({name for text in TEXTS.values() for name in re.findall(pattern, text)})
 
 
-@pytest.mark.parametrize("module", set(named(r"python -m ([\w.]+)")) - {"pip", "venv", "build", "pytest"})
+@pytest.mark.parametrize("module", sorted({*named(r"python -m ([\w.]+)")} - {"pip", "venv", "build", "pytest"}))
 def test_modules_in_commands_run(module):
     spec = importlib.util.find_spec(module)
     assert spec is not None
