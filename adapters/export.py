@@ -32,15 +32,7 @@ from slr_plugin.adapters._require import require
 _WRAPPERS = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
 _SUFFIX = {"torchvision": ".safetensors", "detectron2": ".pkl"}
 _MOMENTUM = {"lightly": "key_backbone", "solo-learn": "momentum_backbone"}
-# lightly's own ResNets, by blocks per layer and whether these are bottlenecks.
-_LIGHTLYS: dict[tuple[tuple[int, ...], bool], str] = {
-    ((1, 1, 1, 1), False): "resnet-9",
-    ((2, 2, 2, 2), False): "resnet-18",
-    ((3, 4, 6, 3), False): "resnet-34",
-    ((3, 4, 6, 3), True): "resnet-50",
-    ((3, 4, 23, 3), True): "resnet-101",
-    ((3, 8, 36, 3), True): "resnet-152",
-}
+_LIGHTLYS = {10: 9, 18: 18, 34: 34, 50: 50, 101: 101, 152: 152}  # lightly's ResNets: layers, and what it counts
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 _REALS = _FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 
@@ -59,16 +51,11 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
         OSError: the file is not there or cannot be opened.
         ValueError: it is no checkpoint, could run code, or has no such keys with dense tensors of real numbers.
     """
-    return _backbone(_read_state(Path(checkpoint)), checkpoint, momentum)
-
-
-def _backbone(content: Mapping[Any, Any], checkpoint: str | Path, momentum: bool) -> dict[str, Tensor]:
-    """The backbone in a whole state dict."""
-    state = [(_WRAPPERS.sub("", str(name)), value) for name, value in content.items()]
+    state = _read_state(Path(checkpoint))
     prefixes = tuple(f"{name}." for name in _MOMENTUM.values()) if momentum else ("backbone.",)
     found = [(name.partition(".")[2], value) for name, value in state if name.startswith(prefixes)]
     if not found:
-        beginnings = ", ".join(sorted({name.partition(".")[0] for name, _ in state})) or "nothing"
+        beginnings = ", ".join(sorted(_beginnings(state))) or "nothing"
         raise ValueError(f"{checkpoint} has no keys {'* or '.join(prefixes)}*; its keys begin with: {beginnings}")
     if len(dict(found)) < len(found):
         raise ValueError(f"{checkpoint} has two backbones with the same names; leave one of them in its state_dict")
@@ -140,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m slr_plugin.adapters.export",
         description="Write a checkpoint's backbone as a file for torchvision, timm or detectron2.",
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Lightning's, of lightly or solo-learn")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="ends in .safetensors, or in .pkl for detectron2")
@@ -147,17 +135,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--momentum", action="store_true", help="take the momentum copy of the backbone")
     arguments = parser.parse_args(argv)
     try:
-        content = _read_state(arguments.checkpoint)
-        state = _backbone(content, arguments.checkpoint, arguments.momentum)
+        state = read_backbone(arguments.checkpoint, arguments.momentum)
         tensors = write(state, arguments.output, arguments.to)
+        beginnings = _beginnings(_read_state(arguments.checkpoint))
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{arguments.output}: {tensors} tensors, {_count_parameters(state):,} parameters")
-    print(_usage(state, str(arguments.output), arguments.to, _trained_by(content)))
+    trained_by = next((who for who, name in _MOMENTUM.items() if name in beginnings), None)
+    print(_usage(state, str(arguments.output), arguments.to, trained_by))
 
 
-def _read_state(checkpoint: Path) -> dict[Any, Any]:
-    """Read the entry ``state_dict`` of a Lightning checkpoint, and run no code that may be in it."""
+def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
+    """Read a Lightning checkpoint's names, without those of wrappers, and values; run no code that may be in it."""
     if checkpoint.is_dir():
         raise IsADirectoryError(f"{checkpoint} is a folder; name a file, which a sharded checkpoint must first become")
     try:
@@ -180,7 +169,12 @@ def _read_state(checkpoint: Path) -> dict[Any, Any]:
     if not isinstance(state, dict):
         found = list(content)[:3] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{checkpoint} is no checkpoint of Lightning: it has no dictionary "state_dict", but {found}')
-    return state
+    return [(_WRAPPERS.sub("", str(name)), value) for name, value in state.items()]
+
+
+def _beginnings(state: Sequence[tuple[str, Any]]) -> set[str]:
+    """The names of the modules whose values these are; those of the momentum network tell whose adapter trained."""
+    return {name.partition(".")[0] for name, _ in state}
 
 
 def _copy(state: Mapping[str, Any], where: str, dtypes: set[torch.dtype] = _REALS) -> dict[str, Tensor]:
@@ -227,12 +221,6 @@ def _compare(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str], li
     return names, sorted(names.keys() - present), sorted(present - names.keys())
 
 
-def _trained_by(content: Mapping[Any, Any]) -> str | None:
-    """Whose adapter wrote a checkpoint, told by the name of the momentum network."""
-    beginnings = {_WRAPPERS.sub("", str(name)).partition(".")[0] for name in content}
-    return next((who for who, name in _MOMENTUM.items() if name in beginnings), None)
-
-
 def _usage(state: Mapping[str, Tensor], output: str, to: str, trained_by: str | None) -> str:
     """Write the lines of Python that load the file."""
     names, *different = _compare(state)
@@ -245,12 +233,8 @@ def _usage(state: Mapping[str, Tensor], output: str, to: str, trained_by: str | 
         settings += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64] if depth in (18, 34) else []
         return f"cfg.merge_from_list({settings})"
     load = f"model.load_state_dict(safetensors.torch.load_file({output!r}))"
-    layers = tuple(len({name.split(".")[1] for name in state if name.startswith(f"layer{i}.")}) for i in range(1, 5))
-    lightlys = (
-        _LIGHTLYS.get((layers, "layer1.0.conv3.weight" in state)) if "layer2.0.shortcut.0.weight" in state else None
-    )
-    if lightlys:
-        build = f"model = ResNetGenerator({lightlys!r}, width={len(state['conv1.weight']) / 64:g})"
+    if "layer2.0.shortcut.0.weight" in state and depth in _LIGHTLYS:
+        build = f"model = ResNetGenerator('resnet-{_LIGHTLYS[depth]}', width={len(state['conv1.weight']) / 64:g})"
         return (
             f"import safetensors.torch, torch; from lightly.models import ResNetGenerator; {build}; "
             f"model.linear = torch.nn.Identity(); {load}  # a network of lightly's, for small images"

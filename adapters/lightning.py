@@ -94,13 +94,12 @@ class LabelQualityCallback(Callback):
         if not self._monitors:
             return
         saved = state_dict["monitors"]
-        if len(saved) != len(self._monitors):
-            warnings.warn(
-                f"the checkpoint holds the label monitors of {len(saved)} losses (of none if it was saved outside of "
-                f"training), the module has {len(self._monitors)} losses: the classes of the keys in their queues are "
-                "unknown at first",
-                stacklevel=2,
-            )
+        if len(saved) == len(self._monitors):
+            for monitor, state in zip(self._monitors, saved, strict=True):
+                monitor.load_state_dict(state)
             return
-        for monitor, state in zip(self._monitors, saved, strict=True):
-            monitor.load_state_dict(state)
+        warnings.warn(
+            f"the checkpoint holds the label monitors of {len(saved)} losses (of none if it was saved outside of "
+            f"training), the module has {len(self._monitors)}: the classes of their keys are unknown at first",
+            stacklevel=2,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +20,8 @@ require("sentence-transformers", "sentence_transformers", "accelerate", "dataset
 
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input  # noqa: E402
 from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
-from sentence_transformers.util import similarity_fct_name  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from sentence_transformers.util import batch_to_device, similarity_fct_name  # noqa: E402
+from transformers import Trainer, TrainerCallback  # noqa: E402
 
 REPEATING = ("AdaptiveLayerLoss", "Matryoshka2dLoss")  # losses that call another one several times a batch
 DIRECTIONS = ("query_to_doc", "doc_to_query")
@@ -87,7 +88,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             if has_static_embedding_input(model):
                 raise ValueError("mini_batch_size must be None for a StaticEmbedding, whose batches cannot be split")
         if isinstance(memory_bank_size, int) and memory_bank_size > 0:
-            dim = model.get_embedding_dimension()
+            dim = _embedding_width(model)
             memory_bank_size = memory_bank_size if dim is None else (memory_bank_size, dim)
         self.model = model
         self.uses_gradient_cache = mini_batch_size is not None
@@ -105,6 +106,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             for direction in directions
         }
         self.criteria: Any = nn.ModuleDict(criteria)
+        self._is_new = True  # until the first training step
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss; ``labels`` are not used, since pairs are the labels."""
@@ -118,6 +120,9 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of embedded columns, (s, d) each."""
+        if self._is_new and torch.is_grad_enabled():
+            self._is_new = False
+            self._warn_of_lost_state()
         anchors, positives, *negatives = embeddings
         further = torch.cat(negatives) if negatives else None
         losses = []
@@ -126,7 +131,8 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             if dim not in (0, anchors.shape[1]):
                 raise ValueError(
                     f"the embeddings have {anchors.shape[1]} dimensions and those in the queue {dim}; set "
-                    "memory_bank_size=0 where dimensions change, as in MatryoshkaLoss"
+                    "memory_bank_size=0 where dimensions change, as in MatryoshkaLoss, else "
+                    f"memory_bank_size=({len(criterion.memory_bank)}, {anchors.shape[1]})"
                 )
             if direction == "query_to_doc":
                 losses.append(criterion(anchors, positives, negatives=further))
@@ -142,6 +148,25 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() if with_backward else loss
+
+    def _warn_of_lost_state(self) -> None:
+        """Warn if a trainer resumes a run whose queue or schedule nobody kept."""
+        if not any(
+            len(criterion.memory_bank) or callable(criterion.confidence) for criterion in self.criteria.values()
+        ):
+            return
+        frame = inspect.currentframe()  # the trainer gives its loss nothing by which a resumed run could be told
+        while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+            frame = frame.f_back
+        trainer = frame and frame.f_locals["self"]
+        if trainer is None or not trainer.state.global_step:
+            return
+        if not any(isinstance(callback, SelfLabelingCallback) for callback in trainer.callback_handler.callbacks):
+            warnings.warn(
+                f"the trainer goes on at step {trainer.state.global_step}, but queue and schedule of the loss start "
+                "afresh, since its checkpoints do not hold them: trainer.add_callback(SelfLabelingCallback(trainer))",
+                stacklevel=2,
+            )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
@@ -272,6 +297,23 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _embedding_width(model: Any) -> int | None:
+    """The width of what ``forward`` puts out; None if one text is not enough to know it.
+
+    ``get_embedding_dimension`` tells that of ``encode``, which ``truncate_dim``, Dense and Router make another one.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            text = batch_to_device(model.preprocess(["a"]), model.device)
+            return int(model.eval()(text)["sentence_embedding"].shape[1])
+    except Exception:  # of a model of images, or one that must be told the task
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _are_close(first: Sequence[float], second: Sequence[float]) -> bool:

@@ -60,14 +60,9 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
     backbone, projector = (
         network.forward_student if has_teacher else network for network in (self.backbone, self.projector)
     )
-    if self.training:
-        if len(views) != 2:
-            raise ValueError(
-                f"SANE needs two views of each image in training, got {len(views)}: use MultiViewTransform"
-            )
-        encoded = views[:1] if has_teacher else views
-    else:
-        encoded = views
+    if self.training and len(views) != 2:
+        raise ValueError(f"SANE needs two views of each image in training, got {len(views)}: use MultiViewTransform")
+    encoded = views[:1] if self.training and has_teacher else views
     embeddings = [backbone(view["image"]) for view in encoded]
     out = {"embedding": torch.cat(embeddings)}
     if "label" in views[0]:

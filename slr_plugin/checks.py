@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
@@ -33,9 +32,10 @@ def check_integer(name: str, value: Any, *, low: int) -> int:
     """An integer >= low that int64 holds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if not low <= value < 2**63:
-        raise ValueError(f"{name} must be {f'>= {low}' if value < low else 'below 2**63'}, got {value}")
-    return int(value)
+    number = int(value)
+    if not low <= number < 2**63:
+        raise ValueError(f"{name} must be {f'>= {low}' if number < low else 'below 2**63'}, got {value}")
+    return number
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -60,12 +60,6 @@ def check_index_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}")
-
-
-def check_no_tangent(value: Tensor) -> None:
-    """No forward-mode derivative, which the operators of the loss would drop."""
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
-        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")
 
 
 def check_values(name: str, value: Tensor, low: float, high: float) -> None:

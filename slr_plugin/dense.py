@@ -32,6 +32,7 @@ def self_labels(
     own: Tensor,
     hidden: Tensor | None = None,
     *,
+    known: Tensor | None = None,
     temperature: float | Tensor,
     sharpening: float = 1.0,
     confidence: float | Tensor = 1.0,
@@ -49,29 +50,47 @@ def self_labels(
     Args:
         similarity: (rows, K) cosines of each row's estimator with the keys.
         own: (rows,) the column of each row's positive.
-        hidden: (rows,) a column that is no key of the row, or None.
+        hidden: (rows, K) bool, columns that are no keys of the row, or (rows,) one of them; None for none.
+        known: (rows, K) labels in the place of the one-hot ones.
         temperature: tau.
         sharpening: tau'.
         confidence: mu.
     """
     logits = similarity / (temperature * sharpening)
     if hidden is not None:
-        logits = logits.scatter(1, hidden[:, None], -torch.inf)
+        if hidden.ndim == 1:
+            hidden = torch.zeros_like(logits, dtype=torch.bool).scatter(1, hidden[:, None], True)
+        logits = logits.masked_fill(hidden, -torch.inf)
     p = logits.softmax(1)
-    if logits.shape[1] - (hidden is not None) > 1:
-        q = logits.scatter(1, own[:, None], -torch.inf).softmax(1)
-    else:  # no other key to resemble
-        q = torch.zeros_like(p)
+    others = logits.scatter(1, own[:, None], -torch.inf)
+    # Not a number where there is no other key to resemble.
+    q = others.softmax(1).masked_fill((others == -torch.inf).all(1, keepdim=True), 0.0)
     p_max, q_max = p.amax(1, keepdim=True), q.amax(1, keepdim=True)
     z = 1 + confidence * p_max + confidence * q_max
     alpha, beta = confidence * p_max / z, confidence * q_max / z
-    one_hot = torch.zeros_like(p).scatter(1, own[:, None], 1.0)
-    return SelfLabels(p, q, (1 - alpha - beta) * one_hot + alpha * p + beta * q)
+    known = torch.zeros_like(p).scatter(1, own[:, None], 1.0) if known is None else known
+    return SelfLabels(p, q, (1 - alpha - beta) * known + alpha * p + beta * q)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     r"""Equation (4), :math:`-\frac1s \sum_i \sum_k y_{ik} \log \mathrm{softmax}_k(\mathrm{logits}_{ik})`."""
     return -(labels * logits.log_softmax(1)).sum(1).mean()
+
+
+def known_labels(key_set: KeySet) -> Tensor:
+    """The labels y0 (r, K) in the place of the one-hot ones: uniform over the keys of the group."""
+    own = key_set.positive_columns()[:, None]
+    same = None if key_set.ignores_group else key_set.same_group()
+    known = key_set.similarity(key_set.rows).detach().zero_() if same is None else same.to(key_set.rows)
+    known = known.scatter(1, own, 1.0)
+    return known / known.sum(1, keepdim=True)
+
+
+def unseen(key_set: KeySet) -> Tensor:
+    """The columns (r, K) that are no keys of the row: itself, and other keys of its group where these are ignored."""
+    same = key_set.same_group() if key_set.ignores_group else None
+    none = torch.zeros_like(key_set.similarity(key_set.rows), dtype=torch.bool) if same is None else same
+    return none if key_set.self_index is None else none.scatter(1, key_set.self_index[:, None], True)
 
 
 def labels(key_set: KeySet, settings: Settings) -> Tensor:
@@ -80,7 +99,8 @@ def labels(key_set: KeySet, settings: Settings) -> Tensor:
     return self_labels(
         estimators.similarity(estimators.positives),
         key_set.positive_columns(),
-        key_set.self_index,
+        unseen(key_set),
+        known=known_labels(key_set),
         temperature=settings.temperature,
         sharpening=settings.sharpening,
         confidence=settings.confidence,
@@ -89,28 +109,23 @@ def labels(key_set: KeySet, settings: Settings) -> Tensor:
 
 def objective(key_set: KeySet, crops: Sequence[Tensor], mixes: Sequence[Mix], settings: Settings) -> Tensor:
     """Equation (9) over a key set; ``crops`` are (s, d) unit features of mixed queries."""
-
-    def logits(rows: Tensor, keys: KeySet) -> Tensor:
-        logits = keys.similarity(rows) / settings.temperature
-        hidden = keys.self_index
-        # A finite stand-in for minus infinity: labels are 0 there, and 0 * inf is not.
-        return logits if hidden is None else logits.scatter(1, hidden[:, None], torch.finfo(logits.dtype).min)
-
-    plain = logits(key_set.rows, key_set)
-    one_hot_term = F.cross_entropy(plain, key_set.positive_columns())
-    mixing = key_set.for_mixed() if crops else key_set
+    logits = key_set.similarity(key_set.rows) / settings.temperature
+    # A finite stand-in for minus infinity: labels are 0 there, and 0 * inf is not.
+    logits = logits.masked_fill(unseen(key_set), torch.finfo(logits.dtype).min)
+    known_term = cross_entropy(logits, known_labels(key_set))
+    labelled = key_set.for_mixed() if crops else key_set
     with torch.no_grad():
-        refined = labels(mixing, settings)
+        refined = labels(labelled, settings)
     if not crops:
-        refined_term = cross_entropy(plain, refined)
+        refined_term = cross_entropy(logits, refined)
     else:
         terms = []
         for crop, (theta, partner) in zip(crops, mixes, strict=True):
             share = theta.to(refined)[:, None]
             mixed_labels = share * refined + (1 - share) * refined[partner]
-            terms.append(cross_entropy(logits(crop, mixing), mixed_labels))
+            terms.append(cross_entropy(labelled.similarity(crop) / settings.temperature, mixed_labels))
         refined_term = torch.stack(terms).mean()
-    return (1 - settings.refined_weight) * one_hot_term + settings.refined_weight * refined_term
+    return (1 - settings.refined_weight) * known_term + settings.refined_weight * refined_term
 
 
 def slr_loss(
@@ -127,6 +142,9 @@ def slr_loss(
     refined_weight: float = 0.5,
     in_batch_keys: bool = True,
     symmetric: bool = False,
+    groups: Tensor | None = None,
+    queue_groups: Tensor | None = None,
+    same_group: str = "positive",
 ) -> Tensor:
     """Equation (9) for one direction: rows are the queries. Arguments as in :func:`slr_plugin.functional.slr_loss`.
 
@@ -134,8 +152,14 @@ def slr_loss(
     """
     queries, positives = F.normalize(queries, dim=1), F.normalize(positives, dim=1)
     negatives = None if negatives is None else F.normalize(negatives, dim=1)
-    features = Features(queries, positives, negatives=negatives)
-    key_set = build_key_set(features, queue, in_batch_keys=in_batch_keys, symmetric=symmetric)
+    key_set = build_key_set(
+        Features(queries, positives, negatives=negatives, groups=groups),
+        queue,
+        in_batch_keys=in_batch_keys,
+        symmetric=symmetric,
+        queue_groups=queue_groups,
+        ignores_group=same_group == "ignored",
+    )
     crops = [mixed] if isinstance(mixed, Tensor) else list(mixed or [])
     mixes: Any = [mix] if isinstance(mixed, Tensor) else list(mix or [])
     settings = Settings(temperature, sharpening, refined_weight, confidence, refines=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from slr_plugin._inputs import checked_features
+from slr_plugin._inputs import checked_features, checked_groups, warn_if_not_finite
 from slr_plugin._torch_internals import no_autocast
 from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import build_key_set, warn_if_alone
@@ -29,6 +30,9 @@ def slr_loss(
     refined_weight: float = 0.5,
     in_batch_keys: bool = True,
     symmetric: bool | None = None,
+    groups: Tensor | None = None,
+    queue_groups: Tensor | None = None,
+    same_group: str = "positive",
 ) -> Tensor:
     r"""Compute equation (9): contrastive loss with refined labels.
 
@@ -58,6 +62,10 @@ def slr_loss(
         in_batch_keys: whether a query sees the other queries' positives.
         symmetric: True: both views are compared with both, which needs no queue. False: rows are the queries, keys the
             positives. None: True if ``queue`` is None.
+        groups: (s,) int64, the ids of the samples' groups, negative for none; see :mod:`slr_plugin.groups`.
+        queue_groups: (n,) int64, those of the queue's keys; None where they are unknown.
+        same_group: ``"positive"`` spreads a row's known label over all keys of its group; ``"ignored"`` leaves the
+            other keys of the group out.
 
     Returns:
         A scalar, float64 if queries or positives are, else float32.
@@ -71,13 +79,23 @@ def slr_loss(
     0.3133
     """
     names = ("queries", "positives")
-    features = checked_features(queries, positives, mixed, mix, negatives, names=names)
+    features = checked_features(queries, positives, mixed, mix, negatives, groups=groups, names=names)
     if queue is not None:
         check_float_tensor("queue", queue)
         if queue.ndim != 2 or queue.shape[1] != queries.shape[1]:
             raise ValueError(f"queue must have shape (n, {queries.shape[1]}), got {tuple(queue.shape)}")
         if queue.is_meta and not queries.is_meta:
             raise ValueError("queue is on the meta device, which holds no values")
+        if queue.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere reading would wait
+            lengths = torch.linalg.vector_norm(queue[:256].detach().float(), dim=1)
+            if not bool(((lengths - 1).abs() < 1e-2).all()):
+                raise ValueError(
+                    "queue must have rows of unit length: pass torch.nn.functional.normalize(queue, dim=1)"
+                )
+        if queue_groups is not None:
+            queue_groups = checked_groups("queue_groups", queue_groups, len(queue), queries.device)
+    if queue_groups is not None and (groups is None or queue is None):
+        raise ValueError("queue_groups came without groups or without a queue: pass all three")
     if symmetric is not None:
         check_flag("symmetric", symmetric)
     if symmetric and queue is not None:
@@ -88,6 +106,8 @@ def slr_loss(
         None if queue is None else queue.detach(),
         in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
         symmetric=symmetric,
+        queue_groups=queue_groups,
+        ignores_group=check_setting("same_group", same_group) == "ignored",
     )
     if callable(confidence):
         raise TypeError("confidence must be a number here, since a function counts no steps: pass schedule(step)")
@@ -102,4 +122,5 @@ def slr_loss(
     with no_autocast(queries.device):
         loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     warn_if_alone(key_set, loss, stacklevel=3)
+    warn_if_not_finite(loss, features, names)
     return loss

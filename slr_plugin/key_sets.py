@@ -32,12 +32,20 @@ class KeySet(NamedTuple):
     batch_count: int  # how many of ``keys`` are the batch's
     keys_to_enqueue: Tensor  # (S, d), the positives of all processes
     estimator: KeySet | None = None  # the same keys in other features, which estimate the labels instead
+    groups: Tensor | None = None  # (r,) ids of the rows' groups, negative for none
+    key_groups: Tensor | None = None  # (K,) of ``keys`` and then ``queue``
+    groups_to_enqueue: Tensor | None = None  # (S,)
+    ignores_group: bool = False  # whether rows do not see other keys of their group; else those are positives too
 
     # Methods, since torch.compile cannot trace a property of a tuple in torch 2.4.
 
     def has_both_views(self) -> bool:
         """Whether both views are rows: row i and row i + r/2 are of one sample, and positives of each other."""
         return self.self_index is not None
+
+    def key_count(self) -> int:
+        """The number of keys, at least that of any row."""
+        return 1 + len(self.keys) + (0 if self.queue is None else len(self.queue))
 
     def hidden(self) -> Tensor | None:
         """The keys (r, h) that the pass leaves out: each row's positive, and the row itself."""
@@ -50,9 +58,21 @@ class KeySet(NamedTuple):
             return self
         samples, first_views = len(self.rows) // 2, self.batch_count // 2
         positives, index = self.positives[:samples], self.positive_index[:samples] - first_views
-        estimator = None if self.estimator is None else self.estimator.for_mixed()
-        keys = self.keys[first_views:]
-        return KeySet(positives, positives, keys, None, index, None, first_views, self.keys_to_enqueue, estimator)
+        return KeySet(
+            positives,
+            positives,
+            self.keys[first_views:],
+            queue=None,
+            positive_index=index,
+            self_index=None,
+            batch_count=first_views,
+            keys_to_enqueue=self.keys_to_enqueue,
+            estimator=None if self.estimator is None else self.estimator.for_mixed(),
+            groups=None if self.groups is None else self.groups[:samples],
+            key_groups=None if self.key_groups is None else self.key_groups[first_views:],
+            groups_to_enqueue=self.groups_to_enqueue,
+            ignores_group=self.ignores_group,
+        )
 
     # ------------------------------------------------------------------------- dense matrices, for looking at and tests
 
@@ -68,6 +88,17 @@ class KeySet(NamedTuple):
         """The column (r,) of each row's positive."""
         index = self.positive_index
         return self.rows.new_zeros(len(self.rows), dtype=torch.long) if index is None else index
+
+    def same_group(self) -> Tensor | None:
+        """Whether a column (r, K) is another key of the row's group; None without groups."""
+        if self.groups is None or self.key_groups is None:
+            return None
+        same = (self.groups[:, None] == self.key_groups) & (self.groups[:, None] >= 0)
+        if self.positive_index is None:
+            same = torch.cat([torch.zeros_like(same[:, :1]), same], dim=1)
+        elif self.self_index is not None:
+            same = same.scatter(1, self.self_index[:, None], False)
+        return same.scatter(1, self.positive_columns()[:, None], False)
 
     def column_classes(self, local: Tensor, everyone: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
         """The classes of rows, (r,), and of columns, (K,) or (r, K), from those of samples.
@@ -97,6 +128,8 @@ def build_key_set(
     symmetric: bool,
     gather: Callable[[Tensor], Tensor] | None = None,
     offset: int = 0,
+    queue_groups: Tensor | None = None,
+    ignores_group: bool = False,
 ) -> KeySet:
     """Build the key set of a call: SimCLR's of both views, the paper's, or MoCo's without the batch's other keys.
 
@@ -108,6 +141,8 @@ def build_key_set(
         symmetric: whether both views are rows.
         gather: brings the rows of all processes; None where there is one.
         offset: the index of this process's first sample among them.
+        queue_groups: (n,) ids of the queue's groups.
+        ignores_group: whether other keys of a row's group are left out; else they are positives too.
 
     Raises:
         ValueError: a row would have no keys, or mixed queries would lack their partner's positive.
@@ -121,13 +156,29 @@ def build_key_set(
         raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
     estimator = None
     if features.estimator is not None:
-        same = Features(features.estimator, features.estimator)
-        how = {"in_batch_keys": in_batch_keys, "symmetric": symmetric}
-        estimator = build_key_set(same, estimator_queue, **how, gather=gather, offset=offset)
+        same = Features(features.estimator, features.estimator, groups=features.groups if ignores_group else None)
+        estimator = build_key_set(
+            same,
+            estimator_queue,
+            in_batch_keys=in_batch_keys,
+            symmetric=symmetric,
+            gather=gather,
+            offset=offset,
+            queue_groups=queue_groups,
+            ignores_group=ignores_group,
+        )
     if negatives is not None and gather:
         negatives = gather(negatives)
     further = [] if negatives is None else [negatives]
     index = torch.arange(offset, offset + len(queries), device=queries.device)
+    groups = batch_groups = features.groups
+    key_groups, views = None, 2 if symmetric else 1
+    if groups is not None:
+        batch_groups = gather(groups) if gather else groups
+        parts = [batch_groups] * views if symmetric or in_batch_keys else []
+        parts += [] if negatives is None else [groups.new_full((len(negatives),), -1)]
+        parts += [] if queue is None else [groups.new_full((len(queue),), -1) if queue_groups is None else queue_groups]
+        groups, key_groups = groups.repeat(views), torch.cat(parts)
 
     if symmetric:
         rows = batch = torch.cat([queries, positives])
@@ -144,6 +195,10 @@ def build_key_set(
             batch_count=len(batch),
             keys_to_enqueue=batch[first_views:],
             estimator=estimator,
+            groups=groups,
+            key_groups=key_groups,
+            groups_to_enqueue=batch_groups,
+            ignores_group=ignores_group,
         )
     batch = gather(positives if in_batch_keys else positives.detach()) if gather else positives
     keys = [batch, *further] if in_batch_keys else further or [positives[:0]]
@@ -157,6 +212,10 @@ def build_key_set(
         batch_count=len(batch) if in_batch_keys else 0,
         keys_to_enqueue=batch,
         estimator=estimator,
+        groups=groups,
+        key_groups=key_groups,
+        groups_to_enqueue=batch_groups,
+        ignores_group=ignores_group,
     )
 
 

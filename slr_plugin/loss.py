@@ -11,9 +11,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._inputs import Features, checked_features
-from slr_plugin._torch_internals import no_autocast
-from slr_plugin.distributed import broadcast, gather, rank, world_size
+from slr_plugin._inputs import Features, checked_features, warn_if_not_finite
+from slr_plugin._torch_internals import no_autocast, refuse_export
+from slr_plugin.distributed import broadcast, check_alike, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
@@ -59,12 +59,15 @@ class SLRLoss(HasState):
         symmetric: both views against both (only without a queue, and then the default), or False for one direction:
             rows are ``out0``, keys are ``out1``.
         estimator_dim: e, if calls bring features ``estimator`` (s, e) and there is a queue: a second queue holds them.
+        same_group: what other keys of a row's group are, where calls bring ``groups``: ``"positive"``, the known label
+            is uniform over them and the own positive, or ``"ignored"``, the row does not see them.
 
     Attributes:
         memory_bank: the queue; ``memory_bank.bank`` is its (n, d) buffer of unit rows.
         step: int64 buffer, the number of calls that advanced the queue and the schedule.
         stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
-            positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator).
+            positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator, or where
+            labels of groups are refined).
         chunk_size: keys per tile of the streaming pass; None chooses by device. A number trades memory for launches,
             and disables the symmetric fast path, which halves the work, and the Triton kernels.
 
@@ -95,6 +98,7 @@ class SLRLoss(HasState):
         in_batch_keys: bool = True,
         symmetric: bool | None = None,
         estimator_dim: int | None = None,
+        same_group: str = "positive",
     ) -> None:
         super().__init__(KeyQueue(memory_bank_size, estimator_dim))
         self.temperature = temperature
@@ -108,8 +112,10 @@ class SLRLoss(HasState):
         self.refined_weight = refined_weight
         self.in_batch_keys = in_batch_keys
         self.symmetric = not len(self.memory_bank) if symmetric is None else symmetric
+        self.same_group = same_group
         self.chunk_size = None
         self._labels = None
+        self._compared = False  # whether the processes bring the same arguments
 
     def forward(
         self,
@@ -120,6 +126,7 @@ class SLRLoss(HasState):
         *,
         negatives: Tensor | None = None,
         estimator: Tensor | None = None,
+        groups: Tensor | None = None,
         update: bool | None = None,
     ) -> Tensor:
         """Compute the loss, a scalar; afterwards the positives enter the queue.
@@ -133,6 +140,8 @@ class SLRLoss(HasState):
             negatives: (m, d) further keys that are nobody's positive, such as mined ones. They may be trained, and do
                 not enter the queue. With ``gather_distributed`` all processes bring equally many.
             estimator: (s, e) other features of the samples, which estimate the labels in the positives' place.
+            groups: (s,) int64, ids of groups of samples that are known to belong together, negative for none. They
+                enter the queue with the keys.
             update: whether the queue and the schedule advance. None: if a gradient is recorded for ``out0``.
 
         Raises:
@@ -141,7 +150,8 @@ class SLRLoss(HasState):
             RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing makes the call
                 again after the queue or the schedule moved on.
         """
-        features = checked_features(out0, out1, mixed, mix, negatives, estimator)
+        refuse_export()
+        features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
         updates = self._updates(out0, update)
         key_set = self._key_set(features)
         settings = self._settings(key_set.rows.dtype)
@@ -149,6 +159,7 @@ class SLRLoss(HasState):
             loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
         self._confidence = settings.confidence
         warn_if_alone(key_set, loss, stacklevel=5)  # the caller of the module
+        warn_if_not_finite(loss, features, stacklevel=5)
         if updates:
             self._advance(key_set, loss.requires_grad)
         return loss
@@ -164,7 +175,13 @@ class SLRLoss(HasState):
         return averages | {"mu": mu}
 
     def labels(
-        self, out0: Tensor, out1: Tensor, *, negatives: Tensor | None = None, estimator: Tensor | None = None
+        self,
+        out0: Tensor,
+        out1: Tensor,
+        *,
+        negatives: Tensor | None = None,
+        estimator: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
         r"""Compute the refined labels :math:`\bar y` over the current keys, dense, for looking at. Nothing advances.
 
@@ -174,8 +191,9 @@ class SLRLoss(HasState):
         Args:
             out0: (s, d) queries.
             out1: (s, d) positives.
-            negatives: as in :meth:`forward`.
-            estimator: as in :meth:`forward`.
+            negatives: as in :meth:`forward`, as the next two.
+            estimator: features (s, e).
+            groups: ids (s,).
 
         Returns:
             Rows that sum to 1. With a queue they have shape (s, K), over the minibatch's keys (the own positive alone
@@ -183,7 +201,7 @@ class SLRLoss(HasState):
             ``out0`` then ``out1``, and a row's own view has label 0; in one direction (s, s + m). With
             ``gather_distributed`` the columns are those of all processes.
         """
-        return self.labelled_keys(out0, out1, negatives=negatives, estimator=estimator)[1]
+        return self.labelled_keys(out0, out1, negatives=negatives, estimator=estimator, groups=groups)[1]
 
     @torch.no_grad()
     def labelled_keys(
@@ -211,13 +229,27 @@ class SLRLoss(HasState):
             raise RuntimeError(
                 "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
             )
+        if features.queries.is_meta and not self.step.is_meta:
+            raise RuntimeError("the features are on the meta device, the loss is not: call criterion.to('meta')")
         gathers = self.gather_distributed and world_size() > 1
+        device = features.queries.device
+        if gathers and not torch.compiler.is_compiling() and (device.type == "cpu" or not self._compared):
+            self._compared = True  # once on an accelerator, since the check waits for it
+            check_alike(
+                device,
+                out0=features.queries,
+                negatives=features.negatives,
+                estimator=features.estimator,
+                groups=features.groups,
+            )
         build = functools.partial(
             build_key_set,
             in_batch_keys=self.in_batch_keys,
             symmetric=self.symmetric,
             gather=gather if gathers else None,
             offset=rank() * size if gathers else 0,
+            queue_groups=bank.groups if len(bank) and features.groups is not None else None,
+            ignores_group=self.same_group == "ignored",
         )
         if not len(bank):
             return build(features)
@@ -225,6 +257,6 @@ class SLRLoss(HasState):
         if not bank.dim:
             bank.set_dim(features.queries.shape[1])
             key_set = build(features, bank.bank, bank.estimator_bank)
-        if gathers and bank.share(functools.partial(broadcast, device=features.queries.device)):
-            broadcast(self.step, features.queries.device)
+        if gathers and bank.share(functools.partial(broadcast, device=device)):
+            broadcast(self.step, device)
         return key_set

@@ -34,9 +34,10 @@ class MomentumMixup:
         kappa: κ in [1e-8, 1e8]. At 2, most mixtures hold a good part of both; at 0.1, most are nearly one of the two.
             The paper takes 2 on CIFAR-10 and 0.1 on ImageNet.
         mode: ``"elem"`` draws one theta per sample, ``"batch"`` one per minibatch.
-        generator: source of randomness, which may be assigned later as the others; ``None`` is the global one of the samples' device. Another device's generator
+        generator: source of randomness; ``None`` is the global one of the samples' device. Another device's generator
             draws there and the draws are copied. Under DDP all processes often share their seed: give each its own
-            generator, else all mix alike.
+            generator, else all mix alike. The workers of a data loader get a copy each: there leave it out, since
+            torch seeds every worker's global one.
 
     Raises:
         ValueError: ``kappa`` or ``mode`` is out of range.

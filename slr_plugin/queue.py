@@ -18,8 +18,8 @@ class KeyQueue(nn.Module):
     """A ring of the newest ``n`` keys, for any batch size.
 
     ``bank`` (n, d) float32 holds unit rows, random ones at first; ``bank_ptr`` (1,) int64 is the row written next;
-    ``groups`` (n,) int64 are the ids of the keys' groups, -1 where unknown. All are in the state dict. In loading, what a
-    checkpoint lacks stays as it is, what this queue lacks is dropped, and both warn. Another *size* is an error.
+    ``groups`` (n,) int64 are the ids of the keys' groups, -1 where unknown. All are in the state dict. In loading,
+    what a checkpoint lacks stays as it is, what this queue lacks is dropped, and both warn. Another *size* is an error.
 
     Args:
         size: ``(n, d)``; 0 or ``(0, d)`` for no queue. A bare positive int n takes d from the first batch.
@@ -120,7 +120,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, estimators: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
-        """Write (s, d) unit keys over the oldest ones, with their (s, e) other features and the (s,) ids of their groups.
+        """Write (s, d) unit keys over the oldest ones, with (s, e) other features and (s,) ids of groups.
 
         The newest n stay. A batch with a feature that is not finite leaves the queue as it is, without reading values
         back to the host.
@@ -163,16 +163,15 @@ class KeyQueue(nn.Module):
             return ""
         for name, own in self._buffers.items():
             stored = state_dict.get(prefix + name)
-            fits = own is None or stored is None or stored.shape == own.shape
-            if fits or (name == "bank" and not self.dim and stored.shape[0] == self.size):
+            open_dim = name == "bank" and not self.dim and len(bank) == self.size
+            if own is None or stored is None or stored.shape == own.shape or open_dim:
                 continue
-            setting = {
-                "bank": f"memory_bank_size={tuple(bank.shape)}",
-                "estimator_bank": f"estimator_dim={stored.shape[-1]}",
-            }
+            setting = f"memory_bank_size={tuple(bank.shape)}"
+            if name == "estimator_bank":
+                setting = f"estimator_dim={stored.shape[-1]}"
             return (
-                f"{prefix}{name} must have shape {tuple(own.shape)}, the checkpoint's has {tuple(stored.shape)}; build the "
-                f"loss with {setting.get(name, setting['bank'])}, or delete {prefix + name!r} from the checkpoint"
+                f"{prefix}{name} must have shape {tuple(own.shape)}, the checkpoint's has {tuple(stored.shape)}; build "
+                f"the loss with {setting}, or delete {prefix + name!r} from the checkpoint"
             )
         return ""
 

@@ -47,6 +47,10 @@ class Labels(NamedTuple):
         """The target centroids t, (r, d), from the positives g and the q-weighted centroids a of the other keys."""
         return torch.lerp(positives, centroids, self.rest_weight[:, None])
 
+    def shared(self, given: Tensor) -> Labels:
+        """The labels after the positive gave some of its weight (r,) to other keys of its group."""
+        return Labels(self.positive_weight - given, self.rest_weight + given, self.alpha, self.beta, self.q_entropy)
+
     def averages(self) -> dict[str, Tensor]:
         """The means of positive weight, alpha, beta and entropy of the whole label, by their names in SLRLoss.stats."""
         entropy = (
@@ -88,8 +92,11 @@ def estimate(
     return Labels(positive, rest, alpha, beta, q_entropy)
 
 
-def one_hot(like: Tensor) -> Labels:
-    """The labels at confidence 0, all weight on the positive, for as many rows as ``like`` has."""
-    ones = like.new_ones(len(like))
-    zeros = torch.zeros_like(ones)
-    return Labels(ones, zeros, zeros, zeros, zeros)
+def unrefined(like: Tensor, share: Tensor) -> Labels:
+    """The labels at confidence 0, for as many rows as ``like`` has: ``share`` (r,) or (1,) on the positive.
+
+    The rest is spread evenly, over ``1 / share - 1`` other keys.
+    """
+    zeros = like.new_zeros(len(like))
+    positive = zeros + share
+    return Labels(positive, 1 - positive, zeros, zeros, (1 / positive - 1).clamp(min=1.0).log())

@@ -75,10 +75,9 @@ class HasState(HasSettings):
     @torch.no_grad()
     def _advance(self, key_set: KeySet, has_backward: bool) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key or estimator does neither."""
-        estimator = key_set.estimator
-        accepted = self.memory_bank.enqueue(
-            key_set.keys_to_enqueue, None if estimator is None else estimator.keys_to_enqueue
-        ).to(self.step.device)
+        estimators = None if key_set.estimator is None else key_set.estimator.keys_to_enqueue
+        accepted = self.memory_bank.enqueue(key_set.keys_to_enqueue, estimators, key_set.groups_to_enqueue)
+        accepted = accepted.to(self.step.device)
         if torch.compiler.is_compiling() and has_backward:
             self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
         else:

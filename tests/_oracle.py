@@ -107,9 +107,19 @@ def softmax_over(scores: Tensor, allowed: Tensor) -> Tensor:
     return out
 
 
+def group_labels(key_set: KeySet, rows: Tensor, columns: Tensor, same_group: str) -> tuple[KeySet, Tensor]:
+    """The key set that rows of known groups see, and their labels y0; ids of rows and of columns, negative for none."""
+    onehot = F.one_hot(key_set.own, len(key_set.keys)).bool()
+    same = (rows[:, None] == columns) & (rows[:, None] >= 0) & key_set.allowed & ~onehot
+    if same_group == "ignored":
+        return key_set._replace(allowed=key_set.allowed & ~same), onehot.to(key_set.keys)
+    together = (same | onehot).to(key_set.keys)
+    return key_set, together / together.sum(1, keepdim=True)
+
+
 @torch.no_grad()
-def refine(key_set: KeySet, tau: float, sharpening: float, mu: float) -> Labels:
-    """Equation (5) and the lines that define p, q, alpha, beta and z."""
+def refine(key_set: KeySet, tau: float, sharpening: float, mu: float, known: Tensor | None = None) -> Labels:
+    """Equation (5) and the lines that define p, q, alpha, beta and z; known labels stand in the one-hot ones' place."""
     _, keys, own, allowed, cosines = key_set
     scores = cosines / (tau * sharpening)
     onehot = F.one_hot(own, len(keys)).to(scores)
@@ -118,7 +128,8 @@ def refine(key_set: KeySet, tau: float, sharpening: float, mu: float) -> Labels:
     z = 1 + mu * p.amax(1) + mu * q.amax(1)
     alpha = mu * p.amax(1) / z
     beta = mu * q.amax(1) / z
-    ybar = (1 - alpha - beta)[:, None] * onehot + alpha[:, None] * p + beta[:, None] * q
+    known = onehot if known is None else known
+    ybar = (1 - alpha - beta)[:, None] * known + alpha[:, None] * p + beta[:, None] * q
     return Labels(ybar, alpha, beta)
 
 
@@ -127,10 +138,6 @@ def cross_entropy(queries: Tensor, key_set: KeySet, labels: Tensor, tau: float) 
     logits = (queries @ key_set.keys.T / tau).masked_fill(~key_set.allowed, -torch.inf)
     log_softmax = logits.log_softmax(1).masked_fill(~key_set.allowed, 0)
     return -(labels * log_softmax).sum(1).mean()
-
-
-def one_hot_loss(key_set: KeySet, tau: float) -> Tensor:
-    return cross_entropy(key_set.queries, key_set, F.one_hot(key_set.own, len(key_set.keys)), tau)
 
 
 def slr(
@@ -149,11 +156,15 @@ def slr(
     refined_weight: float = 0.5,
     in_batch_keys: bool = True,
     symmetric: bool | None = None,
+    groups: Tensor | None = None,
+    queue_groups: Tensor | None = None,
+    same_group: str = "positive",
 ) -> Answer:
     """Equation (9), in the dtype of its inputs (the tests give float64).
 
     ``negatives`` stand behind the batch's keys and before the queue. ``estimator`` (s, e) and ``estimator_bank`` (n, e)
-    stand in for the positives and the queue wherever p and q are made.
+    stand in for the positives and the queue wherever p and q are made. ``groups`` (s,) and ``queue_groups`` (n,) are
+    ids of known groups.
     """
     out0, out1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
     negatives = out1[:0] if negatives is None else F.normalize(negatives, dim=1)
@@ -168,14 +179,21 @@ def slr(
         plain = symmetric_keys(out0, out1, negatives, features)
     else:
         plain = (shared_keys if in_batch_keys else own_positive_keys)(*one_direction)
-    first = one_hot_loss(plain, temperature)
+    ids = torch.full((len(out0),), -1) if groups is None else groups
+    further_ids = torch.full((len(further),), -1)
+    if queue_groups is not None:
+        further_ids[len(negatives) :] = queue_groups
+    views = len(plain.queries) // len(out0)
+    plain, known = group_labels(plain, ids.repeat(views), torch.cat([*[ids] * views, further_ids]), same_group)
+    first = cross_entropy(plain.queries, plain, known, temperature)
     if not mixed:
-        labels = refine(plain, temperature, sharpening, confidence)
+        labels = refine(plain, temperature, sharpening, confidence, known)
         second = cross_entropy(plain.queries, plain, labels.ybar, temperature)
         refined = plain
     else:
         refined = shared_keys(*one_direction)
-        labels = refine(refined, temperature, sharpening, confidence)
+        seen, known = group_labels(refined, ids, torch.cat([ids, further_ids]), same_group)
+        labels = refine(seen, temperature, sharpening, confidence, known)
         second = torch.zeros((), dtype=out0.dtype)
         for crop, (theta, partner) in zip(mixed, mix, strict=True):
             theta_ = theta.to(out0)[:, None]
@@ -207,6 +225,8 @@ class Batch(NamedTuple):
     negatives: Tensor | None = None
     estimator: Tensor | None = None
     estimator_bank: Tensor | None = None
+    groups: Tensor | None = None
+    queue_groups: Tensor | None = None
 
     def leaves(self, names: tuple[str, ...] = INPUTS, dtype: torch.dtype | None = None) -> Batch:
         """A copy whose features named in ``names`` are fresh leaves that require grad."""
@@ -286,6 +306,8 @@ def make_criterion(batch: Batch, chunk_size: int | None = None, **settings: obje
         criterion.memory_bank.bank.copy_(batch.bank)
     if batch.estimator_bank is not None:
         criterion.memory_bank.estimator_bank.copy_(batch.estimator_bank)
+    if batch.queue_groups is not None:
+        criterion.memory_bank.groups.copy_(batch.queue_groups)
     criterion.chunk_size = chunk_size
     return criterion
 
@@ -293,9 +315,8 @@ def make_criterion(batch: Batch, chunk_size: int | None = None, **settings: obje
 def call(criterion: SLRLoss, batch: Batch, update: bool | None = False) -> Tensor:
     """The loss of a batch; the queue stays unless ``update`` says otherwise."""
     crops = (batch.mixed, batch.mix) if batch.mixed else ()
-    return criterion(
-        batch.out0, batch.out1, *crops, negatives=batch.negatives, estimator=batch.estimator, update=update
-    )
+    further = {"negatives": batch.negatives, "estimator": batch.estimator, "groups": batch.groups}
+    return criterion(batch.out0, batch.out1, *crops, **further, update=update)
 
 
 def ask(batch: Batch, **settings: object) -> Answer:

@@ -466,6 +466,10 @@ def test_a_missing_momentum_copy_names_the_keys_that_are_there(checkpoint, tmp_p
     assert message.endswith("no keys key_backbone.* or momentum_backbone.*; its keys begin with: backbone, criterion")
 
 
+def test_an_abbreviated_option_is_refused(checkpoint, tmp_path, capsys):
+    assert fails(capsys, checkpoint, tmp_path / "b.safetensors", "--mom") == "unrecognized arguments: --mom"
+
+
 def test_a_missing_checkpoint_and_a_folder(tmp_path, capsys):
     for path, said in ((tmp_path / "none.ckpt", "No such file"), (tmp_path, "is a folder; name a file")):
         with pytest.raises(OSError, match=said):

@@ -709,6 +709,19 @@ def test_the_launcher_names_the_methods_that_there_are(options, tmp_path, capsys
     assert f"--methods must be among other, {', '.join(VARIANTS)}, got tiny\n" in capsys.readouterr().err
 
 
+def test_the_launcher_says_what_a_machine_without_gpu_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    table = textwrap.dedent(TABLE).replace("def main(methods)", "def main(methods, accelerator)")
+    option = 'parser.add_argument("--accelerator", default="gpu")\n\ndef main('
+    (tmp_path / "table.py").write_text(table.replace("def main(", option))
+    with pytest.raises(SystemExit):
+        launcher.main([str(tmp_path / "table.py")])
+    assert "torch finds no GPU here; on a CPU add: --accelerator cpu --devices 1" in capsys.readouterr().err
+    launcher.main([str(tmp_path / "table.py"), "--accelerator", "cpu"])
+    assert capsys.readouterr().out == "trains other sane\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

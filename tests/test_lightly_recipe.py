@@ -1,6 +1,9 @@
 """The CIFAR-10 recipe, whole and interrupted, on real images: scikit-learn's digits as a folder."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ for package in ("lightly", "matplotlib", "sklearn", "timm", "tensorboard"):
 
 from _digits import write_digits
 
-from slr_plugin.adapters.lightly import recipe
+from slr_plugin.adapters.lightly import recipe, training
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::UserWarning:torch")
 
@@ -27,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, output, *options):
-    small = "--backbone resnet9 --width 0.0625 --batch-size 16 --queue-size 32 --accelerator cpu --workers 0"
+    small = "--backbone resnet9 --width 0.125 --batch-size 16 --queue-size 32 --accelerator cpu --workers 0"
     short = "--epochs 3 --linear-epochs 5 --knn-every 1"
     fixed = [*small.split(), *short.split(), "--data", str(folder), "--output", str(output)]
     return recipe.main([*fixed, *options])
@@ -48,11 +51,23 @@ def test_trains_evaluates_and_draws(options, folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--linear-epochs", "0"), ("--knn-every", "-1"), ("--epochs", "x"), ("--ema-momentum", "2")]
+    ("option", "value"),
+    [
+        ("--linear-epochs", "0"),
+        ("--knn-every", "-1"),
+        ("--epochs", "x"),
+        ("--ema-momentum", "2"),
+        ("--workers", "-1"),
+        ("--seed", "-1"),
+        ("--width", "0"),
+        ("--learning-rate", "nan"),
+        ("--temperature", "0"),
+        ("--image-size", "8"),
+    ],
 )
 def test_numbers_out_of_range_are_refused_before_the_training(option, value, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        recipe.parse(["--output", str(tmp_path), option, value])
+        recipe.main(["--output", str(tmp_path), option, value])
     assert f"argument {option}: must be a" in capsys.readouterr().err
 
 
@@ -64,14 +79,14 @@ def test_the_last_epoch_is_judged_whatever_the_interval(folder, tmp_path):
 
 def test_the_curves_have_points_whole_epochs_and_the_baseline_beside_them(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(recipe.Figure, "savefig", lambda figure, *args, **kwargs: seen.append(figure))
-    measured = dict.fromkeys(recipe.LabelQuality._fields, 0.5)
+    monkeypatch.setattr(training.Figure, "savefig", lambda figure, *args, **kwargs: seen.append(figure))
+    measured = dict.fromkeys(training.LabelQuality._fields, 0.5)
     rows = [{"epoch": 1, "loss": 3.0, "knn": 50.0} | measured]
     for method in ("sane", "mocov2"):
         (tmp_path / method).mkdir()
         results = {"arguments": {"method": method}, "epochs": rows}
         (tmp_path / method / "results.json").write_text(json.dumps(results))
-    recipe.draw({"arguments": {"method": "sane"}, "epochs": rows}, tmp_path, [tmp_path / "mocov2", tmp_path / "sane"])
+    training.draw({"arguments": {"method": "sane"}, "epochs": rows}, tmp_path, [tmp_path / "mocov2", tmp_path / "sane"])
     curves, labels = seen
     for axes in curves.axes:
         assert [line.get_marker() for line in axes.get_lines()] == ["."] * 3
@@ -100,14 +115,14 @@ class InterruptionError(Exception):
 
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on_from_its_last_epoch(folder, tmp_path, monkeypatch, capsys):
     whole = run(folder, tmp_path / "whole")
-    start = recipe.Record.on_train_batch_start
+    start = training.Record.on_train_batch_start
 
     def interrupt(self, trainer, pl_module, batch, batch_idx):
         if (trainer.current_epoch, batch_idx) == (2, 1):
             raise InterruptionError
         start(self, trainer, pl_module, batch, batch_idx)
 
-    monkeypatch.setattr(recipe.Record, "on_train_batch_start", interrupt)
+    monkeypatch.setattr(training.Record, "on_train_batch_start", interrupt)
     with pytest.raises(InterruptionError):
         run(folder, tmp_path / "broken")
     monkeypatch.undo()
@@ -181,3 +196,196 @@ def test_a_finished_run_is_not_overwritten(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(folder, tmp_path)
     assert "continue it with --resume, or choose another --output" in capsys.readouterr().err
+
+
+# --- the first mistakes
+
+
+def mistake(capsys, *options):
+    """What the recipe says, in one line behind argparse's usage, with nothing written and no framework at work."""
+    with pytest.raises(SystemExit) as exit_:
+        recipe.main([str(option) for option in options])
+    assert exit_.value.code == 2
+    usage, _, message = capsys.readouterr().err.partition("error: ")
+    assert usage.startswith("usage: ")
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backbone", "resnet19"], "invalid choice: 'resnet19' (choose from"),
+        (["--backbone", "wide_resnet50_2", "--width", "0.5"], "--width is of lightly's ResNets, resnet9, "),
+        (["--backbone", "resnet9", "--image-size", "57"], "take --image-size 32 to 56"),
+        (["--precision", "fp16"], "invalid choice: 'fp16' (choose from"),
+        (["--accelerator", "gpux"], "invalid choice: 'gpux' (choose from"),
+        (["--accelerator", "gpu"], "torch finds no such device here; take --accelerator cpu"),
+        (["--epoch", "3"], "unknown: --epoch 3"),
+        (["--queue_size", "3"], "unknown: --queue_size 3; did you mean --queue-size?"),
+        (["--devices", "2"], "unknown: --devices 2"),
+        (["--init", "nowhere.ckpt"], "--init: there is no file nowhere.ckpt"),
+        (["--data", "nowhere"], "--data: there is no folder nowhere; expected DIR/train/<class>/*"),
+    ],
+)
+def test_a_wrong_option_is_told_with_what_would_do(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert message in mistake(capsys, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("images", "others", "message"),
+    [
+        ([], [], "holds no images (.jpg .jpeg .png"),
+        ([], ["train/notes.txt"], "train holds no images"),
+        (["train/cat/1.png"], ["train/dog/notes.txt"], "train/dog; expected DIR/train/<class>/*"),
+        (["train/cat/1.png"], ["test/cat/notes.txt"], "test/cat; expected DIR/train/<class>/*"),
+        (["train/cat/1.png", "test/cow/1.png"], [], "must hold the same classes; in one of them alone: cat, cow"),
+        (["test/cat/1.png"], [], "has a folder test but no folder train"),
+    ],
+)
+def test_folders_that_are_no_data_are_told_with_the_layout(images, others, message, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for name in images:
+        picture(tmp_path / "data" / name)
+    for name in others:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    assert message in mistake(capsys, "--data", tmp_path / "data", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        message = mistake(capsys, "--data", folder, "--output", output)
+        assert f"--output: {output} is no folder that can be written" in message
+
+
+def test_images_that_cannot_be_read_are_named_before_the_training(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    broken = next((tmp_path / "data" / "train").rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:-30])
+    with pytest.raises(SystemExit, match=rf"1 images cannot be read; remove or replace them: {broken}"):
+        run(tmp_path / "data", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_help_waits_for_no_framework():
+    code = """if True:
+        import runpy, sys
+        for command in sys.argv[1].split(";"):
+            sys.argv = command.split()
+            try:
+                runpy.run_module(sys.argv[0], run_name="__main__")
+            except SystemExit as exit_:
+                print("code", exit_.code)
+        slow = "lightly torchvision pytorch_lightning lightning matplotlib torchmetrics sklearn timm".split()
+        print("imported:", *(name for name in slow if name in sys.modules))
+    """
+    package = "slr_plugin.adapters"
+    commands = [f"{package}.{name} --help" for name in ("lightly", "lightly cifar10", "solo_learn", "export")]
+    command = [sys.executable, "-W", "ignore", "-c", code, ";".join(commands)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines()
+    assert lines.count("code 0") == 4, result.stderr
+    assert lines[-1] == "imported:"
+
+
+# --- one's own images
+
+
+@pytest.mark.parametrize("layout", ["train alone", "classes alone", "flat train", "flat"])
+def test_images_without_classes_or_test_images_are_trained_on(layout, folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    if layout == "train alone":
+        shutil.copytree(folder / "train", data / "train")
+    elif layout == "classes alone":
+        shutil.copytree(folder / "train", data)
+    else:
+        target = data / "train" if layout == "flat train" else data
+        target.mkdir(parents=True)
+        for number, path in enumerate(sorted((folder / "train").rglob("*.png"))):
+            shutil.copy(path, target / f"{number}.png")
+    results = run(data, tmp_path / "out", "--epochs", "1")
+    assert results["knn"] is results["linear"] is None
+    assert [row["epoch"] for row in results["epochs"]] == [1]
+    has_classes = "flat" not in layout
+    assert ("same" in results["epochs"][0]) == has_classes == (tmp_path / "out" / "labels.png").exists()
+    printed = capsys.readouterr().out
+    assert f"no evaluation: --data has no {'test images' if has_classes else 'classes'}; the encoder" in printed
+    assert "sane: not evaluated" in printed
+    assert recipe.main(["--resume", "--output", str(tmp_path / "out")]) == results
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(48, 3), (96, 7)])
+def test_images_of_another_size(size, kernel, folder, tmp_path):
+    options = [
+        "--image-size",
+        str(size),
+        "--width",
+        "1",
+        "--backbone",
+        "resnet18",
+        "--epochs",
+        "1",
+        "--limit",
+        "16",
+        "--queue-size",
+        "16",
+    ]
+    run(folder, tmp_path, *options, "--learning-rate", "0.5", "--temperature", "0.3")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["backbone.conv1.weight"].shape[-1] == kernel
+    assert checkpoint["hyper_parameters"]["preset"]["temperature"] == 0.3
+    (optimizer,) = checkpoint["optimizer_states"]
+    assert optimizer["param_groups"][0]["initial_lr"] == pytest.approx(0.5 * 16 / 256)
+    with Image.open(tmp_path / "views.png") as figure:
+        assert min(figure.size) > 50
+
+
+def test_lightlys_narrow_networks_take_images_of_another_size(folder, tmp_path):
+    assert (
+        run(folder, tmp_path, "--image-size", "56", "--epochs", "1", "--limit", "16", "--queue-size", "16")["epochs"][
+            0
+        ]["loss"]
+        > 0
+    )
+
+
+def test_a_run_starts_from_the_backbone_of_another(folder, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(folder, first, "--epochs", "1", "--limit", "16", "--queue-size", "16")
+    still = [
+        "--epochs",
+        "1",
+        "--limit",
+        "16",
+        "--queue-size",
+        "16",
+        "--learning-rate",
+        "1e-6",
+        "--init",
+        str(first / "last.ckpt"),
+    ]
+    run(folder, second, *still)
+    start, end = (torch.load(place / "last.ckpt", weights_only=True)["state_dict"] for place in (first, second))
+    for name in ("backbone.conv1.weight", "key_backbone.conv1.weight"):
+        torch.testing.assert_close(end[name], start["backbone.conv1.weight"], rtol=0, atol=1e-4)
+    with pytest.raises(SystemExit, match=r"last.ckpt does not fit --backbone resnet9 --width 0.25"):
+        run(folder, tmp_path / "third", *still, "--width", "0.25")
+
+
+def test_a_resumed_run_keeps_its_options(folder, tmp_path, capsys):
+    run(folder, tmp_path, "--epochs", "1", "--limit", "16", "--queue-size", "16", "--temperature", "0.3")
+    with pytest.raises(SystemExit):
+        recipe.main(["--resume", "--output", str(tmp_path), "--temperature", "0.2"])
+    assert "has --temperature 0.3: resume it without --temperature" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from _sentences import (
     small_transformer,
     static_model,
 )
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.sentence_transformer.modules import Dense, Router
 from sentence_transformers.util import cos_sim, dot_score
 from transformers import TrainerCallback
 
@@ -165,6 +167,40 @@ def test_matryoshka_and_a_queue_are_refused():
         matryoshka(features(model, 2, 4), None)
 
 
+def truncated(folder):
+    model = static_model()
+    model.truncate_dim = 4  # of encode alone: what is trained has 8 dimensions
+    return model
+
+
+def with_dense(folder):
+    return SentenceTransformer(modules=[*small_transformer(folder), Dense(DIM, 6)], device="cpu")
+
+
+def routed(folder):
+    return SentenceTransformer(
+        modules=[Router.for_query_document([static_model()[0]], [static_model()[0]])], device="cpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "width"),
+    [(truncated, DIM), (with_dense, 6), (lambda folder: small_transformer(folder, dropout=0.5), DIM), (routed, DIM)],
+)
+@pytest.mark.filterwarnings(
+    "ignore:memory_bank_size=20 leaves the dimension to the first batch"
+)  # a Router asks the task
+def test_the_queue_has_the_width_that_is_trained(build, width, tmp_path):
+    model = build(tmp_path)
+    model[0].eval()
+    modes = [module.training for module in model.modules()]
+    loss = SelfLabelingRankingLoss(model, memory_bank_size=20)
+    assert [module.training for module in model.modules()] == modes
+    options = {"task": "query"} if build is routed else {}
+    loss([model.preprocess(column, **options) for column in sentences(2, 6)], None).backward()
+    assert loss.criteria["query_to_doc"].memory_bank.bank.shape == (20, width)
+
+
 @pytest.mark.parametrize("queue", [0, 10])
 def test_two_processes_have_the_gradient_of_one(queue, tmp_path):
     multiprocessing.spawn(rank_in_processes, (tmp_path, queue), nprocs=2)
@@ -216,6 +252,10 @@ def refined(model):
     )
 
 
+def scheduled(model):
+    return SelfLabelingRankingLoss(model, confidence=CosineConfidence(0.0, 2.0, 8))
+
+
 @pytest.mark.parametrize("is_moved", [False, True])
 def test_a_killed_run_goes_on_with_its_queue_and_schedule(is_moved, tmp_path):
     whole = trainer(tmp_path / "whole", static_model(), refined)
@@ -248,6 +288,31 @@ def test_a_checkpoint_without_the_queue_warns(tmp_path):
     (tmp_path / "checkpoint-4" / "slr_loss.pt").unlink()
     with pytest.warns(UserWarning, match=r"the model's weights: the queue starts afresh; if the checkpoint lies"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("wrap", [refined, lambda model: MatryoshkaLoss(model, scheduled(model), [8, 4])])
+def test_a_resumed_run_without_the_callback_is_told_that_its_queue_is_lost(wrap, tmp_path):
+    trainer(tmp_path, static_model(), wrap).train()
+    for has_callback in (False, True):
+        resumed = trainer(tmp_path, static_model(), wrap)
+        if not has_callback:
+            resumed.remove_callback(SelfLabelingCallback)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        told = [str(w.message) for w in caught if "goes on at step 4, but queue and schedule" in str(w.message)]
+        assert len(told) == (not has_callback)
+        assert all("add_callback(SelfLabelingCallback(trainer))" in message for message in told)
+
+
+def test_a_new_run_or_one_without_state_is_told_nothing(tmp_path):
+    for build in (refined, lambda model: SelfLabelingRankingLoss(model)):
+        run = trainer(tmp_path / "run", static_model(), build)
+        run.remove_callback(SelfLabelingCallback)
+        checkpoint = str(tmp_path / "run" / "checkpoint-4") if build is not refined else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "the trainer goes on")
+            run.train(resume_from_checkpoint=checkpoint)
 
 
 def test_the_queue_of_another_run_is_not_taken(tmp_path):

@@ -127,15 +127,10 @@ def test_defaults_are_the_papers(dataset, preset):
 
 
 def test_what_is_set_stays():
-    others = {"momentum_classifier": True, "pred_hidden_dim": 8}
-    settings = OmegaConf.create({"kappa": None, "confidence": 0.3, **others})
-    with pytest.warns(
-        UserWarning, match=r"method_kwargs\.momentum_classifier, method_kwargs\.pred_hidden_dim: unknown"
-    ):
-        add_defaults(settings, "cifar10")
+    settings = OmegaConf.create({"kappa": None, "confidence": 0.3})
+    add_defaults(settings, "cifar10")
     assert settings.kappa is None
     assert start_and_end(settings.confidence) == (0.3, 0.3)
-    assert others.items() <= dict(settings).items()  # solo-learn lets pass what a method does not know
     settings = OmegaConf.create({"kappa": "None"})
     add_defaults(settings, "cifar10")
     assert settings.kappa is None
@@ -209,29 +204,10 @@ def test_another_number_of_large_crops_than_two_is_refused(count):
         check(KNOWN, num_large_crops=count, num_small_crops=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("kapa", "kappa"),
-        ("confidance", "confidence"),
-        ("queue_sise", "queue_size"),
-        ("strong_crop", "strong_crops"),
-        ("sharpenning", "sharpening"),
-        ("sharpen", "sharpening"),
-        ("queue", "queue_size"),
-    ],
-)
-def test_misspellings_are_named(name, meant):
-    with pytest.raises(ValueError, match=rf"method_kwargs\.{name} is unknown; did you mean method_kwargs\.{meant}\?"):
+@pytest.mark.parametrize("name", ["kapa", "queue", "mixup", "pred_hidden_dim"])
+def test_an_unknown_name_is_refused_with_those_there_are(name):
+    with pytest.raises(ValueError, match=rf"method_kwargs\.{name}: unknown to sane; it takes .*kappa, "):
         add_defaults(OmegaConf.create({name: 0.5}), "cifar10")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("mixup", "kappa: null"), ("ema_momentum", "momentum.base_tau"), ("label_quality", "_every")]
-)
-def test_names_of_the_other_adapter_are_refused(name, message):
-    with pytest.raises(ValueError, match=rf"method_kwargs\.{name} is unknown to solo-learn's sane: .*{message}"):
-        add_defaults(OmegaConf.create({name: False}), "cifar10")
 
 
 @pytest.mark.parametrize("dataset", ["custom", "stl10"])

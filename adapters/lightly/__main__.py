@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from slr_plugin.adapters._require import require
-from slr_plugin.adapters.lightly import VARIANTS, register
+from slr_plugin.adapters._require import has_gpu, require
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,12 +39,16 @@ def main(arguments: Sequence[str]) -> None:
         recipe.main(arguments[1:])
         return
     script = load(Path(arguments[0]))
+    from slr_plugin.adapters.lightly.methods import VARIANTS, register
+
     options = vars(script.parser.parse_args(arguments[1:]))
     methods = options.get("methods") or []
     register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)])
     if unknown := [name for name in methods if name not in script.METHODS]:
         known = ", ".join({**script.METHODS, **VARIANTS})
         script.parser.error(f"--methods must be among {known}, got {', '.join(unknown)}")
+    if options.get("accelerator") in ("gpu", "cuda") and not has_gpu(options["accelerator"]):
+        script.parser.error("torch finds no GPU here; on a CPU add: --accelerator cpu --devices 1 --precision 32")
     script.main(**options)
 
 

@@ -16,9 +16,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from slr_plugin import CosineConfidence, Mix
-from slr_plugin.adapters._random import mixing_generator
-from slr_plugin.adapters._steps import NEW_RUN, RunSteps, epoch_steps, warn_of_averaged_queue, warn_of_long_queue
+from slr_plugin import Mix
+from slr_plugin.adapters._run import SelfLabelingModule, epoch_steps, schedule
 from slr_plugin.adapters.lightly.knn import KNNVote
 from slr_plugin.adapters.lightly.networks import checked_features, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
@@ -26,10 +25,8 @@ from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.distributed import world_size
 from slr_plugin.presets import IMAGENET, Preset
 
-_RUN = "slr_plugin_run"  # in a checkpoint
 
-
-class SANE(LightningModule):
+class SANE(SelfLabelingModule, LightningModule):
     r"""MoCo v2 with refined labels and momentum mixup; the paper's settings for ImageNet by default.
 
     A batch is ``(views, targets, ...)`` with the views of :class:`SANETransform`: the key view, the query view, then
@@ -91,23 +88,26 @@ class SANE(LightningModule):
         ema_momentum: float = 0.999,
         warmup_epochs: int = 0,
     ) -> None:
-        check_integer("batch_size_per_device", batch_size_per_device, low=1)
-        check_integer("num_classes", num_classes, low=1)
-        check_integer("knn_k", knn_k, low=1)
+        for name, whole, low in (
+            ("batch_size_per_device", batch_size_per_device, 1),
+            ("num_classes", num_classes, 1),
+            ("knn_k", knn_k, 1),
+            ("warmup_epochs", warmup_epochs, 0),
+        ):
+            check_integer(name, whole, low=low)
         check_number("knn_t", knn_t, low=1e-8)
+        check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
         check_flag("mixup", mixup)
         check_flag("share_mix", share_mix)
-        check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
-        check_integer("warmup_epochs", warmup_epochs, low=0)
         if mixup and in_batch_keys is False:
             raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
-        super().__init__()
         for name, network in (("backbone", backbone), ("projection_head", projection_head)):
             if not isinstance(network, nn.Module | None):
                 raise TypeError(f"{name} must be a torch.nn.Module or None, got {network!r}")
         preset = _as_preset(preset)
         preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
         check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without
+        super().__init__()
         # Plain values alone, for a checkpoint that loads with weights_only=True.
         objects = ["backbone", "projection_head", "preset"] + (["confidence"] if callable(confidence) else [])
         self.save_hyperparameters(ignore=objects)
@@ -120,18 +120,17 @@ class SANE(LightningModule):
         self.warmup_epochs = warmup_epochs
 
         self.backbone, self.projection_head, feature_dim, dim = complete(backbone, projection_head, feature_dim)
-        self.criterion = self.preset.loss(
+        self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.key_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
+        self.criterion = preset.loss(
             dim,
             total_steps=1,
             gather_distributed=True,
-            confidence=self._schedule(total_steps=1),  # the run's length is not known before on_train_start
+            confidence=schedule(self.confidence, total_steps=1),  # the run's length is not known before on_train_start
             in_batch_keys=in_batch_keys,
         )
-        self._set_confidence = self.criterion.confidence  # by this module; another one was assigned by the user
-        self._steps = RunSteps()
-        self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.key_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
         self.mixup = preset.mixup() if mixup else None
+        self._follow(self.criterion)
 
         topk = (1, 5) if num_classes >= 5 else (1,)
         self.online_classifier = OnlineLinearClassifier(feature_dim, num_classes, topk)
@@ -211,19 +210,9 @@ class SANE(LightningModule):
         self._warmup_and_rates = int(warmup), list(scheduler.base_lrs)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
-    def on_fit_start(self) -> None:
-        """Remember where this run begins."""
-        self._steps.begin(self.trainer)
-        warn_of_averaged_queue(self.trainer)
-
     def on_train_start(self) -> None:
-        """Seed the mixing by the global seed, the process, and where a run goes on; lay out this run's schedules."""
-        if self.mixup is not None:
-            self.mixup.generator = mixing_generator(self.trainer.global_step)
-        self._steps.go_on(self.trainer)
-        if isinstance(self.confidence, tuple | list) and self.criterion.confidence is self._set_confidence:
-            self._set_confidence = self.criterion.confidence = self._schedule(self._steps.total(self.trainer))
-        # A checkpoint restored the length and the rates of its own run, which may have had other epochs and batches.
+        """Lay out the schedules; a resumed run takes its own length and rates in place of the checkpoint's."""
+        super().on_train_start()
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if self._warmup_and_rates and isinstance(scheduler, CosineWarmupScheduler):
@@ -233,40 +222,14 @@ class SANE(LightningModule):
                 scale = scheduler.scale_lr(scheduler.last_epoch)
                 for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
                     group["lr"] = scale * rate
-        warn_of_long_queue(self.trainer, self.preset.queue_size, "queue_size")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Place the confidence at the trainer's step; warn if the learning rate is meant for other batches."""
-        self.criterion.set_step(self.trainer.global_step - self._steps.first)
+        """Place the schedules; warn if the learning rate is meant for batches of another size."""
+        super().on_train_batch_start(batch, batch_idx)
         _, targets = checked_views(batch, mixes=self.mixup is not None)
         if self.trainer.global_step == batch_idx == 0 and len(targets) != self.batch_size_per_device:
             seen = f"batch_size_per_device={self.batch_size_per_device} but the batch has {len(targets)} images"
             warnings.warn(f"{seen}: pass the DataLoader's batch_size, and drop_last=True to it", stacklevel=2)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add where the run began, and a confidence that no hyperparameter can hold, in words."""
-        checkpoint[_RUN] = self._steps.state_dict(self.trainer) | {"confidence": self._called_confidence()}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take where the run began; warn if the confidence was a callable and is another one now."""
-        run = checkpoint.get(_RUN, NEW_RUN)  # none in earlier versions
-        self._steps.load_state_dict(run)
-        if run.get("confidence") and not self._called_confidence():
-            warnings.warn(
-                f"the checkpoint was trained with confidence={run['confidence']}, a callable, which it does not hold; "
-                f"this module has {self.confidence}: pass confidence= again",
-                stacklevel=2,
-            )
-
-    def _called_confidence(self) -> str:
-        return repr(self.confidence) if callable(self.confidence) else ""
-
-    def _schedule(self, total_steps: int) -> float | Callable[[int], float]:
-        if not isinstance(self.confidence, tuple | list):
-            return self.confidence
-        if len(self.confidence) != 2:
-            raise ValueError(f"confidence must be a number, (m1, m2) or a callable, got {self.confidence}")
-        return CosineConfidence(*self.confidence, total_steps=total_steps)
 
     def _features(self, images: Tensor) -> Tensor:
         return checked_features(self(images), self.online_classifier.feature_dim, self.projection_head)

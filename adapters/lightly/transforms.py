@@ -154,17 +154,14 @@ def checked_views(batch: Any, mixes: bool) -> tuple[Sequence[Tensor], Tensor]:
     if not isinstance(views, Sequence) or not all(isinstance(view, Tensor) for view in views):
         kind = f"a tensor of shape {tuple(views.shape)}" if isinstance(views, Tensor) else type(views).__name__
         raise ValueError(f"batch[0] must be a list of views (tensors), got {kind}; {wanted}")
-    if len(views) < 2 or len(views) % 2:
-        raise ValueError(
-            f"batch[0] must hold key, query, and two crops per mixed pair, got {len(views)} views; {wanted}"
-        )
     if not mixes and len(views) > 2:
         raise ValueError(f"mixup=False uses two views, got {len(views)}; take SANETransform(crops=())")
-    shapes = [tuple(view.shape) for view in views]
-    for place in range(0, len(views), 2):
-        if shapes[place] != shapes[place + 1]:
-            use, pair = "mixed" if place else "contrasted", f"{shapes[place]} and {shapes[place + 1]}"
-            raise ValueError(f"views {place} and {place + 1} must have one shape to be {use}, got {pair}; {wanted}")
+    if len(views) < 2 or len(views) % 2:
+        raise ValueError(f"batch[0] must hold key, query, and pairs of crops, got {len(views)} views; {wanted}")
+    for place, (one, other) in enumerate(zip(views[::2], views[1::2], strict=True)):
+        if one.shape != other.shape:
+            pair = f"{tuple(one.shape)} and {tuple(other.shape)}"
+            raise ValueError(f"views {2 * place} and {2 * place + 1} must have one shape, got {pair}; {wanted}")
     sizes = [len(view) for view in views]
     if {*sizes} != {len(targets)}:
         raise ValueError(f"views and targets must belong to the same images, got {sizes} and {len(targets)}")

@@ -14,17 +14,16 @@ from solo.utils.misc import omegaconf_select
 from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
 
-from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
-from slr_plugin.adapters._random import mixing_generator
-from slr_plugin.adapters._steps import NEW_RUN, RunSteps, warn_of_averaged_queue, warn_of_long_queue
+from slr_plugin import MomentumMixup, SLRLoss
+from slr_plugin.adapters._run import SelfLabelingModule, schedule
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 
-_SETTINGS, _RUN = "slr_plugin_method_kwargs", "slr_plugin_run"  # in a checkpoint
+_SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
 
 
-class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
+class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
     r"""MoCo v2+ with refined labels and momentum mixup, symmetric over the two large crops.
 
     .. math:: L = \tfrac12 \sum_{v \in \{0, 1\}} L^{(9)}(f(x_v), g(x_{1-v}), f(x'_v))
@@ -55,29 +54,30 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
       :class:`slr_plugin.adapters.lightning.LabelQualityCallback` finds by the classes; null, the default, does not.
 
     Raises:
-        ValueError: a setting is out of range, is misspelt, or contradicts another.
+        ValueError: a setting is unknown, out of range, or contradicts another.
         TypeError: a setting is of the wrong type.
     """
+
+    queue_setting = "method_kwargs.queue_size"
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         settings = cfg.method_kwargs
         check(settings, self.num_large_crops, self.num_small_crops)
-        self.confidence = start_and_end(settings.confidence)
+        start, end = start_and_end(settings.confidence)
+        self.confidence = start if start == end else (start, end)
         self.strong_crops: bool = settings.strong_crops
 
         self.projector = self._new_projector(settings)
         self.momentum_projector = self._new_projector(settings)
         initialize_momentum_params(self.projector, self.momentum_projector)
         options = {name: settings[name] for name in LOSS_SETTINGS}
-        queue = (settings.queue_size, settings.proj_output_dim)
+        options["memory_bank_size"] = (settings.queue_size, settings.proj_output_dim)
+        options["confidence"] = schedule(self.confidence, total_steps=1)  # until the run's length is known
         # By view of the query. No submodule may be called backbone or encoder: main_linear.py renames by these words.
-        self.criteria: Any = nn.ModuleList(
-            SLRLoss(memory_bank_size=queue, gather_distributed=True, confidence=self.confidence[0], **options)
-            for _ in range(2)
-        )
+        self.criteria: Any = nn.ModuleList(SLRLoss(gather_distributed=True, **options) for _ in range(2))
         self.mixup = None if settings.kappa is None else MomentumMixup(settings.kappa)
-        self._steps = RunSteps()
+        self._follow(*self.criteria)
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -117,29 +117,6 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
         every = self.cfg.method_kwargs.label_quality_every
         return [] if every is None else [LabelQualityCallback(every)]
 
-    def on_fit_start(self) -> None:
-        """Remember where this run begins."""
-        super().on_fit_start()
-        self._steps.begin(self.trainer)
-        warn_of_averaged_queue(self.trainer)
-
-    def on_train_start(self) -> None:
-        """Seed the mixing, by the global seed, the process, and where a run goes on; lay out the confidence."""
-        super().on_train_start()
-        if self.mixup is not None:
-            self.mixup.generator = mixing_generator(self.trainer.global_step)
-        self._steps.go_on(self.trainer)
-        warn_of_long_queue(self.trainer, self.cfg.method_kwargs.queue_size, "method_kwargs.queue_size")
-        start, end = self.confidence
-        if start != end:
-            for criterion in self.criteria:
-                criterion.confidence = CosineConfidence(start, end, total_steps=self._steps.total(self.trainer))
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Place the confidence at the optimizer's step, of which several batches may make one."""
-        for criterion in self.criteria:
-            criterion.set_step(self.trainer.global_step - self._steps.first)
-
     def on_fit_end(self) -> None:
         """Raise where there was nothing to train on, about which Lightning ends without an error."""
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
@@ -149,13 +126,13 @@ class SANE(BaseMomentumMethod):  # type: ignore[misc]  # solo-learn is untyped
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the settings, and where the run began."""
+        """Add the settings."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[_SETTINGS] = self._settings()
-        checkpoint[_RUN] = self._steps.state_dict(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
-        self._steps.load_state_dict(checkpoint.get(_RUN, NEW_RUN))  # none in earlier versions
+        super().on_load_checkpoint(checkpoint)
         now = self._settings()
         before = checkpoint.get(_SETTINGS, now)
         changed = [f"{name} from {before.get(name)} to {new}" for name, new in now.items() if before.get(name) != new]

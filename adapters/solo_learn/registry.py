@@ -7,10 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.experimental.callback import Callback
 
-from slr_plugin.adapters._require import install
+from slr_plugin.adapters._require import has_gpu, install
 
 CLONE = "git clone https://github.com/vturrisi/solo-learn"
 CPU = "accelerator=cpu \"devices='1'\" strategy=auto sync_batchnorm=False precision=32"
@@ -32,9 +31,10 @@ def require_solo_learn() -> None:
         importlib.import_module("solo.methods")
         importlib.import_module("solo.utils.misc").omegaconf_select  # noqa: B018  # PyPI's release has no such function
     except (ImportError, AttributeError) as error:
-        # PyPI has one release; where pip installed it, its metadata lies beside it.
-        places = spec.submodule_search_locations or ()
-        if any(Path(place).with_name("solo_learn-1.0.2.dist-info").exists() for place in places):
+        beside = (
+            Path(place).with_name("solo_learn-1.0.2.dist-info") for place in spec.submodule_search_locations or ()
+        )
+        if any(metadata.exists() for metadata in beside):  # PyPI's one release, as pip installed it
             raise SoloLearnMissingError(
                 "the solo-learn installed here is PyPI's release of 2021, which today's Lightning cannot load: "
                 f"pip uninstall solo-learn, then {CLONE} and run its scripts",
@@ -82,8 +82,7 @@ class RegisterSANE(Callback):
 
 def _wrong_device(accelerator: Any, devices: Any) -> str | None:
     """What Lightning and solo-learn would end with, said with the options that help."""
-    has_gpu = torch.cuda.is_available() or (accelerator == "gpu" and torch.backends.mps.is_available())
-    if accelerator in ("gpu", "cuda") and not has_gpu:
+    if accelerator in ("gpu", "cuda") and not has_gpu(accelerator):
         return f"accelerator={accelerator}, but torch finds no GPU here; on a CPU add: {CPU}"
     if accelerator == "cpu" and not isinstance(devices, str):
         return f"on a CPU solo-learn takes the number of processes as text, not devices={devices}; add: {CPU}"

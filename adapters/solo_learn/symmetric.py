@@ -28,7 +28,8 @@ def mix_views(
         Mixed images of direction 0, of direction 1, of direction 0, ...
     """
     if mixup is None:
-        return [(crop, _unmixed(crop)) for crop in small]
+        theta = torch.ones(len(large[0]), device=large[0].device)
+        return [(crop, Mix(theta, torch.arange(len(crop), device=crop.device))) for crop in small]
     if not small:
         return [mixup(large[0], large[1]), mixup(large[1], large[0])]
     mixed = []
@@ -59,11 +60,6 @@ def symmetric_loss(
         for view, criterion in enumerate(criteria)
     ]
     return torch.stack(losses).mean()
-
-
-def _unmixed(crop: Tensor) -> Mix:
-    size = len(crop)
-    return Mix(torch.ones(size, device=crop.device), torch.arange(size, device=crop.device))
 
 
 def _resized(images: Tensor, like: Tensor) -> Tensor:

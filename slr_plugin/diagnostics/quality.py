@@ -201,8 +201,8 @@ def summary(quality: LabelQuality, criterion: SLRLoss | None = None) -> str:
     if criterion is not None and criterion.stats:
         settings = f" at confidence {criterion.stats['mu'].item():.3g} and sharpening {criterion.sharpening:.3g}"
     if own > 0.99:
-        return f"Nearly one-hot: {own:.1%} of a label stays on the own positive{settings}, as without refinement."
+        return f"Nearly one-hot: {own:.1%} of a label stays on the own positive{settings}."
     return (
-        f"The labels give away {1 - own:.1%}{settings}. Of that, {purity:.1%} lies on the own class, where blind labels "
-        f"reach {chance:.1%}.\nWhether accuracy follows, only an evaluation of the features tells."
+        f"The labels give away {1 - own:.1%}{settings}. Of that, {purity:.1%} lies on the own class, where blind "
+        f"labels reach {chance:.1%}.\nWhether accuracy follows, only an evaluation of the features tells."
     )

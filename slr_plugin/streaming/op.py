@@ -21,7 +21,10 @@ BACKENDS = ("tiled", "triton")  # modules beside this one, with ``forward`` and 
 DEFAULT_BACKEND = "tiled"  # may be set to "triton", which gives way to "tiled" where its kernels cannot do
 WIDEST_TRITON = 256  # dimensions that the registers of a GPU hold
 
-_PLAN = "Tensor? hidden, float scale, float bound, bool symmetric, SymInt chunk, str backend"
+_PLAN = (
+    "Tensor? hidden, Tensor? row_groups, Tensor? key_groups, float scale, float bound, bool symmetric, SymInt chunk, "
+    "str backend"
+)
 
 
 def softmax_stats(
@@ -32,6 +35,8 @@ def softmax_stats(
     values: Tensor | None = None,
     queue_values: Tensor | None = None,
     hidden: Tensor | None = None,
+    row_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
     scale: float = 1.0,
     bound: float = math.inf,
     symmetric: bool = False,
@@ -50,6 +55,8 @@ def softmax_stats(
             ``values`` gets a gradient.
         queue_values: (n, v), likewise for ``queue``.
         hidden: (r, h) int64, the numbers of the ``keys`` that each row does not see; -1 for none.
+        row_groups: (r,) int64, ids of groups: a row does not see the keys with its own one, unless that is negative.
+        key_groups: (b + n,) int64, of the keys and then the queue.
         scale: the factor c on the similarities.
         bound: no logit is larger in magnitude. A small bound saves the running maximum.
         symmetric: ``keys`` is ``rows`` and the hidden pairs are symmetric: half of the logits are then enough.
@@ -70,7 +77,9 @@ def softmax_stats(
         rows, keys = rows.detach(), keys.detach()
     averaged = keys if values is None else values
     name = resolve(backend, rows, max(rows.shape[1], averaged.shape[1]), chunk_size)
-    plan = hidden, scale, bound, symmetric, chunk_size or 0, name
+    if row_groups is not None and name == "triton":
+        name = "tiled"  # its kernels do not compare groups
+    plan = hidden, row_groups, key_groups, scale, bound, symmetric, chunk_size or 0, name
     reference, offset, max_weight, mean = _forward(rows, keys, queue, values, queue_values, repeatable, *plan)
     # Autograd follows all outputs of an operator; cut off here, the others cost nothing in the backward.
     return SoftmaxStats(
@@ -143,9 +152,10 @@ def _(rows: Tensor, keys: Tensor, reference: Tensor, offset: Tensor, row_values:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, keys, _, _, _, _, hidden, *ctx.plan = inputs
+    rows, keys, _, _, _, _, *masks = inputs[:9]
+    ctx.plan = inputs[9:]
     reference, offset, _, mean = output
-    ctx.save_for_backward(rows, keys, reference, offset, mean, hidden)
+    ctx.save_for_backward(rows, keys, reference, offset, mean, *masks)
     ctx.set_materialize_grads(False)
 
 
@@ -157,11 +167,11 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
     if torch.is_grad_enabled():  # under create_graph=True only
         raise RuntimeError("SLRLoss has no second derivative: its gradient is in closed form; drop create_graph=True")
     _, grad_offset, _, grad_mean = grad_outputs
-    rows, keys, reference, offset, mean, hidden = ctx.saved_tensors
+    rows, keys, reference, offset, mean, *masks = ctx.saved_tensors
     grad_rows = grad_keys = grad_values = None
     if ctx.needs_input_grad[3]:  # values that are not the keys: the weights are constants
         if grad_mean is not None:
-            grad_values = _keys_backward(rows, keys, reference, offset, grad_mean, hidden, *ctx.plan)
+            grad_values = _keys_backward(rows, keys, reference, offset, grad_mean, *masks, *ctx.plan)
     else:
         row_values = grad_mean
         if grad_offset is not None:
@@ -171,8 +181,8 @@ def _backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ..
             if ctx.needs_input_grad[1]:
                 row_values = factor * rows if grad_mean is None else grad_mean.addcmul(factor, rows)
         if ctx.needs_input_grad[1] and row_values is not None:
-            grad_keys = _keys_backward(rows, keys, reference, offset, row_values, hidden, *ctx.plan)
-    return grad_rows, grad_keys, None, grad_values, *[None] * 8  # queue_values, repeatable and the plan
+            grad_keys = _keys_backward(rows, keys, reference, offset, row_values, *masks, *ctx.plan)
+    return grad_rows, grad_keys, None, grad_values, *[None] * 10  # queue_values, repeatable and the plan
 
 
 _forward.register_autograd(_backward, setup_context=_save)

@@ -35,7 +35,9 @@ class Source(NamedTuple):
 class Plan(NamedTuple):
     """How the backends compute a pass; the arguments of ``softmax_stats``."""
 
-    hidden: Tensor | None  # (r, h) int64, see softmax_stats
+    hidden: Tensor | None  # (r, h) int64, and the next two: see softmax_stats
+    row_groups: Tensor | None
+    key_groups: Tensor | None
     scale: float
     bound: float
     symmetric: bool

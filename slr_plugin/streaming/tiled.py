@@ -141,6 +141,10 @@ class Tiling:
             spare = len(tile.memory) - 1  # takes what is hidden in other tiles
             place = place.where((column >= 0) & (column < width), spare)
             tile.memory.index_fill_(0, place.flatten(), -torch.inf)
+        if self.plan.row_groups is not None and self.plan.key_groups is not None:
+            rows, keys = self.plan.row_groups[tile.rows], self.plan.key_groups[tile.keys]
+            if rows.device.type != "cpu" or bool(torch.isin(keys, rows).any()):  # few tiles hold two of one group
+                logits.masked_fill_((rows[:, None] == keys) & (rows[:, None] >= 0), -torch.inf)
         return logits
 
 

@@ -1,0 +1,323 @@
+"""What the recipe does once its options are read: data, model, training, evaluation and figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightly.models import ResNetGenerator
+from lightly.transforms.utils import IMAGENET_NORMALIZE
+from lightly.utils.benchmarking import LinearClassifier, MetricCallback
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import CIFAR10, DatasetFolder, ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.models import get_model
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+from slr_plugin import SLRLoss, presets
+from slr_plugin.adapters.export import read_backbone
+from slr_plugin.adapters.lightly.module import SANE
+from slr_plugin.adapters.lightly.networks import cifar_stem
+from slr_plugin.adapters.lightly.recipe import IMAGES, Folders, is_lightlys, plain
+from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION, SANETransform
+from slr_plugin.adapters.lightning import LabelQualityCallback
+from slr_plugin.diagnostics import LabelQuality, plot, summary
+
+SMALL = 64  # pixels: up to here the stem, the views and the colours of CIFAR-10, above those of ImageNet
+
+
+class Record(LabelQualityCallback):
+    """Per epoch: the last loss, kNN accuracy, and how good the refined labels are. Saved in the checkpoints."""
+
+    def __init__(self, every_n_steps: int) -> None:
+        super().__init__(every_n_steps)
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One row per epoch; an accuracy only where it was measured."""
+        super().on_train_epoch_end(trainer, pl_module)
+        assert self.quality is not None
+        row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
+        row |= {name: value.item() for name, value in self.quality._asdict().items() if math.isfinite(value)}
+        metrics = trainer.callback_metrics
+        row["loss"] = metrics["train_loss"].item()
+        if "val_knn_top1" in metrics and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+            row["knn"] = 100 * metrics["val_knn_top1"].item()
+        self.epochs.append(row)
+        if trainer.progress_bar_callback is None:
+            knn = f", kNN {row['knn']:.1f} %" if "knn" in row else ""
+            print(f"epoch {row['epoch']}/{trainer.max_epochs}: loss {row['loss']:.3f}{knn}", flush=True)
+
+    def summary(self, criterion: SLRLoss) -> str:
+        """How good the labels of the last epoch were."""
+        values = [torch.tensor(self.epochs[-1].get(name, math.nan)) for name in LabelQuality._fields]
+        return summary(LabelQuality.average([LabelQuality(*values)]), criterion)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return super().state_dict() | {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        super().load_state_dict(state_dict)
+        self.epochs = list(state_dict["epochs"])
+
+
+class FlatFolder(DatasetFolder):  # type: ignore[misc]  # torchvision is untyped
+    """The images of a folder and of those in it, of no known class: their target is 0."""
+
+    def __init__(self, root: Path, transform: Callable[[Any], Any]) -> None:
+        super().__init__(root, default_loader, IMAGES, transform)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """One class, the folder itself."""
+        return ["."], {".": 0}
+
+
+def load(args: argparse.Namespace, folders: Folders | None) -> tuple[list[Subset[Any]], int]:
+    """Training images as views, the same and test images (if there are) as they are; and the number of classes."""
+    small = args.image_size <= SMALL
+    augmentation = CIFAR10_AUGMENTATION if small else {}
+    views = SANETransform(input_size=args.image_size, strong=args.strong, **augmentation)
+    as_they_are = v2.Compose(
+        [
+            v2.Resize(args.image_size),
+            v2.CenterCrop(args.image_size),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(**normalization(args)),
+        ]
+    )
+    sources, classes = [], 1
+    for place, transform in (("train", views), ("train", as_they_are), ("test", as_they_are)):
+        if folders is None:
+            data = CIFAR10("datasets/cifar10", train=place == "train", download=True, transform=transform)
+        elif getattr(folders, place) is None:
+            continue
+        else:
+            kind = ImageFolder if folders.has_classes else FlatFolder
+            data = kind(getattr(folders, place), transform=transform)
+        classes = len(data.classes)
+        count = min(args.limit or len(data), len(data))
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = range(len(data)) if count == len(data) else order[:count]  # the same for every seed and method
+        if folders is not None and transform is not views and not args.resume:
+            check_images([data.samples[index][0] for index in chosen], args.workers)
+        sources.append(Subset(data, chosen))
+    return sources, classes
+
+
+def normalization(args: argparse.Namespace) -> dict[str, Any]:
+    """Mean and standard deviation of the colours."""
+    result: dict[str, Any] = CIFAR10_AUGMENTATION["normalize"] if args.image_size <= SMALL else IMAGENET_NORMALIZE
+    return result
+
+
+def check_images(paths: Sequence[str], workers: int) -> None:
+    """Decode every image once, and name those that cannot be: in a training one would end it after hours."""
+
+    def fault(path: str) -> str | None:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:  # of damaged files PIL raises what it will
+            return f"{path} ({error})"
+        return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        faults = [found for found in pool.map(fault, paths) if found]
+    if faults:
+        raise SystemExit(
+            f"--data: {len(faults)} images cannot be read; remove or replace them: {', '.join(faults[:3])}"
+        )
+
+
+def build(args: argparse.Namespace, num_classes: int) -> SANE:
+    """The method; the baseline is the same module with one-hot labels, MoCo's keys and no mixup."""
+    if is_lightlys(args):  # these do not have torchvision's names
+        backbone = ResNetGenerator(args.backbone.replace("resnet", "resnet-"), width=args.width)
+        backbone.linear, feature_dim = nn.Identity(), backbone.linear.in_features
+    else:
+        backbone = get_model(args.backbone)
+        backbone.fc, feature_dim = nn.Identity(), backbone.fc.in_features
+        backbone = cifar_stem(backbone) if args.image_size <= SMALL else backbone
+    if args.init is not None and not args.resume:
+        try:
+            backbone.load_state_dict(read_backbone(args.init))
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(
+                f"--init: {args.init} does not fit --backbone {args.backbone} --width {args.width:g} --image-size "
+                f"{args.image_size}: {str(error).splitlines()[-1].strip()}"
+            ) from error
+    baseline: dict[str, Any] = {"mixup": False, "confidence": 0.0, "in_batch_keys": False}
+    model = SANE(
+        args.batch_size,
+        num_classes=num_classes,
+        knn_k=50,
+        knn_t=0.05,
+        backbone=backbone,
+        feature_dim=feature_dim,
+        preset=replace(presets.CIFAR10, temperature=args.temperature, learning_rate=args.learning_rate),
+        queue_size=args.queue_size,
+        ema_momentum=args.ema_momentum,
+        **(baseline if args.method == "mocov2" else {}),
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+def run(args: argparse.Namespace, folders: Folders | None) -> dict[str, Any]:
+    """Train and evaluate; returns what results.json holds."""
+    for name in ("pytorch_lightning", "lightning.pytorch"):  # its tips and devices, once per trainer
+        logging.getLogger(name).setLevel(logging.WARNING)
+    seed_everything(args.seed, workers=True)
+    (views, *judged), num_classes = load(args, folders)
+    has_classes = folders is None or folders.has_classes
+    is_judged = has_classes and len(judged) == 2
+    if len(views) < args.batch_size:
+        raise SystemExit(f"{len(views)} training images are fewer than --batch-size {args.batch_size}")
+    if not is_judged:
+        lacking = "test images" if has_classes else "classes"
+        print(f"no evaluation: --data has no {lacking}; the encoder is trained all the same", flush=True)
+
+    model = build(args, num_classes)
+    workers: dict[str, Any] = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+    loader = DataLoader(views, args.batch_size, shuffle=True, drop_last=True, **workers)
+    judges = [DataLoader(data, args.batch_size, num_workers=args.workers) for data in judged] if is_judged else None
+    (args.output / "arguments.json").write_text(json.dumps(plain(args), indent=1))
+    if not args.resume:
+        draw_views(model, DataLoader(views, 10, shuffle=True), normalization(args), args.output / "views.png")
+
+    record = Record(every_n_steps=max(1, len(loader) // 4))  # its labels are dense
+    if not has_classes:
+        record.classes = lambda batch: torch.full_like(batch[1], -1)
+    terminal = sys.stderr.isatty()
+    trainer = Trainer(
+        max_epochs=args.epochs,
+        accelerator=args.accelerator,
+        devices=1,
+        precision=args.precision,
+        logger=TensorBoardLogger(args.output, name="tensorboard"),
+        callbacks=[
+            record,
+            LearningRateMonitor(),
+            ModelCheckpoint(args.output, filename="last", enable_version_counter=False, save_on_train_epoch_end=True),
+        ],
+        check_val_every_n_epoch=args.knn_every,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(50, len(loader)),
+        enable_progress_bar=terminal,  # a log of a bar has a line per batch
+        enable_model_summary=terminal,
+    )
+    trainer.fit(model, loader, judges, ckpt_path=args.output / "last.ckpt" if args.resume else None)
+
+    results: dict[str, Any] = {"arguments": plain(args), "knn": None, "linear": None, "tested": 0}
+    if judges is not None:
+        trainer.validate(model, judges, verbose=False)  # the last epoch need not have been one with kNN
+        results["knn"] = 100 * trainer.callback_metrics["val_knn_top1"].item()
+        record.epochs[-1].setdefault("knn", results["knn"])
+        results |= {"linear": evaluate_linearly(model, judges[0], judges[1], args), "tested": len(judged[1])}
+    is_refined = args.method == "sane"
+    labels = record.summary(model.criterion) if is_refined else "Labels: one-hot, as the baseline's are."
+    return results | {"labels": labels, "epochs": record.epochs}
+
+
+def evaluate_linearly(model: SANE, train: DataLoader[Any], test: DataLoader[Any], args: argparse.Namespace) -> float:
+    """Test accuracy in per cent of lightly's linear classifier on the frozen features of images as they are."""
+    features = [extract(model, loader) for loader in (train, test)]
+    loaders = [DataLoader(TensorDataset(*pair), args.batch_size, shuffle=pair is features[0]) for pair in features]
+    feature_dim, num_classes = features[0][0].shape[1], model.hparams["num_classes"]
+    classifier = LinearClassifier(
+        nn.Identity(), args.batch_size, feature_dim=feature_dim, num_classes=num_classes, topk=(1,)
+    )
+    metrics = MetricCallback()
+    quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+    trainer = Trainer(
+        max_epochs=args.linear_epochs,
+        accelerator=args.accelerator,
+        devices=1,
+        callbacks=[metrics],
+        check_val_every_n_epoch=args.linear_epochs,
+        enable_progress_bar=sys.stderr.isatty(),
+        **quiet,
+    )
+    trainer.fit(classifier, loaders[0], loaders[1])
+    return float(100 * metrics.val_metrics["val_top1"][-1])
+
+
+@torch.no_grad()
+def extract(model: SANE, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
+    """Backbone features and classes of a whole data set."""
+    model.eval()
+    parts = [(model(images.to(model.device)).flatten(1).cpu(), targets) for images, targets in loader]
+    features, targets = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(targets)
+
+
+def draw_views(model: SANE, loader: DataLoader[Any], colours: Mapping[str, Any], path: Path, count: int = 10) -> None:
+    """A sheet of queries, their positives, the strong positives if there are, and the mixed images, row by row."""
+    views = next(iter(loader))[0]
+    rows = {"query": views[1][:count], "positive": views[0][:count]}
+    marks = [str(number) for number in range(1, 1 + len(views[0][:count]))]
+    title = "Each column is one image in two random views"
+    if model.mixup is not None:
+        positives, queries = views[-2][:count], views[-1][:count]
+        if len(views) > 2:
+            rows |= {"mixed query": queries, "strong positive": positives}
+        rows["mixed"], mix = model.mixup(queries, positives)
+        marks = [
+            f"{theta:.0%} query {number}\n{1 - theta:.0%} positive {partner + 1}"
+            for number, (theta, partner) in enumerate(zip(*(part.tolist() for part in mix), strict=True), start=1)
+        ]
+        title += "; the network also sees each query mixed with another image's positive"
+    figure = Figure(figsize=(1.0 + 1.1 * len(marks), 0.8 + 1.1 * len(rows)), layout="constrained")
+    mean, std = (torch.tensor(colours[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
+        axes.imshow(make_grid(images * std + mean, nrow=len(marks), padding=1).permute(1, 2, 0).clamp(0, 1))
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        side = images.shape[-1] + 1
+        axes.set_xticks([side * (place + 0.5) for place in range(len(marks))], marks, fontsize=6)
+        axes.tick_params(length=0, labelbottom=axes.get_subplotspec().is_last_row())
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def draw(results: Mapping[str, Any], output: Path, beside: Sequence[Path] = ()) -> None:
+    """The run's curves, those of other runs beside them, and how good its labels are."""
+    runs = [(output, results)]
+    runs += [(folder, json.loads((folder / "results.json").read_text())) for folder in beside]
+    methods = [run["arguments"]["method"] for _, run in runs]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = (("loss", "Training", "loss of the last batch"), ("knn", "Test images", "kNN accuracy (%)"))
+    for axes, (name, title, label) in zip(figure.subplots(1, 2, sharex=True), panels, strict=True):
+        for (folder, run), method in zip(runs, methods, strict=True):
+            points = [(row["epoch"], row[name]) for row in run["epochs"] if name in row]  # where it was measured
+            if points:
+                label_of_run = method if methods.count(method) == 1 else str(folder)
+                axes.plot(*zip(*points, strict=True), label=label_of_run, marker="." if len(points) <= 30 else None)
+        axes.set(title=title, xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False)
+    figure.savefig(output / "curves.png", dpi=150)
+    if any("own" in row for row in results["epochs"]):
+        plot(results["epochs"], [row["epoch"] for row in results["epochs"]]).savefig(output / "labels.png", dpi=150)
