@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss, processes, scaling, step, tiles
+from benchmarks import clip, loss, processes, scaling, step, tiles
 from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
@@ -49,6 +49,13 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
         loss.run(args.sizes, args.device, args.rounds, args.precision, args.compile, args.load, args.output)
 
     parser.set_defaults(run=run)
+
+
+def add_clip(parser: argparse.ArgumentParser) -> None:
+    """Images and texts."""
+    add_timing(parser, rounds=5)
+    parser.add_argument("--pairs", nargs="+", type=int, default=list(clip.PAIRS), help="default: %(default)s")
+    parser.set_defaults(run=lambda args: clip.run(args.pairs, args.device, args.rounds, args.precision, args.output))
 
 
 def add_scaling(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(required=True)
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
+    add_clip(names.add_parser("clip", help="the loss of images and texts, beside open_clip's"))
     add_scaling(names.add_parser("scaling", help="how time and memory grow with keys, rows and dimension"))
     add_step(names.add_parser("step", help="where the time of a whole training step goes"))
     add_tiles(names.add_parser("tiles", help="the pass over the keys in tiles of other sizes"))
