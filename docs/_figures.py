@@ -119,8 +119,12 @@ def labels(budget: str, method: str) -> Callable[[list[str]], Figure]:
             row["purity"] = row["same"] / (row["same"] + row["other"])
         drawing = Figure(figsize=(5.2, 6), layout="constrained")
         upper, lower = drawing.subplots(2, 1)  # one above the other, for narrow screens
-        upper.set(title="Purity of what labels give away", ylabel="on keys of the own class (%)")
-        lower.set(title="Label mass beyond the own positive", ylabel="share of the label (%)")
+        upper.set(
+            title="Purity of what labels give away", ylabel="on keys of the own class (%)"
+        )
+        lower.set(
+            title="Label mass beyond the own positive", ylabel="share of the label (%)"
+        )
         epochs = [row["epoch"] for row in runs[0]]
         for panel, name, label, colour, style in (
             (upper, "purity", "labels", "tab:blue", ".-"),
