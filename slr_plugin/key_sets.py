@@ -167,6 +167,8 @@ def build_key_set(
             ignores_group=ignores_group,
         )
     index = torch.arange(offset, offset + len(queries), device=queries.device)
+    positive_index: Tensor | None
+    self_index: Tensor | None
     if symmetric:
         rows = batch = torch.cat([queries, positives])
         if gather:
