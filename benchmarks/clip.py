@@ -48,12 +48,14 @@ def contenders(pairs: int, device: str) -> dict[str, Callable[[], Any]]:
     return {name: step(loss) for name, loss in losses.items()}
 
 
-def measure(pairs: int, device: str, rounds: int) -> list[dict[str, Any]]:
-    """One row of results per contender."""
-    times, memory = paired(contenders(pairs, device), device, rounds, f"{pairs} pairs")
+def measure(
+    steps: dict[str, Callable[[], Any]], baseline: str, title: str, device: str, rounds: int
+) -> list[dict[str, Any]]:
+    """One row of results per contender; ratios to the baseline's, taken within a round."""
+    times, memory = paired(steps, device, rounds, title)
 
     def ratio(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[BASELINE], strict=True))
+        return statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
 
     return [
         {
@@ -62,20 +64,20 @@ def measure(pairs: int, device: str, rounds: int) -> list[dict[str, Any]]:
             "range": [1e3 * min(taken), 1e3 * max(taken)],
             "time_ratio": ratio(name),
             "megabytes": memory[name] / 1e6,
-            "memory_ratio": memory[name] / memory[BASELINE],
+            "memory_ratio": memory[name] / memory[baseline],
         }
         for name, taken in times.items()
     ]
 
 
-def table(results: dict[int, list[dict[str, Any]]]) -> str:
-    """The results as Markdown."""
-    lines = ["| pairs | loss | ms (range) | time | peak MB | memory |", "|--:|---|--:|--:|--:|--:|"]
-    for pairs, rows in results.items():
+def table(results: dict[int, list[dict[str, Any]]], what: str) -> str:
+    """The results as Markdown, by the number of ``what``."""
+    lines = [f"| {what} | loss | ms (range) | time | peak MB | memory |", "|--:|---|--:|--:|--:|--:|"]
+    for size, rows in results.items():
         for row in rows:
             spread = "{:,.1f} to {:,.1f}".format(*row["range"])
             lines.append(
-                f"| {pairs:,} | {row['contender']} | {row['milliseconds']:,.1f} ({spread}) | {row['time_ratio']:.2f} "
+                f"| {size:,} | {row['contender']} | {row['milliseconds']:,.1f} ({spread}) | {row['time_ratio']:.2f} "
                 f"| {row['megabytes']:,.1f} | {row['memory_ratio']:.3f} |"
             )
     return "\n".join(lines)
@@ -84,11 +86,11 @@ def table(results: dict[int, list[dict[str, Any]]]) -> str:
 def run(sizes: list[int], device: str, rounds: int, precision: str, output: Path) -> None:
     """Measure, print the table, write clip.json and clip.md."""
     torch.set_float32_matmul_precision(precision)
-    results = {pairs: measure(pairs, device, rounds) for pairs in sizes}
+    results = {pairs: measure(contenders(pairs, device), BASELINE, f"{pairs} pairs", device, rounds) for pairs in sizes}
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "open_clip_torch"))
     caption = (
         f"`python -m benchmarks clip --pairs {' '.join(map(str, sizes))} --rounds {rounds} --precision {precision}`: "
         f"forward and backward of the loss alone, d = {DIM}, a learnable scale at {SCALE:g}; {machine(device)}; "
         f"float32; {versions}; medians of {rounds} paired rounds, ratios taken within a round."
     )
-    publish(output, "clip", table(results), caption, {str(pairs): rows for pairs, rows in results.items()})
+    publish(output, "clip", table(results, "pairs"), caption, {str(pairs): rows for pairs, rows in results.items()})
