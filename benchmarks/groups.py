@@ -60,7 +60,8 @@ def run(sizes: list[int], device: str, rounds: int, precision: str, output: Path
     results = {n: measure(contenders(n, device), OURS, f"{n} images", device, rounds) for n in sizes}
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pytorch-metric-learning"))
     caption = (
-        f"`python -m benchmarks groups --images {' '.join(map(str, sizes))} --rounds {rounds} --precision {precision}`: "
+        f"`python -m benchmarks groups --images {' '.join(map(str, sizes))} --rounds {rounds} "
+        f"--precision {precision}`: "
         f"forward and backward of the loss alone, both views of images in groups of {OF_A_GROUP}, d = {DIM}; "
         f"{machine(device)}; float32; {versions}; medians of {rounds} paired rounds, ratios taken within a round. Dense "
         f"losses are measured up to {DENSE_LIMIT:,} images."
