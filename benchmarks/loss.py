@@ -71,16 +71,18 @@ def peak_memory(step: Callable[[], Any], device: str) -> int:
     return peak
 
 
-def run_in_turn(tasks: Sequence[threads.Task]) -> None:
-    """Run the shares of a pass in this thread, the only one whose memory torch's profiler records.
+def run_in_turn(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Compute the shares of a pass in this thread, the only one whose memory torch's profiler records.
 
     The marks let ``peak_memory`` add up what each share holds at most, as if all did at the same time.
     """
     mark(SHARED)
+    results = []
     for task in tasks:
-        task()
+        results.append(task())
         mark(SHARE_ENDS)
     mark(SHARED)
+    return results
 
 
 def mark(name: str) -> None:

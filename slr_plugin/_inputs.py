@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slr_plugin._torch_internals import is_transformed, no_autocast
-from slr_plugin.checks import check_float_tensor, check_no_tangent
+from slr_plugin._torch_internals import check_plain, no_autocast
+from slr_plugin.checks import check_float_tensor
 from slr_plugin.mixup import Mix, check_mix
 
 VIEWS = ("out0", "out1")  # what SLRLoss calls queries and positives
@@ -83,6 +84,8 @@ def checked_features(
         _check_beside("estimator", estimator, queries, first)
         if len(estimator) != size:
             raise ValueError(f"estimator must have one row per row of {first}, {size}, got {tuple(estimator.shape)}")
+        if estimator.shape[1] == 1:
+            raise ValueError("estimator has one number a sample, whose length 1 says nothing: pass ids as groups=")
         if negatives is not None:
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
     if groups is not None:
@@ -170,13 +173,18 @@ def _check_features(name: str, value: Any) -> None:
     check_float_tensor(name, value)
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(f"{name} must have shape (batch, dimension), both >= 1, got {tuple(value.shape)}")
-    if torch.compiler.is_compiling():
+    check_plain(name, value)
+
+
+def warn_if_not_finite(loss: Tensor, features: Features, names: Sequence[str] = VIEWS, stacklevel: int = 3) -> None:
+    """Name the argument and the rows that make a loss not finite, on the CPU, where reading does not wait."""
+    if torch.compiler.is_compiling() or loss.device.type != "cpu" or loss.isfinite():
         return
-    if hasattr(value, "device_mesh"):
-        raise TypeError(f"{name} is a DTensor: pass {name}.to_local(), and gather_distributed=True to see all keys")
-    if is_transformed(value):
-        raise RuntimeError(
-            f"{name} is inside a torch.func transform, which SLRLoss does not support: use loss.backward() or "
-            "torch.autograd.grad"
-        )
-    check_no_tangent(value)
+    crops = {f"mixed[{i}]": crop for i, crop in enumerate(features.crops)}
+    others = {"negatives": features.negatives, "estimator": features.estimator}
+    for name, rows in {names[0]: features.queries, names[1]: features.positives, **crops, **others}.items():
+        bad = [] if rows is None else (~rows.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            found = f"{bad[:5]}{' and others' if len(bad) > 5 else ''}"
+            warnings.warn(f"the loss is not finite: {name} is not finite in rows {found}", stacklevel=stacklevel)
+            return

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_repeated() -> bool:
@@ -38,6 +39,16 @@ def is_in_reentrant_checkpoint() -> bool:
     return node is not None and "CheckpointFunction" in type(node()).__name__
 
 
+def refuse_export() -> None:
+    """Raise where ``torch.export`` traces the call; a torch before 2.7 does not tell."""
+    is_exporting = getattr(torch.compiler, "is_exporting", None)
+    if is_exporting is not None and is_exporting():
+        raise RuntimeError(
+            "SLRLoss cannot be exported: an exported program would not advance its queue and schedule; export the "
+            "encoder, and call the loss outside"
+        )
+
+
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the dtypes of the tensors, on devices with autocast and without."""
     if torch.amp.is_autocast_available(device.type):
@@ -45,10 +56,23 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def is_transformed(value: Tensor) -> bool:
-    """Whether a tensor is inside a torch.func transform."""
+def check_plain(name: str, value: Tensor) -> None:
+    """Raise for tensors that the operators of the loss cannot see through: sharded, or of another derivative."""
+    if torch.compiler.is_compiling():
+        return
+    if hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.to_local() for features, with gather_distributed=True to see all keys, "
+            "and keep a temperature out of fully_shard"
+        )
     functorch = getattr(torch._C, "_functorch", None)
-    return functorch is not None and functorch.is_functorch_wrapped_tensor(value)
+    if functorch is not None and functorch.is_functorch_wrapped_tensor(value):
+        raise RuntimeError(
+            f"{name} is inside a torch.func transform, which SLRLoss does not support: use loss.backward() or "
+            "torch.autograd.grad"
+        )
+    if forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")
 
 
 def _in_backward() -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
@@ -61,12 +60,6 @@ def check_index_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must have dtype torch.int64, got {value.dtype}")
-
-
-def check_no_tangent(value: Tensor) -> None:
-    """No forward-mode derivative, which the operators of the loss would drop."""
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
-        raise RuntimeError("SLRLoss has no forward-mode derivative; use backward() or torch.autograd.grad")
 
 
 def check_values(name: str, value: Tensor, low: float, high: float) -> None:

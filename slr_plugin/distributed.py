@@ -28,14 +28,10 @@ def gather(local: Tensor) -> Tensor:
     The gradient of a row is the sum of the gradients that all processes have for it, so that DDP's mean over processes
     gives the gradient of the mean loss.
 
-    Raises:
-        ValueError: the processes bring different s. Checked on the CPU only: on an accelerator the check would wait for
-            the device at every step.
+    All processes bring equally many rows, see :func:`check_alike`.
     """
     if world_size() == 1:
         return local
-    if local.device.type == "cpu":
-        _check_equal_sizes(local)
     gathered: Tensor = _Gather.apply(local)
     return gathered
 
@@ -48,15 +44,21 @@ def broadcast(values: Tensor, device: torch.device) -> None:
         values.copy_(sent)
 
 
-def _check_equal_sizes(local: Tensor) -> None:
-    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(local)]))
-    counts = [int(size) for size in sizes]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"gather_distributed=True needs equally many rows in every process, got {counts} rows of one argument; set "
-            "drop_last=True in the DataLoader, and bring equally many negatives"
-        )
+def check_alike(device: torch.device, **arguments: Tensor | None) -> None:
+    """Raise in all processes, before they would wait for each other, unless they bring equally many rows of all.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
+    own = torch.tensor([0 if value is None else len(value) for value in arguments.values()], device=device)
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    for name, counts in zip(arguments, torch.stack(parts).T.tolist(), strict=True):
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"gather_distributed=True needs equally many rows in every process, got {counts} rows of {name}; set "
+                "drop_last=True in the DataLoader, and bring each argument in all processes or in none"
+            )
 
 
 class _Gather(torch.autograd.Function):

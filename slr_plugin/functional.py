@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from slr_plugin._inputs import checked_features, checked_groups
+from slr_plugin._inputs import checked_features, checked_groups, warn_if_not_finite
 from slr_plugin._torch_internals import no_autocast
 from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import build_key_set, warn_if_alone
@@ -85,6 +86,12 @@ def slr_loss(
             raise ValueError(f"queue must have shape (n, {queries.shape[1]}), got {tuple(queue.shape)}")
         if queue.is_meta and not queries.is_meta:
             raise ValueError("queue is on the meta device, which holds no values")
+        if queue.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere reading would wait
+            lengths = torch.linalg.vector_norm(queue[:256].detach().float(), dim=1)
+            if not bool(((lengths - 1).abs() < 1e-2).all()):
+                raise ValueError(
+                    "queue must have rows of unit length: pass torch.nn.functional.normalize(queue, dim=1)"
+                )
         if queue_groups is not None:
             queue_groups = checked_groups("queue_groups", queue_groups, len(queue), queries.device)
     if queue_groups is not None and (groups is None or queue is None):
@@ -115,4 +122,5 @@ def slr_loss(
     with no_autocast(queries.device):
         loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     warn_if_alone(key_set, loss, stacklevel=3)
+    warn_if_not_finite(loss, features, names)
     return loss

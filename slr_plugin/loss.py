@@ -11,9 +11,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._inputs import Features, checked_features
-from slr_plugin._torch_internals import no_autocast
-from slr_plugin.distributed import broadcast, gather, rank, world_size
+from slr_plugin._inputs import Features, checked_features, warn_if_not_finite
+from slr_plugin._torch_internals import no_autocast, refuse_export
+from slr_plugin.distributed import broadcast, check_alike, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
@@ -115,6 +115,7 @@ class SLRLoss(HasState):
         self.same_group = same_group
         self.chunk_size = None
         self._labels = None
+        self._compared = False  # whether the processes bring the same arguments
 
     def forward(
         self,
@@ -149,6 +150,7 @@ class SLRLoss(HasState):
             RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing makes the call
                 again after the queue or the schedule moved on.
         """
+        refuse_export()
         features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
         updates = self._updates(out0, update)
         key_set = self._key_set(features)
@@ -157,6 +159,7 @@ class SLRLoss(HasState):
             loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
         self._confidence = settings.confidence
         warn_if_alone(key_set, loss, stacklevel=5)  # the caller of the module
+        warn_if_not_finite(loss, features, stacklevel=5)
         if updates:
             self._advance(key_set, loss.requires_grad)
         return loss
@@ -226,7 +229,19 @@ class SLRLoss(HasState):
             raise RuntimeError(
                 "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
             )
+        if features.queries.is_meta and not self.step.is_meta:
+            raise RuntimeError("the features are on the meta device, the loss is not: call criterion.to('meta')")
         gathers = self.gather_distributed and world_size() > 1
+        device = features.queries.device
+        if gathers and not torch.compiler.is_compiling() and (device.type == "cpu" or not self._compared):
+            self._compared = True  # once on an accelerator, since the check waits for it
+            check_alike(
+                device,
+                out0=features.queries,
+                negatives=features.negatives,
+                estimator=features.estimator,
+                groups=features.groups,
+            )
         build = functools.partial(
             build_key_set,
             in_batch_keys=self.in_batch_keys,
@@ -242,6 +257,6 @@ class SLRLoss(HasState):
         if not bank.dim:
             bank.set_dim(features.queries.shape[1])
             key_set = build(features, bank.bank, bank.estimator_bank)
-        if gathers and bank.share(functools.partial(broadcast, device=features.queries.device)):
-            broadcast(self.step, features.queries.device)
+        if gathers and bank.share(functools.partial(broadcast, device=device)):
+            broadcast(self.step, device)
         return key_set

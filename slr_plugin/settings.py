@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slr_plugin.checks import check_confidence, check_flag, check_integer, check_no_tangent, check_number
+from slr_plugin._torch_internals import check_plain
+from slr_plugin.checks import check_confidence, check_flag, check_integer, check_number
 from slr_plugin.schedules import CosineConfidence
 
 Confidence = float | Callable[[int], float]
@@ -56,6 +58,8 @@ class HasSettings(nn.Module):
                     "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
                     "directions call one loss per direction"
                 )
+            if name == "temperature" and isinstance(value, Tensor) and value.is_leaf and value.requires_grad:
+                _warn_unless_parameter(value)
             # A parameter or module that had this name; torch takes no number in its place.
             self._parameters.pop(name, None)
             self._modules.pop(name, None)
@@ -64,6 +68,12 @@ class HasSettings(nn.Module):
                     self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
                 self._refines = callable(value) or value > 0
         super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: a temperature computed from a parameter as the value that it has."""
+        temperature = self.temperature
+        computed = isinstance(temperature, Tensor) and not temperature.is_leaf
+        return self.__dict__ | ({"temperature": temperature.detach()} if computed else {})  # type: ignore[union-attr]
 
     def settings_at(self, step: Tensor, dtype: torch.dtype, repeatable: bool = True) -> Settings:
         """Return the settings of a call at a step () of the schedule, for features of a dtype."""
@@ -86,11 +96,20 @@ class HasSettings(nn.Module):
         )
 
 
+def _warn_unless_parameter(temperature: Tensor) -> None:
+    if not isinstance(temperature, nn.Parameter):
+        warnings.warn(
+            "temperature asks for a gradient and is no torch.nn.Parameter, so parameters() does not have it and no "
+            "optimizer steps it: pass torch.nn.Parameter(temperature)",
+            stacklevel=4,
+        )
+
+
 def as_scalar(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """A temperature as the objective takes it: a tensor () of the features' dtype, or a number."""
     if not isinstance(temperature, Tensor):
         return temperature
-    check_no_tangent(temperature)
+    check_plain("temperature", temperature)
     return temperature.reshape(()).to(dtype)
 
 

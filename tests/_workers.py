@@ -28,6 +28,7 @@ class Scenario(NamedTuple):
     one_direction: bool = False
     negatives: bool = False
     estimator: bool = False
+    groups: str = ""  # what same_group is
     own_seeds: bool = False  # and no DDP, which would make the queues equal: gradients are averaged by hand
 
 
@@ -48,6 +49,11 @@ SCENARIOS = {
     "symmetric and estimator": Scenario(0, True, True, True, estimator=True),
     "queue, seeds of one's own": Scenario(20, True, True, False, own_seeds=True),
     "estimator, seeds of one's own": Scenario(20, True, False, False, estimator=True, own_seeds=True),
+    "queue and groups": Scenario(20, True, True, False, groups="positive"),
+    "own positive and groups": Scenario(20, False, False, False, groups="positive"),
+    "symmetric and groups": Scenario(0, True, False, True, groups="positive"),
+    "symmetric and ignored groups": Scenario(0, True, True, True, groups="ignored"),
+    "queue and ignored groups": Scenario(20, True, False, False, groups="ignored"),
     "queue, not gathered": Scenario(20, False, False, False, gather=False),
 }
 
@@ -71,17 +77,25 @@ class Model(nn.Module):
             in_batch_keys=scenario.in_batch_keys,
             symmetric=False if scenario.one_direction else None,
             estimator_dim=5 if scenario.estimator and scenario.queue else None,
+            same_group=scenario.groups or "positive",
         )
         self.estimates = scenario.estimator
 
     def forward(
-        self, x0: Tensor, x1: Tensor, mixed: Tensor | None, mix: Mix | None, further: Tensor | None = None
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        mixed: Tensor | None,
+        mix: Mix | None,
+        further: Tensor | None,
+        groups: Tensor | None,
     ) -> Tensor:
         keys = (self.encoder if self.trains_both else self.target)(x1)
         crop = None if mixed is None else self.encoder(mixed)
         negatives = None if further is None else self.encoder(further)
         estimator = x1 if self.estimates else None
-        return self.criterion(self.encoder(x0), keys, crop, mix, negatives=negatives, estimator=estimator)
+        further = {"negatives": negatives, "estimator": estimator, "groups": groups}
+        return self.criterion(self.encoder(x0), keys, crop, mix, **further)
 
 
 def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]:
@@ -105,10 +119,12 @@ def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]
         mixed = torch.lerp(views[1, partner], views[0], theta[:, None])
         x0, x1 = views[:, part]
         mix = Mix(theta[part], partner[part] - (0 if rank is None else rank * BATCH))
-        monitor.announce(torch.randint(3, (world * BATCH,), generator=generator)[part])
+        classes = torch.randint(3, (world * BATCH,), generator=generator)[part]
+        monitor.announce(classes)
+        groups = classes - 1 if scenario.groups else None  # a third of them alone
         further = views[0, part].flip(1) if scenario.negatives else None
         crop = (mixed[part], mix) if scenario.mixed else (None, None)
-        loss = step_model(x0, x1, *crop, further)
+        loss = step_model(x0, x1, *crop, further, groups)
         optimizer.zero_grad()
         loss.backward()
         if rank is not None and scenario.own_seeds:
@@ -140,12 +156,26 @@ def uneven(rank: int, memory_bank_size: int | tuple[int, int], in_batch_keys: bo
     return "no error"
 
 
+def alone(rank: int, argument: str) -> str:
+    """The message where process 0 alone brings an argument, or what else happened."""
+    criterion = SLRLoss(0.2, 0, True)
+    value = {"negatives": torch.randn(2, 4), "groups": torch.arange(3), "estimator": torch.randn(3, 5)}[argument]
+    features = torch.randn(3, 4, requires_grad=True)
+    try:
+        criterion(features, features, **({argument: value} if rank == 0 else {}))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def run(rank: int, folder: Path, world: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(2 if world == 2 else 1)
     tiled.SHARED_PAIRS = 1  # with two threads, every pass is shared
     results = {name: train(scenario, rank, world) for name, scenario in SCENARIOS.items()}
     messages = [uneven(rank, size, in_batch_keys) for size in ((8, 4), 8) for in_batch_keys in (True, False)]
-    torch.save(results | {"uneven": [*messages, uneven(rank, 0, True)]}, folder / f"rank{rank}.pt")
+    results |= {"uneven": [*messages, uneven(rank, 0, True)]}
+    results |= {"alone": {name: alone(rank, name) for name in ("negatives", "groups", "estimator")}}
+    torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 collect_ignore = [
     "_metric_learning.py",
+    "_open_clip.py",
     "_sentences.py",
     "_solo_learn.py",
     "_stable_pretraining.py",

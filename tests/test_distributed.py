@@ -40,7 +40,7 @@ def test_processes_measure_the_labels_of_one(processes, name):
 def test_gathered_queues_are_equal_and_those_of_one_process(processes, name):
     alone = train(SCENARIOS[name], rank=None, world=len(processes))
     for results in processes:
-        for key in ("memory_bank.bank", "memory_bank.bank_ptr", "step"):
+        for key in ("memory_bank.bank", "memory_bank.bank_ptr", "memory_bank.groups", "step"):
             torch.testing.assert_close(results[name][key], alone[key])
 
 
@@ -61,6 +61,12 @@ def test_unequal_batches_raise_everywhere_and_change_nothing(processes):
         assert f"{sizes} rows" in message
         assert "drop_last=True" in message
         assert "unchanged: True" in message
+
+
+def test_an_argument_of_one_process_alone_raises_in_all(processes):
+    for name, message in ((name, message) for results in processes for name, message in results["alone"].items()):
+        assert f"rows of {name}" in message
+        assert "in all processes or in none" in message
 
 
 def test_one_process_gathers_itself():

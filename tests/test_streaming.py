@@ -21,6 +21,7 @@ def threads(request, monkeypatch):
     """How many threads share every pass, however small."""
     monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
     monkeypatch.setattr(tiled, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(tiled, "LEAST_PAIRS", 1)
     with intra_op_threads(request.param):
         yield request.param
 
