@@ -20,8 +20,11 @@ MATRIX ?= 3.10:2.4.0 3.11:newest 3.13:newest
 matrix: $(VENV)/.dev ## Run the tests on the built wheel with each PYTHON:TORCH of MATRIX (TESTS=... for some of them)
 	TESTS="$(TESTS)" .ci/matrix $(MATRIX)
 
-test: $(VENV)/.dev ## Run the tests
-	$(BIN)/python -m pytest
+# A process loads torch and some frameworks, 1 GB each; tests/conftest.py gives each of several one thread.
+WORKERS ?= 2
+
+test: $(VENV)/.dev ## Run the tests, in WORKERS=2 processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-lightly: $(VENV)/.dev ## Run lightly's own loss tests and benchmark script with ours (CLONE=a clone of its repository)
 	PYTHONPATH=.ci $(BIN)/python -m pytest -p lightly_substitute -W default --rootdir $(CLONE) $(CLONE)/tests/loss/test_ntx_ent_loss.py

@@ -24,6 +24,7 @@ extras = {
     "solo_learn": "solo",
     "pytorch_metric_learning": "metric-learning",
     "stable_pretraining": "stable-pretraining",
+    "sentence_transformers": "sentence-transformers",
 }
 for adapter, extra in extras.items():
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import clip, loss, processes, scaling, step, tiles
+from benchmarks import clip, groups, loss, processes, scaling, step, tiles
 from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
@@ -61,6 +61,13 @@ def add_clip(parser: argparse.ArgumentParser) -> None:
         clip.run(args.pairs, args.device, args.rounds, args.precision, args.cpu_time, args.output)
 
     parser.set_defaults(run=run)
+
+
+def add_groups(parser: argparse.ArgumentParser) -> None:
+    """Labels from groups."""
+    add_timing(parser, rounds=5)
+    parser.add_argument("--images", nargs="+", type=int, default=list(groups.IMAGES), help="default: %(default)s")
+    parser.set_defaults(run=lambda args: groups.run(args.images, args.device, args.rounds, args.precision, args.output))
 
 
 def add_scaling(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +160,7 @@ def main() -> None:
     names = parser.add_subparsers(required=True)
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
     add_clip(names.add_parser("clip", help="the loss of images and texts, beside open_clip's"))
+    add_groups(names.add_parser("groups", help="labels from known groups, beside SupCon's dense losses"))
     add_scaling(names.add_parser("scaling", help="how time and memory grow with keys, rows and dimension"))
     add_step(names.add_parser("step", help="where the time of a whole training step goes"))
     add_tiles(names.add_parser("tiles", help="the pass over the keys in tiles of other sizes"))

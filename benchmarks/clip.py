@@ -49,12 +49,19 @@ def contenders(pairs: int, device: str) -> dict[str, Callable[[], Any]]:
     return {name: step(loss) for name, loss in losses.items()}
 
 
-def measure(pairs: int, device: str, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
-    """One row of results per contender."""
-    times, memory = paired(contenders(pairs, device), device, rounds, f"{pairs} pairs", clock)
+def measure(
+    steps: dict[str, Callable[[], Any]],
+    baseline: str,
+    title: str,
+    device: str,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict[str, Any]]:
+    """One row of results per contender; ratios to the baseline's, taken within a round."""
+    times, memory = paired(steps, device, rounds, title, clock)
 
     def ratio(name: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[BASELINE], strict=True))
+        return statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
 
     return [
         {
@@ -63,20 +70,20 @@ def measure(pairs: int, device: str, rounds: int, clock: Callable[[], float]) ->
             "range": [1e3 * min(taken), 1e3 * max(taken)],
             "time_ratio": ratio(name),
             "megabytes": memory[name] / 1e6,
-            "memory_ratio": memory[name] / memory[BASELINE],
+            "memory_ratio": memory[name] / memory[baseline],
         }
         for name, taken in times.items()
     ]
 
 
-def table(results: dict[int, list[dict[str, Any]]]) -> str:
-    """The results as Markdown."""
-    lines = ["| pairs | loss | ms (range) | time | peak MB | memory |", "|--:|---|--:|--:|--:|--:|"]
-    for pairs, rows in results.items():
+def table(results: dict[int, list[dict[str, Any]]], what: str) -> str:
+    """The results as Markdown, by the number of ``what``."""
+    lines = [f"| {what} | loss | ms (range) | time | peak MB | memory |", "|--:|---|--:|--:|--:|--:|"]
+    for size, rows in results.items():
         for row in rows:
             spread = "{:,.1f} to {:,.1f}".format(*row["range"])
             lines.append(
-                f"| {pairs:,} | {row['contender']} | {row['milliseconds']:,.1f} ({spread}) | {row['time_ratio']:.2f} "
+                f"| {size:,} | {row['contender']} | {row['milliseconds']:,.1f} ({spread}) | {row['time_ratio']:.2f} "
                 f"| {row['megabytes']:,.1f} | {row['memory_ratio']:.3f} |"
             )
     return "\n".join(lines)
@@ -91,7 +98,9 @@ def run(sizes: list[int], device: str, rounds: int, precision: str, cpu_time: bo
     if cpu_time:
         torch.set_num_threads(1)
     clock = time.process_time if cpu_time else time.perf_counter
-    results = {pairs: measure(pairs, device, rounds, clock) for pairs in sizes}
+    results = {
+        pairs: measure(contenders(pairs, device), BASELINE, f"{pairs} pairs", device, rounds, clock) for pairs in sizes
+    }
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "open_clip_torch"))
     caption = (
         f"`python -m benchmarks clip --pairs {' '.join(map(str, sizes))} --rounds {rounds} --precision {precision}"
@@ -100,4 +109,4 @@ def run(sizes: list[int], device: str, rounds: int, precision: str, cpu_time: bo
         f"float32; {versions}; medians of {rounds} paired rounds, ratios taken within a round"
         f"{'; time is that of one thread on a core, beside other processes' * cpu_time}."
     )
-    publish(output, "clip", table(results), caption, {str(pairs): rows for pairs, rows in results.items()})
+    publish(output, "clip", table(results, "pairs"), caption, {str(pairs): rows for pairs, rows in results.items()})

@@ -45,10 +45,10 @@ def passes(backend: ModuleType, size: Size, device: str) -> Passes:
 
     if size.queue:
         rows, keys, queue = draw(3 * size.rows), draw(size.rows), draw(size.queue)
-        plan = Plan(None, SCALE, SCALE, False, 0)
+        plan = Plan(None, None, None, SCALE, SCALE, False, 0)
         return {"forward": lambda: backend.forward(rows, [Source(keys, keys), Source(queue, queue)], plan)}
     rows = draw(2 * size.rows)
-    plan = Plan(torch.arange(len(rows), device=device)[:, None], SCALE, SCALE, True, 0)
+    plan = Plan(torch.arange(len(rows), device=device)[:, None], None, None, SCALE, SCALE, True, 0)
     stats = tiled.forward(rows, [Source(rows, rows)], plan)
     return {
         "forward": lambda: backend.forward(rows, [Source(rows, rows)], plan),

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from slr_plugin import SLRLoss
-from slr_plugin.diagnostics import plot
 
 RECORDS = Path(__file__).parent.parent / "results" / "representations"
 HIDDEN, NEGATIVE, OWN, OTHER_OWN = range(4)
@@ -109,7 +108,7 @@ def grid(
 
 
 def labels(budget: str, method: str) -> Callable[[list[str]], Figure]:
-    """``slr_plugin.diagnostics.plot`` of the runs that the results report."""
+    """Purity and label mass over the runs that the results report: the mean, and the range of the seeds."""
 
     def figure(colours: list[str]) -> Figure:
         runs = [
@@ -118,10 +117,33 @@ def labels(budget: str, method: str) -> Callable[[list[str]], Figure]:
         ]
         for row in (row for run in runs for row in run):
             row["purity"] = row["same"] / (row["same"] + row["other"])
-        axes = Figure(figsize=(5.2, 6), layout="constrained").subplots(
-            2, 1
-        )  # one above the other, for narrow screens
-        return plot(runs, x=[row["epoch"] for row in runs[0]], axes=axes)
+        drawing = Figure(figsize=(5.2, 6), layout="constrained")
+        upper, lower = drawing.subplots(2, 1)  # one above the other, for narrow screens
+        upper.set(
+            title="Purity of what labels give away", ylabel="on keys of the own class (%)"
+        )
+        lower.set(
+            title="Label mass beyond the own positive", ylabel="share of the label (%)"
+        )
+        epochs = [row["epoch"] for row in runs[0]]
+        for panel, name, label, colour, style in (
+            (upper, "purity", "labels", "tab:blue", ".-"),
+            (upper, "chance", "chance: blind labels", "tab:grey", ".--"),
+            (lower, "same", "on keys of the own class", "tab:blue", ".-"),
+            (lower, "other", "on keys of other classes", "tab:red", ".-"),
+        ):
+            values = 100 * torch.tensor([[row[name] for row in run] for run in runs])
+            panel.plot(epochs, values.nanmean(0), style, color=colour, label=label)
+            panel.fill_between(
+                epochs, values.amin(0), values.amax(0), color=colour, alpha=0.2, linewidth=0
+            )
+        upper.set_ylim(0, 100)
+        lower.set_ylim(bottom=0)
+        for panel in (upper, lower):
+            panel.set_xlabel("epoch")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.legend(frameon=False)
+        return drawing
 
     return figure
 

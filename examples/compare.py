@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from comparison import interval
 from images import Dataset, load_folder, load_scans, minibatches
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.base import ClassifierMixin
@@ -38,7 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 from slr_plugin import SLRLoss
-from slr_plugin.diagnostics import LabelMonitor, LabelQuality, plot, summary
+from slr_plugin.diagnostics import LabelMonitor, LabelQuality, summary
 from slr_plugin.presets import CIFAR10
 
 METHODS = ("MoCo", "SANE")
@@ -201,18 +202,32 @@ def draw(data: Dataset, runs: dict[str, list[Run]], path: Path) -> None:
     figure.suptitle(
         f"{data.name} (line: mean over the seeds, {len(runs['MoCo'])}; band: their range)", fontsize="medium"
     )
-    left, *others = figure.subplots(1, 3)
+    accuracies, purity, mass = figure.subplots(1, 3)
+    accuracies.set(title="Accuracy on held-out images", ylabel="kNN accuracy (%)")
+    purity.set(title="Purity of what SANE's labels give away", ylabel="on keys of the own class (%)", ylim=(0, 100))
+    mass.set(title="Label mass beyond the own positive", ylabel="share of the label (%)")
+
+    def curve(panel: Axes, epochs: Sequence[int], values: np.ndarray, label: str, colour: str) -> None:
+        panel.plot(epochs, values.mean(0), color=colour, label=label, marker="." if len(epochs) <= 30 else None)
+        panel.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+
     for method, colour in zip(METHODS, ("tab:grey", "tab:blue"), strict=True):
-        curves = [run.knn for run in runs[method]]
-        left.plot(runs[method][0].epochs, np.mean(curves, axis=0), color=colour, label=method, marker=".")
-        left.fill_between(
-            runs[method][0].epochs, np.min(curves, axis=0), np.max(curves, axis=0), color=colour, alpha=0.2, linewidth=0
-        )
-    left.set(title="Accuracy on held-out images", xlabel="epoch", ylabel="kNN accuracy (%)")
-    left.legend(frameon=False)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    left.spines[["top", "right"]].set_visible(False)
-    plot([run.labels for run in runs["SANE"]], axes=others)  # MoCo's labels are one-hot
+        curve(accuracies, runs[method][0].epochs, np.array([run.knn for run in runs[method]]), method, colour)
+    labels = 100 * np.array([run.labels for run in runs["SANE"]])  # (seeds, epochs, fields); MoCo's are one-hot
+    for panel, field, label, colour in (
+        (purity, "purity", "labels", "tab:blue"),
+        (purity, "chance", "chance: blind labels", "tab:grey"),
+        (mass, "same", "on keys of the own class", "tab:blue"),
+        (mass, "other", "on keys of other classes", "tab:red"),
+    ):
+        values = labels[:, :, LabelQuality._fields.index(field)]
+        curve(panel, range(1, 1 + labels.shape[1]), values, label, colour)
+    mass.set_ylim(bottom=0)
+    for panel in (accuracies, purity, mass):
+        panel.set_xlabel("epoch")
+        panel.legend(frameon=False)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 

@@ -2,9 +2,9 @@
 
     python examples/lightly_lightning.py --data DIR    images as DIR/<class>/*; without --data, CIFAR-10 is downloaded
 
-The lines marked ``was`` and ``new`` are all that separates it from the same module with NTXentLoss. Keep the queue
-shorter than the data set. ``slr_plugin.adapters.lightly.SANE`` is the ready-made module. The loss of each epoch and the
-checkpoints go to outputs/lightning_logs.
+The lines marked ``new`` are all that separates it from the same module with ``NTXentLoss(0.2, (4096, 128))``. Keep the
+queue shorter than the data set. ``slr_plugin.adapters.lightly.SANE`` is the ready-made module. The loss of each epoch
+and the checkpoints go to outputs/lightning_logs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss  # was: from lightly.loss import NTXentLoss
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss  # new
 
 
 class MoCo(pl.LightningModule):
@@ -39,8 +39,7 @@ class MoCo(pl.LightningModule):
         for module in (self.backbone_momentum, self.projection_head_momentum):
             deactivate_requires_grad(module)
 
-        # was: self.criterion = NTXentLoss(memory_bank_size=(4096, 128), gather_distributed=gather_distributed)
-        self.criterion = SLRLoss(0.2, (4096, 128), gather_distributed, sharpening=0.8)
+        self.criterion = SLRLoss(0.2, (4096, 128), gather_distributed, sharpening=0.8)  # new: refined labels
         self.mixup = MomentumMixup(kappa=2.0)  # new
 
     def on_fit_start(self) -> None:  # new
@@ -64,7 +63,7 @@ class MoCo(pl.LightningModule):
         x_query, x_key = batch[0]
         mixed, mix = self.mixup(x_query, x_key)  # new
         key = self.forward_momentum(x_key)
-        loss = self.criterion(self(x_query), key, self(mixed), mix)  # was: self.criterion(self(x_query), key)
+        loss = self.criterion(self(x_query), key, self(mixed), mix)  # new: self(mixed), mix
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True)
         return loss
 

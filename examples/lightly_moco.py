@@ -2,8 +2,8 @@
 
     python examples/lightly_moco.py --data DIR    images as DIR/<class>/*; without --data, CIFAR-10 is downloaded
 
-The lines marked ``was`` and ``new`` are all that separates it from the same script with NTXentLoss. Keep the queue
-shorter than the data set.
+The lines marked ``new`` are all that separates it from the same script with ``NTXentLoss(0.2, (4096, 128))``. That loss
+itself is ``SLRLoss(0.2, (4096, 128), confidence=0.0, in_batch_keys=False)``. Keep the queue shorter than the data set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lightly_data import options, two_views
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss  # was: from lightly.loss import NTXentLoss
+from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss  # new
 
 
 class MoCo(nn.Module):
@@ -58,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoCo().to(device)
 
-    # was: criterion = NTXentLoss(memory_bank_size=(4096, 128)), whose temperature is 0.5
-    confidence = CosineConfidence(start=0.0, end=1.0, total_steps=args.epochs * len(dataloader))
-    criterion = SLRLoss(0.2, memory_bank_size=(4096, 128), sharpening=0.8, confidence=confidence).to(device)
+    confidence = CosineConfidence(start=0.0, end=1.0, total_steps=args.epochs * len(dataloader))  # new
+    criterion = SLRLoss(0.2, (4096, 128), sharpening=0.8, confidence=confidence).to(device)  # new: refined labels
     mixup = MomentumMixup(kappa=2.0)  # new
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             mixed, mix = mixup(x_query, x_key)  # new
             model.update_momentum(momentum)
             key = model.forward_momentum(x_key)
-            loss = criterion(model(x_query), key, model(mixed), mix)  # was: criterion(model(x_query), key)
+            loss = criterion(model(x_query), key, model(mixed), mix)  # new: model(mixed), mix
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

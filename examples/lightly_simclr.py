@@ -1,9 +1,10 @@
-"""SimCLR in plain PyTorch with refined labels, on lightly's parts: NTXentLoss swapped, nothing else.
+"""SimCLR in plain PyTorch on lightly's parts: NTXentLoss swapped, nothing else.
 
     python examples/lightly_simclr.py --data DIR    images as DIR/<class>/*; without --data, CIFAR-10 is downloaded
 
 The lines marked ``was`` are all that separates it from the same script with NTXentLoss. There is no queue: the loss is
-symmetric in the two views, both are trained, and each refines the other's labels.
+symmetric in the two views, and both are trained. Value and gradient are NTXentLoss's, in less memory. Without
+``confidence=0.0`` each view refines the other's labels, which is another loss.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SimCLR().to(device)
 
-    criterion = SLRLoss()  # was: NTXentLoss()
+    criterion = SLRLoss(confidence=0.0)  # was: NTXentLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.06)
 
     for epoch in range(args.epochs):

@@ -156,9 +156,8 @@ def build_key_set(
         raise ValueError("in_batch_keys=False and no queue leave no key but the own positive: pass negatives")
     estimator = None
     if features.estimator is not None:
-        same = Features(features.estimator, features.estimator, groups=features.groups if ignores_group else None)
         estimator = build_key_set(
-            same,
+            Features(features.estimator, features.estimator, groups=features.groups if ignores_group else None),
             estimator_queue,
             in_batch_keys=in_batch_keys,
             symmetric=symmetric,
@@ -167,54 +166,47 @@ def build_key_set(
             queue_groups=queue_groups,
             ignores_group=ignores_group,
         )
-    if negatives is not None and gather:
-        negatives = gather(negatives)
-    further = [] if negatives is None else [negatives]
     index = torch.arange(offset, offset + len(queries), device=queries.device)
-    groups = batch_groups = features.groups
-    key_groups, views = None, 2 if symmetric else 1
-    if groups is not None:
-        batch_groups = gather(groups) if gather else groups
-        parts = [batch_groups] * views if symmetric or in_batch_keys else []
-        parts += [] if negatives is None else [groups.new_full((len(negatives),), -1)]
-        parts += [] if queue is None else [groups.new_full((len(queue),), -1) if queue_groups is None else queue_groups]
-        groups, key_groups = groups.repeat(views), torch.cat(parts)
-
+    positive_index: Tensor | None
+    self_index: Tensor | None
     if symmetric:
         rows = batch = torch.cat([queries, positives])
         if gather:
             batch = torch.cat(gather(torch.cat([queries, positives], dim=1)).chunk(2, dim=1))  # one exchange
-        first_views = len(batch) // 2
-        return KeySet(
-            rows,
-            positives=torch.cat([positives, queries]),
-            keys=torch.cat([batch, *further]) if further else batch,
-            queue=None,
-            positive_index=torch.cat([index + first_views, index]),
-            self_index=torch.cat([index, index + first_views]),
-            batch_count=len(batch),
-            keys_to_enqueue=batch[first_views:],
-            estimator=estimator,
-            groups=groups,
-            key_groups=key_groups,
-            groups_to_enqueue=batch_groups,
-            ignores_group=ignores_group,
-        )
-    batch = gather(positives if in_batch_keys else positives.detach()) if gather else positives
-    keys = [batch, *further] if in_batch_keys else further or [positives[:0]]
+        views, first_views = 2, len(batch) // 2
+        positives, to_enqueue = torch.cat([positives, queries]), batch[first_views:]
+        positive_index = torch.cat([index + first_views, index])
+        self_index = torch.cat([index, index + first_views])
+    else:
+        batch = gather(positives if in_batch_keys else positives.detach()) if gather else positives
+        rows, to_enqueue, views = queries, batch, 1
+        positive_index, self_index = index if in_batch_keys else None, None
+    sees_batch = symmetric or in_batch_keys
+    keys = [batch] if sees_batch else []
+    if negatives is not None:
+        keys.append(gather(negatives) if gather else negatives)
+
+    groups = to_enqueue_groups = key_groups = features.groups
+    if groups is not None:
+        to_enqueue_groups = gather(groups) if gather else groups
+        unknown = groups.new_full((1,), -1)
+        ids = [to_enqueue_groups] * views if sees_batch else []
+        ids += [] if negatives is None else [unknown.expand(len(keys[-1]))]
+        ids += [] if queue is None else [unknown.expand(len(queue)) if queue_groups is None else queue_groups]
+        groups, key_groups = groups.repeat(views), torch.cat(ids)
     return KeySet(
-        queries,
+        rows,
         positives,
-        keys=keys[0] if len(keys) == 1 else torch.cat(keys),
+        keys=torch.cat(keys) if len(keys) > 1 else keys[0] if keys else positives[:0],
         queue=queue,
-        positive_index=index if in_batch_keys else None,
-        self_index=None,
-        batch_count=len(batch) if in_batch_keys else 0,
-        keys_to_enqueue=batch,
+        positive_index=positive_index,
+        self_index=self_index,
+        batch_count=len(batch) if sees_batch else 0,
+        keys_to_enqueue=to_enqueue,
         estimator=estimator,
         groups=groups,
         key_groups=key_groups,
-        groups_to_enqueue=batch_groups,
+        groups_to_enqueue=to_enqueue_groups,
         ignores_group=ignores_group,
     )
 

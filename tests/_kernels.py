@@ -1,34 +1,61 @@
-"""Compiles the kernels of slr_plugin/streaming/triton.py for GPUs that need not be here; prints JSON of their sizes."""
+"""What slr_plugin/streaming/triton.py launches; as a program, compiles it for GPUs that need not be here."""
 
 import json
 import os
 import re
 import subprocess
 import tempfile
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
 
+import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from _streaming import plan_of
+from triton.runtime.jit import KernelInterface
 
-from slr_plugin.streaming import triton as kernels
-
-POINTERS = {"masked_keys": "*i32"}  # the others are *fp32
-NUMBERS = {"count": "i32", "width": "i32", "first": "i32", "span": "i32", "scale": "fp32"}
+from slr_plugin.streaming import triton as backend
+from slr_plugin.streaming.stats import Source
 
 
-def compiled(kernel, tiles, capability, dim, slots, **constants):
+class Launch(NamedTuple):
+    """A kernel, its grid, and what it is called with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+@contextmanager
+def recorded_launches():
+    """The launches from now on, in a list; none is run."""
+    launches = []
+
+    def record(kernel, grid):
+        return lambda *args, **constants: launches.append(Launch(kernel, grid, args, constants))
+
+    with mock.patch.object(KernelInterface, "__getitem__", record):
+        yield launches
+
+
+def compiled(launch, capability):
     """Registers spilled, bytes of shared memory and instructions of tensor cores."""
-    constants = kernels._sizes(tiles, dim, dim)[1] | {"SLOTS": slots} | constants
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, constants = launch.kernel, dict(launch.constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    kinds = {torch.float32: "*fp32", torch.int32: "*i32"}
     signature = {
-        name: "constexpr" if name in constants else NUMBERS.get(name) or POINTERS.get(name, "*fp32")
-        for name in kernel.arg_names
+        name: kinds[value.dtype] if isinstance(value, torch.Tensor) else "i32" if isinstance(value, int) else "fp32"
+        for name, value in zip(kernel.arg_names, launch.args, strict=False)
     }
     # What the launcher finds out by itself: addresses are multiples of 16, and so is a split of the keys.
     aligned = [name for name, kind in signature.items() if kind.startswith("*") or name == "span"]
     source = ASTSource(
         kernel,
-        signature,
+        signature | dict.fromkeys(constants, "constexpr"),
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
         {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
@@ -41,7 +68,7 @@ def compiled(kernel, tiles, capability, dim, slots, **constants):
     return {
         "capability": capability,
         "kernel": kernel.__name__,
-        "dim": dim,
+        "dim": constants["DIM"],
         "numbers": constants["NUMBERS"],
         "registers": int(re.search(r"REG:(\d+)", usage.stdout)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage.stdout)[1]),
@@ -50,17 +77,22 @@ def compiled(kernel, tiles, capability, dim, slots, **constants):
     }
 
 
+def launches_of(dim):
+    """Of a pass over batch and queue, one where two keys are hidden, and its backward."""
+    rows, keys, queue = torch.zeros(3, 512, dim)
+    plans = [plan_of(torch.zeros(len(rows), hidden, dtype=torch.long), 5.0, 5.0) for hidden in (1, 2)]
+    with recorded_launches() as launches:
+        backend.forward(rows, [Source(keys, keys), Source(queue, queue)], plans[0])
+        stats = backend.forward(rows, [Source(keys, keys)], plans[1])
+        backend.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plans[1])
+    return launches
+
+
 def main():
-    """Every kernel, for an A100 and an H100."""
-    found = []
-    for capability in (80, 90):
-        for dim in (128, 256):
-            for slots, numbers in ((1, "tf32"), (1, "bf16"), (2, "tf32")):
-                kernel = kernels._forward_kernel
-                found.append(compiled(kernel, kernels.FORWARD, capability, dim, slots, NUMBERS=numbers, APART=False))
-            kernel = kernels._keys_backward_kernel
-            found.append(compiled(kernel, kernels.BACKWARD, capability, dim, 2, NUMBERS="tf32"))
-    print(json.dumps(found, indent=1))
+    """Every kernel, for an A100 and an H100, as JSON."""
+    torch.set_float32_matmul_precision("medium")  # the queue's numbers are bfloat16 then
+    launches = [launch for dim in (128, 256) for launch in launches_of(dim)]
+    print(json.dumps([compiled(launch, capability) for capability in (80, 90) for launch in launches], indent=1))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from slr_plugin.streaming.stats import Plan
+
 # Of 9 rows: some see all of 14 keys, one sees all but two.
 HIDDEN = torch.tensor([[2, -1], [3, -1], [4, -1], [5, 0], [1, 9], [2, 10], [-1, 11], [-1, 12], [-1, 13]])
 
@@ -22,6 +24,11 @@ def dense(rows, keys, queue, scale, hidden=HIDDEN, values=None, queue_values=Non
     weights = logits.softmax(1).detach()
     averaged = every if values is None else torch.cat([values, queue_values])
     return logits.logsumexp(1), weights.amax(1), weights @ averaged
+
+
+def plan_of(hidden=None, scale=1.0, bound=math.inf):
+    """What a backend is told of a pass without groups."""
+    return Plan(hidden, None, None, scale, bound, symmetric=False, chunk=0)
 
 
 def parts(stats):

@@ -2,6 +2,9 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: with more threads than cores all wait for all
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; for processes that tests start, too
+
 import pytest
 import torch
 from _intra_op import intra_op_threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from _oracle import make_batch, make_criterion
 from _oracle import one_thread as one_thread
+from _pairwise import pairwise
 from torch.autograd import forward_ad
 
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
@@ -165,26 +165,37 @@ PAIRS = [
     case("device_of_out0", ValueError, "out0", OUT0.to("meta"), OUT1),
     case("device_of_out1", ValueError, "out1", OUT0, OUT1.to("meta")),
 ]
-KINDS = pytest.mark.parametrize("kind", ["queue", "own_positive", "no_queue"])
+ALL_KINDS = ("queue", "own_positive", "no_queue")
+KINDS = pytest.mark.parametrize("kind", ALL_KINDS)
 
 
-@KINDS
 @pytest.mark.parametrize("method", ["forward", "labels"])
 @pytest.mark.parametrize(("error", "match", "values", "options"), PAIRS)
-def test_the_loss_and_its_labels_refuse_bad_features(kind, method, error, match, values, options):
-    criterion = used(kind)
+def test_the_loss_and_its_labels_refuse_bad_features(method, error, match, values, options):
+    criterion = used("queue")
     options = {**options, "update": True} if method == "forward" else options
     raises_and_keeps_state(criterion, error, match, lambda: getattr(criterion, method)(*values, **options))
 
 
-@pytest.mark.parametrize("kind", ["queue", "own_positive"])
-@pytest.mark.parametrize("method", ["forward", "labels"])
-@pytest.mark.parametrize("dim", [D - 1, 2 * D])
+@pytest.mark.parametrize(
+    ("kind", "method", "dim"), pairwise(["queue", "own_positive"], ["forward", "labels"], [D - 1, 2 * D])
+)
 def test_a_dimension_other_than_the_queues_is_refused_with_both_shapes(kind, method, dim):
     criterion = used(kind)
     out = torch.ones(S, dim)
     shapes = rf"out0.*\({S}, {dim}\).*\({N}, {D}\).*memory_bank_size=\({N}, {dim}\)"
     raises_and_keeps_state(criterion, ValueError, shapes, lambda: getattr(criterion, method)(out, out))
+
+
+@pytest.mark.parametrize("kind", ["own_positive", "no_queue"])
+@pytest.mark.parametrize("method", ["forward", "labels"])
+def test_so_do_losses_of_other_kinds(kind, method):
+    criterion = used(kind)
+    for bad in (OUT1[1:], OUT1.long(), None):
+        match = names("out1")
+        raises_and_keeps_state(
+            criterion, (ValueError, TypeError), match, lambda b=bad: getattr(criterion, method)(OUT0, b)
+        )
 
 
 @pytest.mark.parametrize("bad", [OUT1[1:], OUT1[:, 1:], OUT1[None]], ids=["batch", "dimension", "3d"])
@@ -209,10 +220,9 @@ def test_a_queue_without_a_dimension_does_not_take_it_from_a_bad_batch():
     assert criterion.memory_bank.bank.shape == (N, D - 1)
 
 
-@KINDS
 @pytest.mark.parametrize("update", ["yes", 1, 0.0, torch.tensor(True)], ids=str)
-def test_update_must_be_a_bool(kind, update):
-    criterion = used(kind)
+def test_update_must_be_a_bool(update):
+    criterion = used("queue")
     raises_and_keeps_state(criterion, TypeError, names("update"), lambda: criterion(OUT0, OUT1, update=update))
 
 
@@ -282,10 +292,9 @@ BAD_MIX = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["queue", "no_queue"])
 @pytest.mark.parametrize(("error", "match", "values", "options"), BAD_MIX)
-def test_the_loss_refuses_bad_mixed_queries(kind, error, match, values, options):
-    criterion = used(kind)
+def test_the_loss_refuses_bad_mixed_queries(error, match, values, options):
+    criterion = used("queue")
     raises_and_keeps_state(criterion, error, match, lambda: criterion(OUT0, OUT1, *values, **options, update=True))
 
 
@@ -303,9 +312,8 @@ CLASSES = torch.tensor([0, 1, 0, 1])
     ],
     ids=["as_keys", "as_a_column", "one_hot", "third", "third_and_fourth"],
 )
-@KINDS
-def test_class_labels_are_told_that_the_loss_takes_none(kind, argument, values):
-    criterion = used(kind)
+def test_class_labels_are_told_that_the_loss_takes_none(argument, values):
+    criterion = used("queue")
     message = rf"^{argument} must be features.* got torch.int64 of shape .*; the loss takes no class labels"
     raises_and_keeps_state(criterion, TypeError, message, lambda: criterion(*values, update=True))
 
@@ -318,15 +326,14 @@ def test_mixed_queries_need_in_batch_keys(queue):
     )
 
 
-@KINDS
 @pytest.mark.parametrize("method", ["forward", "labels"])
 @pytest.mark.parametrize(
     ("error", "value"),
     [(ValueError, -1), (ValueError, NAN), (ValueError, INF), (TypeError, None), (TypeError, "1"), (TypeError, True)],
     ids=str,
 )
-def test_a_schedule_that_returns_no_confidence_is_refused(kind, method, error, value):
-    criterion = used(kind, confidence=lambda step: 1.0 if step == 0 else value)
+def test_a_schedule_that_returns_no_confidence_is_refused(method, error, value):
+    criterion = used("queue", confidence=lambda step: 1.0 if step == 0 else value)
     raises_and_keeps_state(criterion, error, names("confidence"), lambda: getattr(criterion, method)(OUT0, OUT1))
 
 
@@ -388,19 +395,18 @@ def poisoned(values: torch.Tensor, poison: float) -> torch.Tensor:
     return values.requires_grad_()
 
 
-POISONED = [
-    (kind, where, crops)
-    for kind, where, crops in itertools.product(
-        ("queue", "own_positive", "no_queue"), ("out0", "out1", "mixed"), (0, 2)
-    )
-    if (crops or where != "mixed") and not (crops and kind == "own_positive")
-]
+POISONED = pairwise(
+    ALL_KINDS,
+    ("out0", "out1", "mixed"),
+    (0, 2),  # crops
+    (torch.float32, torch.float16),
+    (NAN, INF, -INF),
+    (0.0, 0.5, 1.0),
+    allowed=lambda kind, where, crops, *_: (crops or where != "mixed") and not (crops and kind == "own_positive"),
+)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("poison", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("kind", "where", "crops"), POISONED)
+@pytest.mark.parametrize(("kind", "where", "crops", "dtype", "poison", "weight"), POISONED)
 def test_non_finite_features_give_a_non_finite_loss_and_never_enter_the_queue(
     kind, where, crops, dtype, poison, weight
 ):
@@ -422,8 +428,7 @@ def test_non_finite_features_give_a_non_finite_loss_and_never_enter_the_queue(
     assert not all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, trained))
 
 
-@pytest.mark.parametrize("row", range(S))
-@pytest.mark.parametrize("n", [1, 2, S, 9])
+@pytest.mark.parametrize(("row", "n"), [(0, 9), (S - 1, 9), (0, 1), (1, 2), (S - 2, S)])  # in and out of the newest n
 def test_a_batch_with_one_non_finite_key_leaves_the_whole_queue_and_the_step(n, row):
     criterion = SLRLoss(memory_bank_size=(n, D))
     keys = OUT1.clone()
@@ -459,24 +464,22 @@ def test_a_bad_setting_assigned_later_is_refused_and_the_old_one_kept(name, erro
     assert (getattr(criterion, name), criterion(OUT0, OUT1, update=False)) == before
 
 
-@KINDS
-def test_class_labels_in_place_of_keys_are_not_advised_to_become_floats(kind):
-    criterion = used(kind)
+def test_class_labels_in_place_of_keys_are_not_advised_to_become_floats():
+    criterion = used("queue")
     raises_and_keeps_state(criterion, TypeError, r"out1(?!.*float\(\)).*labels", lambda: criterion(OUT0, PARTNER))
 
 
-@KINDS
-@pytest.mark.parametrize("argument", ["negatives", "estimator"])
-@pytest.mark.parametrize(
-    "bad", [OUT0[0], OUT0.long(), OUT0.tolist(), OUT0.to("meta")], ids=["1d", "int", "list", "meta"]
-)
-def test_bad_negatives_and_estimators_are_refused(kind, argument, bad):
+BAD_FEATURES = {"1d": OUT0[0], "int": OUT0.long(), "list": OUT0.tolist(), "meta": OUT0.to("meta")}
+
+
+@pytest.mark.parametrize(("bad", "argument", "kind"), pairwise(BAD_FEATURES, ["negatives", "estimator"], ALL_KINDS))
+def test_bad_negatives_and_estimators_are_refused(bad, argument, kind):
     criterion = used(kind)
     raises_and_keeps_state(
         criterion,
         (TypeError, ValueError),
         names(argument),
-        lambda: criterion(OUT0, OUT1, update=True, **{argument: bad}),
+        lambda: criterion(OUT0, OUT1, update=True, **{argument: BAD_FEATURES[bad]}),
     )
 
 

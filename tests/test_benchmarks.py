@@ -18,7 +18,7 @@ pytest.importorskip("lightly")
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("info_nce")
 
-from benchmarks import __main__, clip, contenders, load, loss, processes, scaling, step, tiles
+from benchmarks import __main__, clip, contenders, groups, load, loss, processes, scaling, step, tiles
 from benchmarks.contenders import BASELINE, Size
 from slr_plugin import SLRLoss, presets
 from slr_plugin.streaming import threads, tiled
@@ -169,6 +169,14 @@ def test_growth_is_measured_written_and_drawn(tmp_path, monkeypatch):
     # NTXentLoss stores rows x keys; more keys need more of its memory.
     baseline = [row["megabytes"] for row in results["rows, no queue"] if row["contender"] == BASELINE]
     assert baseline == sorted(set(baseline))
+
+
+def test_labels_from_groups_are_measured_beside_dense_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(groups, "DENSE_LIMIT", 16)
+    groups.run([16, 24], "cpu", 2, "highest", tmp_path)
+    results = json.loads((tmp_path / "groups.json").read_text())["results"]
+    assert [len(results[size]) for size in ("16", "24")] == [6, 4]
+    assert "SupConLoss" in (tmp_path / "groups.md").read_text()
 
 
 @pytest.mark.parametrize("cpu_time", [False, True])

@@ -38,7 +38,7 @@ def test_the_loss_for_open_clip_needs_no_framework():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("extra", {extra for extra, _ in ADAPTERS.values()} | {"open-clip"})
+@pytest.mark.parametrize("extra", sorted({extra for extra, _ in ADAPTERS.values()} | {"open-clip"}))
 def test_the_overview_shows_every_adapter(extra):
     page = ROOT / "docs" / "frameworks.md"
     if not page.is_file():

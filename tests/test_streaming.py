@@ -5,22 +5,23 @@ import math
 import pytest
 import torch
 from _intra_op import intra_op_threads
+from _pairwise import pairwise
 from _streaming import HIDDEN, dense, parts
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from slr_plugin.streaming import softmax_stats, tiled
 from slr_plugin.streaming.op import resolve
-from slr_plugin.streaming.stats import Plan, Source
 
 BOUNDS = pytest.mark.parametrize("bound", [math.inf, 20.0])
-CHUNKS = pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 8, 100])
+CHUNK_SIZES = (None, 1, 5, 8, 100)  # of 14 and 11 keys; None chooses 6 here
+THREADS = (1, 2, 5)
 
 
-@pytest.fixture(params=[1, 2, 5])
+@pytest.fixture(params=THREADS)
 def threads(request, monkeypatch):
     """How many threads share every pass, however small."""
     monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
     monkeypatch.setattr(tiled, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(tiled, "LEAST_PAIRS", 1)
     with intra_op_threads(request.param):
         yield request.param
 
@@ -41,10 +42,8 @@ def assert_same_gradients(outputs, expected, leaves):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-@CHUNKS
-@pytest.mark.parametrize("scale", [1.0, 2.5, -2.0])
-@BOUNDS
-def test_equals_the_dense_formulas_with_gradients(bound, chunk_size, scale, threads, monkeypatch):
+@pytest.mark.parametrize(("chunk_size", "bound", "scale"), pairwise(CHUNK_SIZES, (math.inf, 20.0), (1.0, 2.5, -2.0)))
+def test_equals_the_dense_formulas_with_gradients(chunk_size, bound, scale, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 6))
     rows, keys, queue = tensors()
     stats = softmax_stats(rows, keys, queue, hidden=HIDDEN, scale=scale, bound=bound, chunk_size=chunk_size)
@@ -54,23 +53,17 @@ def test_equals_the_dense_formulas_with_gradients(bound, chunk_size, scale, thre
     assert_same_gradients(parts(stats), expected, (rows, keys))
 
 
-@CHUNKS
-@pytest.mark.parametrize("width", [1, 3, 5])
-@BOUNDS
-def test_averages_values_that_are_not_the_keys(bound, width, chunk_size, threads, monkeypatch):
+@pytest.mark.parametrize(
+    ("chunk_size", "bound", "width", "threads"),
+    pairwise(CHUNK_SIZES, (math.inf, 20.0), (1, 3, 5), THREADS),
+    indirect=["threads"],
+)
+def test_averages_values_that_are_not_the_keys(chunk_size, bound, width, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 6))
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=width)
-    stats = softmax_stats(
-        rows,
-        keys,
-        queue,
-        values=values,
-        queue_values=queue_values,
-        hidden=HIDDEN,
-        bound=bound,
-        chunk_size=chunk_size,
-    )
+    options = {"values": values, "queue_values": queue_values, "hidden": HIDDEN}
+    stats = softmax_stats(rows, keys, queue, **options, bound=bound, chunk_size=chunk_size)
     expected = dense(rows, keys, queue, 1.0, values=values, queue_values=queue_values.detach())
     for got, want in zip(parts(stats), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -106,28 +99,21 @@ def test_rows_that_are_the_keys_say_the_same_by_half_the_logits(hidden, values, 
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-class Products(TorchDispatchMode):
-    """Counts the logits that products compute into the memory of a tile."""
-
-    logits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.addmm.out:
-            self.logits += out.numel()
-        return out
+def logits_computed(profile, dim):
+    """How many logits were computed: results of products of features, whose dimension nothing else has."""
+    products = [event.input_shapes for event in profile.events() if event.name == "aten::addmm"]
+    return sum(first[0] * second[1] for _, first, second, *_ in products if first[1] == dim)
 
 
-@pytest.mark.parametrize(("symmetric", "bound", "chunk", "share"), [(True, 20.0, 0, 6 / 9), (False, 20.0, 0, 1)])
-def test_half_the_tiles_are_computed_where_they_are_enough(symmetric, bound, chunk, share, monkeypatch):
+@pytest.mark.parametrize(("symmetric", "share"), [(True, 6 / 9), (False, 1)])
+def test_half_the_tiles_are_computed_where_they_are_enough(symmetric, share, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 4))
-    rows = tensors(rows=12)[0].detach()
-    plan = Plan(SYMMETRIC[0], 1.0, bound, symmetric, chunk)
-    with Products() as forward:
-        stats = tiled.forward(rows, [Source(rows, rows)], plan)
-    with Products() as backward:
-        tiled.keys_backward(rows, rows, stats.reference, stats.offset, rows, plan)
-    assert forward.logits == backward.logits == share * 12 * 12
+    rows = tensors(rows=12)[0]
+    with torch.profiler.profile(record_shapes=True) as forward:
+        stats = softmax_stats(rows, rows, hidden=SYMMETRIC[0], bound=20.0, symmetric=symmetric)
+    with torch.profiler.profile(record_shapes=True) as backward:
+        stats.offset.sum().backward()
+    assert logits_computed(forward, 3) == logits_computed(backward, 3) == share * 12 * 12
 
 
 @BOUNDS
@@ -147,10 +133,12 @@ def test_gradcheck_of_the_log_sum_exp(bound):
 def test_opcheck(apart):
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=5) if apart else (None, None, None)
-    plan = HIDDEN, 1.0, math.inf, False, 4, "tiled"
-    constants = None if queue_values is None else queue_values.detach(), True, *plan
+    plan = {"hidden": HIDDEN, "row_groups": None, "key_groups": None, "scale": 1.0, "bound": math.inf}
+    plan |= {"symmetric": False, "chunk": 4, "backend": "tiled"}
+    constants = None if queue_values is None else queue_values.detach(), True
     leaves = (rows.detach(), keys.detach()) if apart else (rows, keys)
-    torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, (*leaves, queue.detach(), values, *constants))
+    operator = torch.ops.slr_plugin.softmax_stats.default
+    torch.library.opcheck(operator, (*leaves, queue.detach(), values, *constants), plan)
 
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0])
@@ -176,20 +164,11 @@ def test_extreme_logits_stay_finite_and_exact(scale):
 
 
 def test_no_rows_by_keys_matrix_is_allocated():
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, torch.Tensor) and tensor._base is None:
-                    self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-            return out
-
     rows, keys, queue = torch.randn(64, 8), torch.randn(64, 8), torch.randn(20000, 8)
-    with Largest() as largest:
-        tiled.forward(rows, [Source(keys, keys), Source(queue, queue)], Plan(None, 1.0, math.inf, False, 0))
-    assert 0 < largest.numel <= max(queue.numel(), 64 * 1024)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        softmax_stats(rows, keys, queue)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= queue.numel() * queue.element_size()
 
 
 def test_the_backend_is_an_argument():

@@ -7,18 +7,22 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from _streaming import dense, hidden_for, parts
+from _pairwise import pairwise
+from _streaming import dense, hidden_for, parts, plan_of
 from test_oracle import MODES, SETTINGS, assert_equals_oracle, batch_of, settings_of
 
 from slr_plugin.streaming import op, softmax_stats, tiled
 from slr_plugin.streaming.op import resolve
-from slr_plugin.streaming.stats import Plan, Source
+from slr_plugin.streaming.stats import Source
 
 pytest.importorskip("triton")
+from _kernels import recorded_launches
+
 from slr_plugin.streaming import triton as kernels
 
 GPU = torch.cuda.is_available()
@@ -47,11 +51,11 @@ def tensors(rows, keys, queue, dim):
 
 # The last has three blocks of rows, three of keys, and three splits of the queue.
 @pytest.mark.parametrize(
-    ("rows", "keys", "queue", "dim"), [(9, 14, 11, 3), (9, 14, 0, 64), (33, 40, 1, 200), (260, 90, 300, 20)]
+    ("sizes", "scale", "width"),
+    pairwise([(9, 14, 11, 3), (9, 14, 0, 64), (33, 40, 1, 200), (260, 90, 300, 20)], [3.0, -2.0], [None, 5, 40]),
 )
-@pytest.mark.parametrize("scale", [3.0, -2.0])
-@pytest.mark.parametrize("width", [None, 5, 40])
-def test_equals_the_dense_formulas_with_gradients(rows, keys, queue, dim, scale, width):
+def test_equals_the_dense_formulas_with_gradients(sizes, scale, width):
+    rows, keys, queue, dim = sizes
     inputs = tensors(rows, keys, queue, dim)
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     apart = [] if width is None else [tensor.detach() for tensor in tensors(rows, keys, queue, width)[1:]]
@@ -193,18 +197,12 @@ def test_nor_in_the_gradient_of_the_keys(monkeypatch):
 
 def test_only_the_queue_is_met_in_half_precision(monkeypatch):
     monkeypatch.undo()
-    met = []
-
-    class Watched:
-        def __getitem__(self, grid):
-            return lambda *args, **sizes: met.append(sizes["NUMBERS"])
-
-    monkeypatch.setattr(kernels, "_forward_kernel", Watched())
     rows, keys, queue = (tensor.detach() for tensor in tensors(4, 4, 40, 16))
-    for precision in ("high", "medium"):
-        monkeypatch.setattr("torch.get_float32_matmul_precision", lambda precision=precision: precision)
-        kernels.forward(rows, [Source(keys, keys), Source(queue, queue)], Plan(None, 1.0, 5.0, False, 0))
-    assert met == ["tf32", "tf32", "tf32", "bf16"]
+    with recorded_launches() as launches:
+        for precision in ("high", "medium"):
+            monkeypatch.setattr("torch.get_float32_matmul_precision", lambda precision=precision: precision)
+            kernels.forward(rows, [Source(keys, keys), Source(queue, queue)], plan_of(bound=5.0))
+    assert [launch.constants["NUMBERS"] for launch in launches] == ["tf32", "tf32", "tf32", "bf16"]
 
 
 @pytest.mark.skipif(
@@ -228,33 +226,29 @@ def test_kernels_compile_for_gpus_without_spilling_registers():
 # --- no value of the device is read: a CUDA graph can record a pass
 
 
-@pytest.mark.skipif(GPU, reason="pretends that there is a GPU")
+@pytest.fixture
+def many_processors(monkeypatch, pretended_gpu):
+    """A GPU of 132 processors that records launches in place of running them."""
+    if GPU:
+        pytest.skip("pretends that there is a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
+    with pretended_gpu, torch.no_grad(), recorded_launches() as launches:
+        yield launches
+
+
 @pytest.mark.parametrize("queue", [300, 0])
 @pytest.mark.parametrize("backend", [kernels, tiled])
-def test_a_pass_does_not_wait_for_the_gpu(backend, queue, monkeypatch, pretended_gpu):
-    class Launch:
-        def __init__(self):
-            self.grids = []
-
-        def __getitem__(self, grid):
-            self.grids.append(grid)
-            return lambda *args, **kwargs: None
-
-    launches = Launch(), Launch()
-    monkeypatch.setattr(kernels, "_forward_kernel", launches[0])
-    monkeypatch.setattr(kernels, "_keys_backward_kernel", launches[1])
-    monkeypatch.setattr(kernels, "_processors", lambda device: 132)
-    monkeypatch.setattr("torch.cuda.device_of", lambda tensor: nullcontext())
-    with pretended_gpu, torch.no_grad():
-        rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
-        sources = [Source(keys, keys), *([Source(table, table)] if queue else [])]
-        plan = Plan(torch.empty(768, 1, dtype=torch.long, device="cuda"), 5.0, 5.0, False, 0)
-        stats = backend.forward(rows, sources, plan)
-        gradient = backend.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)
+def test_a_pass_does_not_wait_for_the_gpu(backend, queue, many_processors):
+    rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
+    sources = [Source(keys, keys), *([Source(table, table)] if queue else [])]
+    plan = plan_of(torch.empty(768, 1, dtype=torch.long, device="cuda"), 5.0, 5.0)
+    stats = backend.forward(rows, sources, plan)
+    gradient = backend.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)
     assert gradient.shape == keys.shape
     assert gradient.device.type == "cuda"
-    grids = [[(6, 8), *([(6, 10)] if queue else [])], [(8,)]] if backend is kernels else [[], []]
-    assert [launch.grids for launch in launches] == grids
+    grids = [(6, 8), *([(6, 10)] if queue else []), (8,)] if backend is kernels else []
+    assert [launch.grid for launch in many_processors] == grids
 
 
 @pytest.mark.parametrize(
@@ -262,8 +256,11 @@ def test_a_pass_does_not_wait_for_the_gpu(backend, queue, monkeypatch, pretended
     # 67 and 133 tasks would leave half of 132 processors idle.
     [(1, 132), (6, 22), (67, 3), (132, 1), (133, 4), (1000, 1)],
 )
-def test_keys_are_split_until_the_processors_are_busy(blocks, splits):
-    assert kernels._part_count(blocks, 132) == splits
+def test_keys_are_split_until_the_processors_are_busy(blocks, splits, many_processors):
+    tile = kernels.FORWARD[128]
+    rows, keys = (torch.empty(n, 128, device="cuda") for n in (blocks * tile.rows, 132 * tile.keys))
+    kernels.forward(rows, [Source(keys, keys)], plan_of())
+    assert [launch.grid for launch in many_processors] == [(blocks, splits)]
 
 
 # --- when the kernels are used

@@ -13,6 +13,7 @@ the order of the workers. Results are therefore deterministic for a number of th
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -30,7 +31,7 @@ T = TypeVar("T")
 # 256 images over 65,536 keys, then one tile of 200 MB. This one takes 134 MB at most (``python -m benchmarks tiles``).
 CPU_TILE = (1024, 1024)
 ACCELERATOR_TILE = (4096, 8192)
-LEAST_WIDTH = 256  # of a tile, however many workers there are
+LEAST_WIDTH, LEAST_PAIRS = 256, 2**17  # of a tile, however many workers there are: smaller products take longer
 # A pass over at least so many pairs of rows and keys is shared. Handing it over costs up to 8 ms, while the threads of
 # torch's last operation still spin.
 SHARED_PAIRS = 2**23
@@ -103,10 +104,19 @@ class Tiling:
         self.mirrored = plan.symmetric and self.bounded and not plan.chunk
         self.workers = torch.get_num_threads() if on_cpu and count * total >= SHARED_PAIRS else 1
         if self.workers > 1:  # their tiles together stay in the cache, and are enough for all
-            width = max(LEAST_WIDTH, width // self.workers)
+            least = 0 if self.mirrored else LEAST_PAIRS // min(height, count)
+            width = max(LEAST_WIDTH, least, width // self.workers)
         width = min(height, width) if self.mirrored else plan.chunk or width
         self.height = max(1, min(width if self.mirrored else height, count))
         self.width = max(1, min(width, max(len(source.keys) for source in sources)))
+        firsts = itertools.accumulate((len(source.keys) for source in sources), initial=0)
+        self.cuts = [
+            (source, first, here, there)
+            for source, first in zip(sources, firsts, strict=False)
+            for there in _slices(len(source.keys), self.width)
+            for here in _slices(count, self.height)
+            if not self.mirrored or here.start <= there.start
+        ]
 
     def run(self, compute: Callable[[Iterator[Tile]], T]) -> list[T]:
         """What ``compute`` returns for every n-th tile, one worker each."""
@@ -117,18 +127,10 @@ class Tiling:
 
     def _tiles(self, worker: int) -> Iterator[Tile]:
         memory = self.rows.new_empty(self.height * self.width + 1)
-        first = number = 0
-        for keys, values in self.sources:
-            for there in _slices(len(keys), self.width):
-                for here in _slices(len(self.rows), self.height):
-                    if self.mirrored and here.start > there.start:
-                        continue
-                    if number % self.workers == worker:
-                        block = keys[there].to(self.rows)
-                        averaged = block if values is keys else values[there].to(self.rows)
-                        yield Tile(here, slice(first + there.start, first + there.stop), block, averaged, memory)
-                    number += 1
-            first += len(keys)
+        for source, first, here, there in self.cuts[worker :: self.workers]:
+            block = source.keys[there].to(self.rows)
+            values = block if source.values is source.keys else source.values[there].to(self.rows)
+            yield Tile(here, slice(first + there.start, first + there.stop), block, values, memory)
 
     def logits(self, tile: Tile) -> Tensor:
         """The logits of a tile in bits, in its memory; minus infinity where hidden."""
