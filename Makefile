@@ -36,7 +36,7 @@ test-solo: $(VENV)/.dev ## Run SANE in solo-learn's own scripts (SOLO_LEARN_DIR=
 test-neighbours: $(NEIGHBOURS)/.ready ## Run pytorch-metric-learning's (METRIC_LEARNING_DIR=a clone) and stable-pretraining's own tests with our losses
 	PYTHONPATH=.ci TEST_DEVICE=cpu $(NEIGHBOURS)/bin/python -m pytest -p metric_learning_substitute -W default --rootdir $(METRIC_LEARNING_DIR) $(METRIC_LEARNING_DIR)/tests/losses/test_self_supervised_loss.py
 	PYTHONPATH=.ci SPT_CACHE_DIR=$(abspath $(NEIGHBOURS))/cache $(NEIGHBOURS)/bin/python -m pytest -p stable_pretraining_substitute -o addopts= -W default --pyargs stable_pretraining.tests.regression.test_methods
-	$(NEIGHBOURS)/bin/python -m pytest tests/test_pytorch_metric_learning.py tests/test_stable_pretraining.py tests/test_sentence_transformers.py tests/test_neighbours.py tests/test_pages.py
+	$(NEIGHBOURS)/bin/python -m pytest tests/test_pytorch_metric_learning.py tests/test_stable_pretraining.py tests/test_sentence_transformers.py tests/test_open_clip.py tests/test_neighbours.py tests/test_pages.py
 
 docs: $(VENV)/.dev ## Build the documentation into docs/_build/html, offline; a warning or a link that leads nowhere fails
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
@@ -73,7 +73,7 @@ $(VENV)/.dev: pyproject.toml setup.cfg
 $(NEIGHBOURS)/.ready: pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(NEIGHBOURS)
 	$(NEIGHBOURS)/bin/pip install --quiet --upgrade pip
-	$(NEIGHBOURS)/bin/pip install --quiet --editable ".[lightly,metric-learning,stable-pretraining,sentence-transformers]" pytest accelerate open_clip_torch selfeeg
+	$(NEIGHBOURS)/bin/pip install --quiet --editable ".[lightly,metric-learning,stable-pretraining,sentence-transformers,open-clip]" pytest accelerate selfeeg
 	touch $@
 
 .PHONY: help demo matrix test test-lightly test-solo test-neighbours docs lint bench wheel clean

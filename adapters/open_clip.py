@@ -136,12 +136,11 @@ class SLRClipLoss(nn.Module):
         if several and not self.local_loss and isinstance(logit_scale, Tensor):
             logit_scale = _mean_over_processes(logit_scale)  # of its gradients: the value is the same everywhere
         temperature = 1 / (_at_least_float32(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale)
-        known: dict[str, Tensor] = {} if groups is None else {"groups": groups}
         losses = []
         for criterion, rows, keys in zip(self.criteria.values(), (images, texts), (text_keys, image_keys), strict=True):
             criterion.temperature = temperature
-            losses.append(criterion(rows, keys, update=update, **known))
-            if isinstance(temperature, Tensor):  # the module keeps no graph, so that it can be copied
+            losses.append(criterion(rows, keys, groups=groups, update=update))
+            if isinstance(temperature, Tensor):  # the module keeps no graph alive
                 criterion.temperature = temperature.detach()
         loss = (losses[0] + losses[1]) / 2
         if several and not self.local_loss:

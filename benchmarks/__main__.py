@@ -55,7 +55,12 @@ def add_clip(parser: argparse.ArgumentParser) -> None:
     """Images and texts."""
     add_timing(parser, rounds=5)
     parser.add_argument("--pairs", nargs="+", type=int, default=list(clip.PAIRS), help="default: %(default)s")
-    parser.set_defaults(run=lambda args: clip.run(args.pairs, args.device, args.rounds, args.precision, args.output))
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, where other processes are busy too")
+
+    def run(args: argparse.Namespace) -> None:
+        clip.run(args.pairs, args.device, args.rounds, args.precision, args.cpu_time, args.output)
+
+    parser.set_defaults(run=run)
 
 
 def add_groups(parser: argparse.ArgumentParser) -> None:

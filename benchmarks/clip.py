@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -49,10 +50,15 @@ def contenders(pairs: int, device: str) -> dict[str, Callable[[], Any]]:
 
 
 def measure(
-    steps: dict[str, Callable[[], Any]], baseline: str, title: str, device: str, rounds: int
+    steps: dict[str, Callable[[], Any]],
+    baseline: str,
+    title: str,
+    device: str,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """One row of results per contender; ratios to the baseline's, taken within a round."""
-    times, memory = paired(steps, device, rounds, title)
+    times, memory = paired(steps, device, rounds, title, clock)
 
     def ratio(name: str) -> float:
         return statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
@@ -83,14 +89,24 @@ def table(results: dict[int, list[dict[str, Any]]], what: str) -> str:
     return "\n".join(lines)
 
 
-def run(sizes: list[int], device: str, rounds: int, precision: str, output: Path) -> None:
-    """Measure, print the table, write clip.json and clip.md."""
+def run(sizes: list[int], device: str, rounds: int, precision: str, cpu_time: bool, output: Path) -> None:
+    """Measure, print the table, write clip.json and clip.md.
+
+    With ``cpu_time`` one thread computes, and what counts is the time that it had a core: for a machine that is busy.
+    """
     torch.set_float32_matmul_precision(precision)
-    results = {pairs: measure(contenders(pairs, device), BASELINE, f"{pairs} pairs", device, rounds) for pairs in sizes}
+    if cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if cpu_time else time.perf_counter
+    results = {
+        pairs: measure(contenders(pairs, device), BASELINE, f"{pairs} pairs", device, rounds, clock) for pairs in sizes
+    }
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "open_clip_torch"))
     caption = (
-        f"`python -m benchmarks clip --pairs {' '.join(map(str, sizes))} --rounds {rounds} --precision {precision}`: "
+        f"`python -m benchmarks clip --pairs {' '.join(map(str, sizes))} --rounds {rounds} --precision {precision}"
+        f"{' --cpu-time' * cpu_time}`: "
         f"forward and backward of the loss alone, d = {DIM}, a learnable scale at {SCALE:g}; {machine(device)}; "
-        f"float32; {versions}; medians of {rounds} paired rounds, ratios taken within a round."
+        f"float32; {versions}; medians of {rounds} paired rounds, ratios taken within a round"
+        f"{'; time is that of one thread on a core, beside other processes' * cpu_time}."
     )
     publish(output, "clip", table(results, "pairs"), caption, {str(pairs): rows for pairs, rows in results.items()})

@@ -1,7 +1,6 @@
 """What test_open_clip.py trains, and what it runs inside spawned processes."""
 
 import contextlib
-import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +12,11 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from slr_plugin import SLRLoss
 from slr_plugin.adapters.open_clip import SLRClipLoss
 
 BATCH, DIM, WORDS = 6, 8, 5
 MODES = [(local_loss, gather_with_grad) for local_loss in (False, True) for gather_with_grad in (False, True)]
 REFINED = {"confidence": 3.0, "sharpening": 0.6, "refined_weight": 0.8}
-TAKES_GROUPS = "groups" in inspect.signature(SLRLoss.forward).parameters
 GROUPS = torch.tensor([0, 1, 1, -1, 2, -1, 2, -1, 0, 3, 3, 0])  # of the pairs of two processes
 
 
@@ -67,9 +64,8 @@ def run(rank: int, folder: Path, world: int) -> None:
             results[name, mode] = [value_and_gradients(loss, model, sync) for sync in (False, True)]
     refined = SLRClipLoss(True, True, **place, **REFINED)
     results["refined"] = value_and_gradients(refined, DistributedDataParallel(Towers()))
-    if TAKES_GROUPS:
-        grouped = SLRClipLoss(False, True, **place)
-        results["groups"] = value_and_gradients(grouped, DistributedDataParallel(Towers()), groups=GROUPS)
+    grouped = SLRClipLoss(False, True, **place)
+    results["groups"] = value_and_gradients(grouped, DistributedDataParallel(Towers()), groups=GROUPS)
     queued = SLRClipLoss(True, True, **place, memory_bank_size=(3 * BATCH, DIM))
     value_and_gradients(queued, DistributedDataParallel(Towers()))
     results["queue"] = queued.state_dict()

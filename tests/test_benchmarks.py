@@ -179,9 +179,10 @@ def test_labels_from_groups_are_measured_beside_dense_losses(tmp_path, monkeypat
     assert "SupConLoss" in (tmp_path / "groups.md").read_text()
 
 
-def test_the_loss_of_images_and_texts_is_measured_beside_open_clips(tmp_path):
+@pytest.mark.parametrize("cpu_time", [False, True])
+def test_the_loss_of_images_and_texts_is_measured_beside_open_clips(cpu_time, tmp_path, one_thread):
     pytest.importorskip("open_clip")
-    clip.run([6], "cpu", 2, "highest", tmp_path)
+    clip.run([6], "cpu", 2, "highest", cpu_time, tmp_path)
     rows = json.loads((tmp_path / "clip.json").read_text())["results"]["6"]
     assert [row["contender"] for row in rows] == [clip.BASELINE, "SLRClipLoss", "SLRClipLoss, refinement"]
     assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from _open_clip import (
     GROUPS,
     MODES,
     REFINED,
-    TAKES_GROUPS,
     Batches,
     Towers,
     run,
@@ -30,7 +30,6 @@ from slr_plugin import CosineConfidence, SLRLoss, dense
 from slr_plugin.adapters.open_clip import SLRClipLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NEEDS_GROUPS = pytest.mark.skipif(not TAKES_GROUPS, reason="this core has no groups")
 WORLD = 2
 
 
@@ -91,6 +90,15 @@ def test_a_scale_may_be_a_number_or_have_one_axis():
     assert list(loss(images, texts, scale, output_dict=True)) == ["contrastive_loss"]
 
 
+def test_their_scripts_build_it_in_the_place_of_their_loss(monkeypatch):
+    for module in (open_clip.factory, open_clip.loss):  # open_clip 3 and 4
+        monkeypatch.setattr(module, "ClipLoss", SLRClipLoss)
+    options = dict.fromkeys(("distill", "siglip", "horovod", "local_loss"), False) | {"gather_with_grad": True}
+    loss = open_clip.create_loss(SimpleNamespace(**options, model="ViT-B-32", rank=1, world_size=2))
+    assert isinstance(loss, SLRClipLoss)
+    assert (loss.local_loss, loss.gather_with_grad, loss.rank, loss.world_size) == (False, True, 1, 2)
+
+
 @pytest.mark.parametrize("accum_freq", [1, 3])
 def test_their_loop_trains_as_with_their_loss(accum_freq):
     ours, theirs = (train(small_clip(), loss, accum_freq) for loss in (SLRClipLoss(), open_clip.ClipLoss()))
@@ -128,7 +136,6 @@ def test_refined_labels_are_the_dense_ones():
     torch.testing.assert_close(*(torch.autograd.grad(x, leaves) for x in (loss, expected)), rtol=0, atol=1e-12)
 
 
-@NEEDS_GROUPS
 @pytest.mark.parametrize("settings", [{}, REFINED])
 def test_groups_are_those_of_the_dense_loss(settings):
     leaves, groups = model_output(), torch.tensor([3, -1, 3, 0, 0, -1, 3])
@@ -139,7 +146,6 @@ def test_groups_are_those_of_the_dense_loss(settings):
     torch.testing.assert_close(*(torch.autograd.grad(x, leaves) for x in (loss, expected)), rtol=0, atol=1e-12)
 
 
-@NEEDS_GROUPS
 def test_several_captions_of_an_image_are_all_right():
     images, texts, scale = (leaf.detach() for leaf in model_output())
     groups = torch.tensor([0, 0, 0, 1, 1, 2, 3])
@@ -150,7 +156,6 @@ def test_several_captions_of_an_image_are_all_right():
     torch.testing.assert_close(SLRClipLoss()(images, texts, scale, groups=groups), expected)
 
 
-@NEEDS_GROUPS
 @pytest.mark.parametrize("accum_freq", [1, 3])
 def test_groups_pass_through_their_loop_among_what_the_model_returns(accum_freq):
     model, seen = small_clip(), []
@@ -260,7 +265,7 @@ def test_with_gradients_gathered_two_processes_train_like_one(processes, mode):
 
 @pytest.mark.parametrize(
     ("name", "settings", "known"),
-    [("refined", REFINED, {}), pytest.param("groups", {}, {"groups": GROUPS}, marks=NEEDS_GROUPS)],
+    [("refined", REFINED, {}), ("groups", {}, {"groups": GROUPS})],
 )
 def test_labels_of_two_processes_are_those_of_one(processes, name, settings, known):
     value, *gradients = value_and_gradients(SLRClipLoss(**settings), Towers(), **known)
