@@ -9,11 +9,13 @@ pretrains, evaluates and draws; ``cifar10 --help`` lists its options, and settin
         --train-dir DIR/train --val-dir DIR/val --num-classes 1000 [the script's other arguments]
 
 adds sane, sane_single, sane_multi, and each with _strong, to the script's methods. On a CPU add
-``--accelerator cpu --devices 1 --precision 32``. The script's own --help follows its path.
+``--accelerator cpu --devices 1 --precision 32``. The script's own --help follows its path. SANE's labels take what is
+known of the training images from ``--groups FILE`` or ``--estimator FILE.npy``, as in the recipe.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -39,11 +41,19 @@ def main(arguments: Sequence[str]) -> None:
         recipe.main(arguments[1:])
         return
     script = load(Path(arguments[0]))
+    from slr_plugin.adapters.lightly.knowledge import read
     from slr_plugin.adapters.lightly.methods import VARIANTS, register
 
-    options = vars(script.parser.parse_args(arguments[1:]))
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--estimator", "--groups"):
+        own.add_argument(option, type=Path)
+    files, rest = own.parse_known_args(arguments[1:])
+    options = vars(script.parser.parse_args(rest))
     methods = options.get("methods") or []
-    register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)])
+    try:
+        register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)], **read(**vars(files)))
+    except ValueError as error:
+        script.parser.error(str(error))
     if unknown := [name for name in methods if name not in script.METHODS]:
         known = ", ".join({**script.METHODS, **VARIANTS})
         script.parser.error(f"--methods must be among {known}, got {', '.join(unknown)}")
