@@ -31,10 +31,7 @@ from slr_plugin.adapters._require import require
 
 _WRAPPERS = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
 _SUFFIX = {"torchvision": ".safetensors", "detectron2": ".pkl"}
-_MOMENTUM = {"lightly": "key_backbone", "solo-learn": "momentum_backbone"}
-_LIGHTLYS = {10: 9, 18: 18, 34: 34, 50: 50, 101: 101, 152: 152}  # lightly's ResNets: layers, and what it counts
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-_REALS = _FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+_MOMENTUM = ("key_backbone.", "momentum_backbone.")  # of lightly, of solo-learn
 
 
 def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, Tensor]:
@@ -52,10 +49,10 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
         ValueError: it is no checkpoint, could run code, or has no such keys with dense tensors of real numbers.
     """
     state = _read_state(Path(checkpoint))
-    prefixes = tuple(f"{name}." for name in _MOMENTUM.values()) if momentum else ("backbone.",)
+    prefixes = _MOMENTUM if momentum else ("backbone.",)
     found = [(name.partition(".")[2], value) for name, value in state if name.startswith(prefixes)]
     if not found:
-        beginnings = ", ".join(sorted(_beginnings(state))) or "nothing"
+        beginnings = ", ".join(sorted({name.partition(".")[0] for name, _ in state})) or "nothing"
         raise ValueError(f"{checkpoint} has no keys {'* or '.join(prefixes)}*; its keys begin with: {beginnings}")
     if len(dict(found)) < len(found):
         raise ValueError(f"{checkpoint} has two backbones with the same names; leave one of them in its state_dict")
@@ -77,7 +74,9 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]
     if missing or foreign:
         different = f"missing here: {missing[:3]}; not theirs: {foreign[:3]}"
         raise ValueError(f"only torchvision's ResNets with basic or bottleneck blocks fit detectron2; {different}")
-    tensors = _copy({name: state[name] for name in names}, "the state", _FLOATS)
+    tensors = _copy({name: state[name] for name in names}, "the state")
+    if integers := [name for name, value in tensors.items() if not value.is_floating_point()]:
+        raise ValueError(f"{integers[0]} is {tensors[integers[0]].dtype}; detectron2 takes floating point numbers")
     stem = tuple(tensors["conv1.weight"].shape)
     if stem[2:] != (7, 7):
         raise ValueError(f"detectron2's stem is a 7 x 7 convolution, but conv1.weight, for small images, is {stem}")
@@ -98,10 +97,8 @@ def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvisio
     """
     output = Path(output)
     if output.suffix != _SUFFIX.get(to) or output.is_dir():
-        found = f"{'the folder ' if output.is_dir() else ''}{output} for {to}"
-        raise ValueError(
-            f"output must be a file that ends in .safetensors for torchvision, .pkl for detectron2; got {found}"
-        )
+        wanted = "a file that ends in .safetensors for torchvision, .pkl for detectron2"
+        raise ValueError(f"output must be {wanted}; got {output} for {to}")
     content: Mapping[str, Any]
     if to == "detectron2":
         content = to_detectron2(state)
@@ -137,12 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         state = read_backbone(arguments.checkpoint, arguments.momentum)
         tensors = write(state, arguments.output, arguments.to)
-        beginnings = _beginnings(_read_state(arguments.checkpoint))
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{arguments.output}: {tensors} tensors, {_count_parameters(state):,} parameters")
-    trained_by = next((who for who, name in _MOMENTUM.items() if name in beginnings), None)
-    print(_usage(state, str(arguments.output), arguments.to, trained_by))
+    print(_usage(state, str(arguments.output), arguments.to))
 
 
 def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
@@ -156,12 +151,10 @@ def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
     except OSError:
         raise
     except Exception as error:  # of damaged or foreign bytes torch.load raises what it will
-        needed, weights = re.search(r"GLOBAL (\S+)", str(error)), str(checkpoint.with_suffix(".weights.ckpt"))
+        needed = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{checkpoint} needs {needed[1]}, more than tensors and plain values, and loading that can run code. "
-            "If you trust it, keep its weights alone and export these: python -c "
-            f"\"import torch; c = torch.load({str(checkpoint)!r}, 'cpu', weights_only=False); "
-            f"torch.save({{'state_dict': c['state_dict']}}, {weights!r})\""
+            f"{checkpoint} needs {needed[1]}, and loading that can run code; if you trust it, load it with "
+            "weights_only=False and save {'state_dict': its state_dict} alone"
             if needed
             else f"{checkpoint} is damaged, or nothing that torch.load reads safely; name a checkpoint of Lightning"
         ) from error
@@ -172,27 +165,19 @@ def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
     return [(_WRAPPERS.sub("", str(name)), value) for name, value in state.items()]
 
 
-def _beginnings(state: Sequence[tuple[str, Any]]) -> set[str]:
-    """The names of the modules whose values these are; those of the momentum network tell whose adapter trained."""
-    return {name.partition(".")[0] for name, _ in state}
-
-
-def _copy(state: Mapping[str, Any], where: str, dtypes: set[torch.dtype] = _REALS) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, contiguous and apart in memory; refuse what is no dense tensor of ``dtypes``."""
+def _copy(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, contiguous and apart in memory; refuse what is no dense tensor of real numbers."""
     for name, value in state.items():
-        found = f"of type {type(value).__name__}"
-        if type(value) in (Tensor, nn.Parameter):
-            faults = {
-                "nested": value.is_nested,
-                "quantized": value.is_quantized,
-                "on the meta device": value.is_meta,
-                str(value.layout): value.layout is not torch.strided,
-                str(value.dtype): value.dtype not in dtypes,
-            }
-            found = " and ".join(fault for fault, present in faults.items() if present)
-        if found:
-            kind = "floating point" if dtypes is _FLOATS else "real"
-            raise ValueError(f"{name} in {where} is {found}; make it a dense tensor of {kind} numbers, or leave it out")
+        if (
+            type(value) not in (Tensor, nn.Parameter)
+            or value.layout is not torch.strided
+            or value.is_nested
+            or value.is_quantized
+            or value.is_meta
+            or value.is_complex()
+        ):
+            kind = f"{value.dtype}, {value.layout} on {value.device}" if isinstance(value, Tensor) else type(value)
+            raise ValueError(f"{name} in {where} is no dense tensor of real numbers, but {kind}; leave it out")
     if not _count_parameters(state):
         raise ValueError(f"{where} has no weights to export, except perhaps those of a classifier fc")
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
@@ -221,7 +206,7 @@ def _compare(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str], li
     return names, sorted(names.keys() - present), sorted(present - names.keys())
 
 
-def _usage(state: Mapping[str, Tensor], output: str, to: str, trained_by: str | None) -> str:
+def _usage(state: Mapping[str, Tensor], output: str, to: str) -> str:
     """Write the lines of Python that load the file."""
     names, *different = _compare(state)
     depth = 1 + sum(re.search(r"conv\d\.weight$", name) is not None for name in names)
@@ -233,23 +218,8 @@ def _usage(state: Mapping[str, Tensor], output: str, to: str, trained_by: str | 
         settings += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64] if depth in (18, 34) else []
         return f"cfg.merge_from_list({settings})"
     load = f"model.load_state_dict(safetensors.torch.load_file({output!r}))"
-    if "layer2.0.shortcut.0.weight" in state and depth in _LIGHTLYS:
-        build = f"model = ResNetGenerator('resnet-{_LIGHTLYS[depth]}', width={len(state['conv1.weight']) / 64:g})"
-        return (
-            f"import safetensors.torch, torch; from lightly.models import ResNetGenerator; {build}; "
-            f"model.linear = torch.nn.Identity(); {load}  # a network of lightly's, for small images"
-        )
-    # Not a wide ResNet or a ResNeXt.
-    plain = known and tuple(state["layer1.0.conv2.weight"].shape) == (64, 64, 3, 3)
-    stem = tuple(state["conv1.weight"].shape) if plain else ()
-    if stem == (64, 3, 3, 3) and trained_by is not None:
-        padding = {"lightly": 1, "solo-learn": 2}[trained_by]
-        build = (
-            f"model = torchvision.models.resnet{depth}(); model.fc = model.maxpool = torch.nn.Identity(); "
-            f"model.conv1 = torch.nn.Conv2d(3, 64, 3, padding={padding}, bias=False)"
-        )
-        return f"import safetensors.torch, torch, torchvision; {build}; {load}  # {trained_by}'s stem for small images"
-    if stem != (64, 3, 7, 7):
+    shapes = [tuple(state[name].shape) for name in ("conv1.weight", "layer1.0.conv2.weight")] if known else []
+    if shapes != [(64, 3, 7, 7), (64, 64, 3, 3)]:  # small images, a wide ResNet or a ResNeXt
         return f"import safetensors.torch; {load}  # model: the backbone as it was pretrained, without a classifier fc"
     build = f"model = torchvision.models.resnet{depth}(); model.fc = torch.nn.Identity()"
     return (

@@ -105,6 +105,13 @@ def train(model, epochs, views=None, count=32, shuffle=True, ckpt_path=None, **o
     return runner
 
 
+def recipe_options(folder, output, *options):
+    """Arguments of the recipe for a short run of a small network."""
+    small = "--backbone resnet9 --width 0.125 --batch-size 16 --queue-size 32 --accelerator cpu --workers 0"
+    short = "--epochs 3 --linear-epochs 5 --knn-every 1"
+    return [*small.split(), *short.split(), "--data", str(folder), "--output", str(output), *map(str, options)]
+
+
 def moco_v2_losses(model, criterion, epochs):
     """MoCo v2 with lightly's loss, in a plain loop: query from the second view, then the average, then the key."""
     views, _ = loaders()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slr_plugin.adapters.lightly.transforms import SANETransform as SANETransform
     from slr_plugin.adapters.lightly.transforms import transform as transform
 
-__all__ = ["MULTI", "Indexed", "SANE", "SINGLE", "VARIANTS", "SANETransform", "cifar_stem", "register", "transform"]
+__all__ = ["MULTI", "SANE", "SINGLE", "VARIANTS", "Indexed", "SANETransform", "cifar_stem", "register", "transform"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,10 @@
 
 pretrains, evaluates and draws; ``cifar10 --help`` lists its options, and settings for a CPU.
 
+    python -m slr_plugin.adapters.lightly compare --data DIR --groups FILE --seeds 5 [options]
+
+measures whether what you know of your images pays: with it, without it, and it alone.
+
     git clone https://github.com/lightly-ai/lightly
     python -m slr_plugin.adapters.lightly lightly/benchmarks/imagenet/resnet50/main.py --methods sane [mocov2 ...]
         --train-dir DIR/train --val-dir DIR/val --num-classes 1000 [the script's other arguments]
@@ -16,6 +20,7 @@ known of the training images from ``--groups FILE`` or ``--estimator FILE.npy``,
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -34,11 +39,10 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    if arguments[0] == "cifar10":
-        require("lightly", "matplotlib", "tensorboard")
-        from slr_plugin.adapters.lightly import recipe
-
-        recipe.main(arguments[1:])
+    if arguments[0] in ("cifar10", "compare"):
+        require("lightly", "matplotlib", "tensorboard", "tqdm")
+        name = "recipe" if arguments[0] == "cifar10" else "compare"
+        importlib.import_module(f"slr_plugin.adapters.lightly.{name}").main(arguments[1:])
         return
     script = load(Path(arguments[0]))
     from slr_plugin.adapters.lightly.knowledge import read

@@ -19,7 +19,7 @@ from slr_plugin.checks import check_float_tensor, check_index_tensor
 
 
 class Indexed(Dataset[Any]):
-    """A data set, such as torchvision's ImageFolder, whose items also say which they are: ``(views, target, index)``."""
+    """A data set, such as torchvision's ImageFolder, whose items also say which they are: (views, target, index)."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -97,38 +97,45 @@ def read(estimator: Path | None = None, groups: Path | None = None, images: int 
     Raises:
         ValueError: a file is missing or damaged, or has another length or dtype; one line that begins with its option.
     """
-    tables = {}
-    for option, path, parse in (("estimator", estimator, _read_estimator), ("groups", groups, _read_groups)):
-        if path is None:
-            continue
-        try:
-            table = parse(path)
-            if images is not None and len(table) != images:
-                raise ValueError(f"has {len(table)} rows, but there are {images} training images")
-        except (OSError, EOFError, ValueError) as error:
-            reason = f"there is no file {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error}"
-            raise ValueError(f"--{option}: {' '.join(reason.split())}") from error
-        tables[option] = torch.from_numpy(table)
-    return tables
+    files = (("estimator", estimator), ("groups", groups))
+    return {name: read_table(name, path, images) for name, path in files if path is not None}
+
+
+def read_table(option: str, path: Path, images: int | None = None) -> Tensor:
+    """The table in the file of one option, which is ``groups`` or holds features; raises as :func:`read`."""
+    try:
+        table = (_read_groups if option == "groups" else _read_estimator)(path)
+        if images is not None and len(table) != images:
+            raise ValueError(f"has {len(table)} rows, but there are {images} images")
+    except (OSError, EOFError, ValueError) as error:
+        reason = f"there is no file {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error}"
+        raise ValueError(f"--{option}: {' '.join(reason.split())}") from error
+    return torch.from_numpy(table)
 
 
 def _read_estimator(path: Path) -> np.ndarray[Any, Any]:
-    table = np.load(path)
+    table: Any = np.load(path)
     if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind != "f" or not table.shape[1]:
         raise ValueError(f"must hold floating point numbers (images, features), got {_kind(table)}")
-    table = table.astype(np.float32)
-    if not np.isfinite(table).all():
+    features: np.ndarray[Any, Any] = table.astype(np.float32)
+    if not np.isfinite(features).all():
         raise ValueError("holds values that are not finite")
-    return table
+    return features
 
 
 def _read_groups(path: Path) -> np.ndarray[Any, Any]:
     if path.suffix != ".npy":
         return np.array([int(line) for line in path.read_text().splitlines()], dtype=np.int64)
-    table = np.load(path)
-    if table.ndim != 1 or table.dtype.kind not in "iu" or not np.can_cast(table.dtype, np.int64):
+    table: Any = np.load(path)
+    if (
+        not isinstance(table, np.ndarray)
+        or table.ndim != 1
+        or table.dtype.kind not in "iu"
+        or not np.can_cast(table.dtype, np.int64)
+    ):
         raise ValueError(f"must hold whole numbers (images,), got {_kind(table)}")
-    return table.astype(np.int64)
+    ids: np.ndarray[Any, Any] = table.astype(np.int64)
+    return ids
 
 
 def _kind(table: Any) -> str:
