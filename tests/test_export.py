@@ -68,10 +68,8 @@ def features(model, dtype=torch.float32):
         return (model.eval().to(dtype) if isinstance(model, nn.Module) else model)(images)
 
 
-def printed(capsys, *argv):
-    """The lines that the command prints: a summary, then Python."""
+def export(*argv):
     main([str(argument) for argument in argv])
-    return capsys.readouterr().out.splitlines()
 
 
 def fails(capsys, *argv):
@@ -93,32 +91,20 @@ def fails(capsys, *argv):
     "which", ["backbone", "key_backbone", "momentum_backbone"]
 )  # the last two: lightly, solo-learn
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_printed_lines_load_it_into_torchvision_and_timm(tmp_path, capsys, name, which):
+def test_torchvision_and_timm_load_it(tmp_path, capsys, name, which):
     modules = {"head": nn.Linear(2, 2), "backbone": resnet(name), which: resnet(name)}
     checkpoint, output = save(tmp_path / "run.ckpt", **modules), tmp_path / "it's here" / "b.safetensors"
     source, flags = modules[which], [] if which == "backbone" else ["--momentum"]
-    summary, *lines = printed(capsys, checkpoint, output, *flags)
-    parameters = sum(value.numel() for value in source.parameters())
-    assert summary == f"{output}: {len(source.state_dict())} tensors, {parameters:,} parameters"
-    assert [("torchvision" in line, "timm" in line) for line in lines] == [(True, False), (False, True)]
-    for line, tolerance in zip(lines, (0, 1e-6), strict=True):
-        names = {}
-        exec(line, names)
-        torch.testing.assert_close(features(names["model"]), features(source), rtol=tolerance, atol=tolerance)
+    export(checkpoint, output, *flags)
+    assert capsys.readouterr().out == f"{output}: {len(source.state_dict())} tensors; --help says how to load it\n"
+    ours = getattr(torchvision.models, name)()
+    ours.fc = nn.Identity()
+    ours.load_state_dict(safetensors_torch.load_file(output))
+    theirs = timm.create_model(name, num_classes=0, checkpoint_path=output)
+    for model, tolerance in ((ours, 0), (theirs, 1e-6)):
+        torch.testing.assert_close(features(model), features(source), rtol=tolerance, atol=tolerance)
     with safetensors.safe_open(output, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-@pytest.mark.parametrize("name", ["resnet34", "resnet101", "resnet152"])
-def test_the_other_depths_are_recognised(tmp_path, capsys, name):
-    with torch.device("meta"):
-        backbone = getattr(torchvision.models, name)().state_dict()
-    told_by = ("conv1.weight", "layer1.0.conv2.weight")  # the other shapes are left small, to save time
-    state = {f"backbone.{key}": torch.zeros(v.shape if key in told_by else 1) for key, v in backbone.items()}
-    torch.save({"state_dict": state}, tmp_path / "run.ckpt")
-    _, *lines = printed(capsys, tmp_path / "run.ckpt", tmp_path / "b.safetensors")
-    assert f"torchvision.models.{name}()" in lines[0]
-    assert f"create_model('{name}'" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -134,11 +120,11 @@ def test_the_other_depths_are_recognised(tmp_path, capsys, name):
     ],
     ids=["small images", "lightly's", "wide", "resnext", "shallow", "squeeze", "deep stem"],
 )
-def test_another_network_is_called_no_resnet_and_loads_into_its_own_kind(tmp_path, capsys, other):
+def test_another_network_loads_into_its_own_kind(tmp_path, other):
     source, model = other(), other()
     source.fc = model.fc = nn.Identity()
-    _, line = printed(capsys, save(tmp_path / "run.ckpt", backbone=source), tmp_path / "b.safetensors")
-    exec(line, {"model": model})
+    export(save(tmp_path / "run.ckpt", backbone=source), tmp_path / "b.safetensors")
+    model.load_state_dict(safetensors_torch.load_file(tmp_path / "b.safetensors"))
     assert torch.equal(features(model), features(source))
 
 
@@ -147,7 +133,7 @@ def test_as_a_module_of_python(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "slr_plugin.adapters.export", checkpoint, output]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{output}: 2 tensors, {3 * 4 * 9 + 4} parameters\n")
+    assert result.stdout.startswith(f"{output}: 2 tensors; ")
 
 
 # ------------------------------------------------------------------------------------------------- reading checkpoints
@@ -264,12 +250,9 @@ def detectron2_forward(arrays, blocks):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_detectron2_matches_the_file_by_name_and_computes_the_same_features(tmp_path, capsys, name):
-    source, output, settings = resnet(name), tmp_path / "b.pkl", {}
-    summary, line = printed(capsys, save(tmp_path / "run.ckpt", backbone=source), output, "--to", "detectron2")
-    parameters = sum(value.numel() for value in source.parameters())
-    assert summary == f"{output}: {len(detectron2_names(name))} tensors, {parameters:,} parameters"
-
+def test_detectron2_matches_the_file_by_name_and_computes_the_same_features(tmp_path, name):
+    source, output = resnet(name), tmp_path / "b.pkl"
+    export(save(tmp_path / "run.ckpt", backbone=source), output, "--to", "detectron2")
     content = pickle.loads(output.read_bytes(), encoding="latin1")  # as detectron2's DetectionCheckpointer does
     arrays = content.pop("model")
     assert content.pop("__author__") != "Caffe2"  # whose weights detectron2 would rename
@@ -283,21 +266,6 @@ def test_detectron2_matches_the_file_by_name_and_computes_the_same_features(tmp_
     # numpy's own pickles name modules that moved between its versions.
     strings = {argument for _, argument, _ in pickletools.genops(output.read_bytes()) if isinstance(argument, str)}
     assert [text for text in strings if text.startswith("numpy")] == ["numpy"]
-
-    class Config:
-        def merge_from_list(self, values):
-            settings.update(zip(values[::2], values[1::2], strict=True))
-
-    exec(line, {"cfg": Config()})
-    np.testing.assert_allclose(np.divide(settings.pop("MODEL.PIXEL_MEAN"), 255), (0.485, 0.456, 0.406))
-    np.testing.assert_allclose(np.divide(settings.pop("MODEL.PIXEL_STD"), 255), (0.229, 0.224, 0.225))
-    assert settings == {
-        "MODEL.WEIGHTS": str(output),
-        "MODEL.RESNETS.DEPTH": int(name.removeprefix("resnet")),
-        "MODEL.RESNETS.STRIDE_IN_1X1": False,
-        "INPUT.FORMAT": "RGB",
-        **({"MODEL.RESNETS.RES2_OUT_CHANNELS": 64} if name == "resnet18" else {}),
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float64])
@@ -337,7 +305,7 @@ def test_another_architecture_is_refused_by_detectron2(other, said):
 )
 def test_a_part_of_a_resnet_is_refused_by_detectron2(gone):
     state = {name: value for name, value in resnet("resnet18").state_dict().items() if not name.startswith(gone)}
-    with pytest.raises(ValueError, match=rf"missing here: \['{gone}"):
+    with pytest.raises(ValueError, match=rf"missing here, or not theirs: {gone}"):
         to_detectron2(state)
 
 
@@ -366,9 +334,9 @@ FILES = {
     "cut off": (saved({"state_dict": {}}, -100), UNREADABLE),
     "tar": (archived(tarfile.open), UNREADABLE),
     "zip": (archived(lambda fileobj, mode: zipfile.ZipFile(fileobj, mode)), UNREADABLE),
-    "dictionary": (saved({"model": {}}), "no dictionary \"state_dict\", but ['model']"),
-    "list": (saved([1]), 'no dictionary "state_dict", but list'),
-    "list of state": (saved({"state_dict": [1]}), "no dictionary \"state_dict\", but ['state_dict']"),
+    "dictionary": (saved({"model": {}}), 'no dictionary "state_dict"'),
+    "list": (saved([1]), 'no dictionary "state_dict"'),
+    "list of state": (saved({"state_dict": [1]}), 'no dictionary "state_dict"'),
     "no keys": (saved({"state_dict": {}}), "no keys backbone.*; its keys begin with: nothing"),
     "other keys": (saved({"state_dict": {"my_backbone.a": ONES, 3: ONES}}), "its keys begin with: 3, my_backbone"),
     "two": (
@@ -441,7 +409,7 @@ def test_an_abbreviated_option_is_refused(checkpoint, tmp_path, capsys):
 
 
 def test_a_missing_checkpoint_and_a_folder(tmp_path, capsys):
-    for path, said in ((tmp_path / "none.ckpt", "No such file"), (tmp_path, "is a folder; name a file")):
+    for path, said in ((tmp_path / "none.ckpt", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(OSError, match=said):
             read_backbone(path)
         assert str(path) in fails(capsys, path, tmp_path / "b.safetensors")

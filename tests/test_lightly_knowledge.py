@@ -223,7 +223,7 @@ def test_the_recipe_gives_every_image_its_row(digits, tmp_path, monkeypatch):
     own, groups = torch.cat([call[1]["groups"] for call in watched[1].calls[:2]]), kwargs["groups"]
     same = (groups[:, None] == own) & (groups[:, None] >= 0)
     known = torch.cat([torch.ones(16, 1), same], 1)
-    assert set(known.sum(1).tolist()) > {1.0, 3.0}  # a pair is in the queue whole, itself in the last epoch's view
+    assert set(known.sum(1).tolist()) >= {1.0, 3.0}  # a pair is in the queue whole, itself in the last epoch's view
     torch.testing.assert_close(labels, known / known.sum(1, keepdim=True))
     report = json.loads((tmp_path / "pairs" / "results.json").read_text())
     assert report["arguments"]["groups"] == str(digits / "pairs.txt")
@@ -310,10 +310,15 @@ def test_a_comparison_goes_on_and_repeats_nothing(digits, tmp_path, monkeypatch,
     train, trained = training.run, []
 
     def run(args, folders, bar):
+        """One real training; the others only leave what a training leaves."""
         trained.append((args.output.name, args.method, args.groups is not None))
         if len(trained) == 3:
             raise _lightly.KilledError
-        return train(args, folders, bar)
+        if trained[-1][0] == "known-0":
+            return train(args, folders, bar)
+        (args.output / "last.ckpt").touch()
+        (args.output / "arguments.json").write_text(json.dumps(recipe.plain(args)))
+        return {"arguments": recipe.plain(args), "knn": 10.0 * len(trained), "linear": 5.0}
 
     monkeypatch.setattr(training, "run", run)
     with pytest.raises(_lightly.KilledError):
@@ -322,8 +327,7 @@ def test_a_comparison_goes_on_and_repeats_nothing(digits, tmp_path, monkeypatch,
     records = compared(digits, tmp_path)
     plain_and_known = [("plain-1", "mocov2", False), ("known-1", "mocov2", True)]
     assert trained[3:] == plain_and_known
-    ends = [torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("plain-0", "known-0")]
-    assert ends[0]["global_step"] == ends[1]["global_step"] == 3
+    assert torch.load(tmp_path / "known-0" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert compared(digits, tmp_path, "--test-estimator", digits / "test.npy")[:4] == records[:4]
     assert len(trained) == 5
     assert [(r["arm"], r["seed"]) for r in records[:4]] == [

@@ -78,12 +78,6 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # for pickle: what the script defines belongs to this name
     spec.loader.exec_module(module)
-    missing = [name for name in ("METHODS", "parser", "main") if not hasattr(module, name)]
-    if missing:
-        raise SystemExit(
-            f"{path} defines no {', '.join(missing)}: it is none of lightly's benchmark scripts, such as "
-            "benchmarks/imagenet/resnet50/main.py of its repository"
-        )
     return module
 
 

@@ -97,22 +97,16 @@ class SANE(SelfLabelingModule, LightningModule):
         groups: Tensor | None = None,
         estimator: Tensor | None = None,
     ) -> None:
-        for name, whole, low in (
-            ("batch_size_per_device", batch_size_per_device, 1),
-            ("num_classes", num_classes, 1),
-            ("knn_k", knn_k, 1),
-            ("warmup_epochs", warmup_epochs, 0),
-        ):
-            check_integer(name, whole, low=low)
+        for name, count in (("batch_size_per_device", batch_size_per_device), ("num_classes", num_classes)):
+            check_integer(name, count, low=1)
+        check_integer("knn_k", knn_k, low=1)
+        check_integer("warmup_epochs", warmup_epochs, low=0)
         check_number("knn_t", knn_t, low=1e-8)
         check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
         check_flag("mixup", mixup)
         check_flag("share_mix", share_mix)
         if mixup and in_batch_keys is False:
             raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
-        for name, network in (("backbone", backbone), ("projection_head", projection_head)):
-            if not isinstance(network, nn.Module | None):
-                raise TypeError(f"{name} must be a torch.nn.Module or None, got {network!r}")
         preset = _as_preset(preset)
         preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
         check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchvision.datasets import CIFAR10, DatasetFolder, ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.models import get_model
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
@@ -38,7 +37,7 @@ from slr_plugin.adapters.export import read_backbone
 from slr_plugin.adapters.lightly.knowledge import Indexed, read
 from slr_plugin.adapters.lightly.module import SANE
 from slr_plugin.adapters.lightly.networks import cifar_stem
-from slr_plugin.adapters.lightly.recipe import IMAGES, Folders, is_lightlys, plain
+from slr_plugin.adapters.lightly.recipe import Folders, is_lightlys, plain
 from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION, SANETransform
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.diagnostics import LabelQuality, summary
@@ -93,11 +92,8 @@ class Record(LabelQualityCallback):
             self.bar.update(len(self.epochs))
 
 
-class FlatFolder(DatasetFolder):  # type: ignore[misc]  # torchvision is untyped
+class FlatFolder(ImageFolder):  # type: ignore[misc]  # torchvision is untyped
     """The images of a folder and of those in it, of no known class: their target is 0."""
-
-    def __init__(self, root: Path, transform: Callable[[Any], Any]) -> None:
-        super().__init__(root, default_loader, IMAGES, transform)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """One class, the folder itself."""
