@@ -68,11 +68,10 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]
     """
     names = _detectron2_names(state)
     present = {name for name in state if not name.endswith(".num_batches_tracked")}
-    if different := sorted(names.keys() ^ present):
-        raise ValueError(
-            "only torchvision's ResNets with basic or bottleneck blocks fit detectron2; missing here, or not theirs: "
-            f"{', '.join(different[:3])}"
-        )
+    missing, foreign = sorted(names.keys() - present), sorted(present - names.keys())
+    if missing or foreign:
+        different = f"missing here: {missing[:3]}; not theirs: {foreign[:3]}"
+        raise ValueError(f"only torchvision's ResNets with basic or bottleneck blocks fit detectron2; {different}")
     tensors = _copy({name: state[name] for name in names}, "the state")
     stem = tuple(tensors["conv1.weight"].shape)
     if stem[2:] != (7, 7):

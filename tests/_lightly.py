@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 
-from slr_plugin.adapters.lightly import SANE, SANETransform
+from slr_plugin.adapters.lightly import SANE, Indexed, SANETransform
 from slr_plugin.presets import CIFAR10
 
 CLASSES, BATCH, WIDTH = 10, 8, 12
@@ -154,7 +154,11 @@ def main(folder):
     thetas = model.mixup(torch.zeros(4, 1), torch.zeros(4, 1))[1].theta.tolist()
     train(build(), 2, callbacks=[StopAfter(1)], checkpoints=folder / "half", **options)
     train(build(), 2, callbacks=[resumed], ckpt_path=folder / "half" / "last.ckpt", **options)
+    known = build(groups=torch.arange(32) // 2)
+    images = Indexed(Digits(SANETransform(input_size=16)))
+    trainer(1, **options).fit(known, DataLoader(images, BATCH, shuffle=True, drop_last=True))
     seen = {
+        "groups": known.criterion.memory_bank.groups.tolist(),
         "queue": model.criterion.memory_bank.bank.tolist(),
         "weights": [parameter.tolist() for parameter in model.parameters()],
         "theta": thetas,

@@ -489,6 +489,9 @@ def test_two_processes(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first["queue"] == second["queue"]
+    assert first["groups"] == second["groups"]
+    assert set(first["groups"]) <= set(range(16))  # pairs, of 32 images that both processes share
+    assert max(map(first["groups"].count, range(16))) == 2
     assert first["weights"] == second["weights"]
     assert first["theta"] != second["theta"]
     assert first["resumed"] == first["whole"][len(first["whole"]) // 2 :]

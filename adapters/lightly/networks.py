@@ -70,7 +70,7 @@ def _feature_width(backbone: nn.Module) -> int:
     if width is None:
         name = type(backbone).__name__
         raise ValueError(f"the features of a {name} cannot be counted: take off its classifier and pass feature_dim")
-    return width
+    return int(width)
 
 
 @torch.no_grad()
