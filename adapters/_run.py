@@ -63,21 +63,19 @@ class SelfLabelingModule(_Hooks):  # type: ignore[misc]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add where the run began, and a callable confidence in words."""
-        checkpoint[_RUN] = self._steps.state_dict(self.trainer) | {"confidence": self._callable()}
+        words = repr(self.confidence) if callable(self.confidence) else ""
+        checkpoint[_RUN] = self._steps.state_dict(self.trainer) | {"confidence": words}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read where the run began; warn if its confidence was a callable and is none now."""
         run = checkpoint.get(_RUN, {})  # none in earlier versions
         self._steps.load_state_dict(run)
-        if run.get("confidence") and not self._callable():
+        if run.get("confidence") and not callable(self.confidence):
             warnings.warn(
                 f"the checkpoint was trained with confidence={run['confidence']}, a callable, which it does not hold; "
                 f"this module has {self.confidence}: pass confidence= again",
                 stacklevel=2,
             )
-
-    def _callable(self) -> str:
-        return repr(self.confidence) if callable(self.confidence) else ""
 
     def _warn_of_long_queue(self, queue_size: int) -> None:
         try:

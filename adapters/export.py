@@ -4,11 +4,14 @@
 
 CHECKPOINT was saved by Lightning, with ``slr_plugin.adapters.lightly`` or solo-learn. OUTPUT ends in .safetensors and
 has torchvision's names, which are timm's too; or with ``--to detectron2`` it ends in .pkl, for ``MODEL.WEIGHTS``.
+``model.load_state_dict(safetensors.torch.load_file(OUTPUT))`` loads it into the network that was trained, without its
+classifier (``model.fc = torch.nn.Identity()``); ``timm.create_model("resnet50", num_classes=0,
+checkpoint_path=OUTPUT)`` into timm's.
 
-detectron2's defaults belong to another ResNet. Set ``INPUT.FORMAT`` RGB, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD``
-the pretraining's times 255, and ``MODEL.RESNETS.STRIDE_IN_1X1`` False; this command prints the line, with ImageNet's
-mean and deviation. To train every layer, as MoCo's authors do on VOC and COCO, also set ``MODEL.BACKBONE.FREEZE_AT`` 0
-and ``MODEL.RESNETS.NORM`` SyncBN (BN on one GPU).
+detectron2's defaults belong to another ResNet. Set ``MODEL.RESNETS.DEPTH`` (for 18 and 34 also ``RES2_OUT_CHANNELS``
+64), ``STRIDE_IN_1X1`` False, ``INPUT.FORMAT`` RGB, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` to the pretraining's
+times 255: [123.675, 116.28, 103.53] and [58.395, 57.12, 57.375] for ImageNet's. To train every layer, as MoCo's authors
+do on VOC and COCO, also set ``MODEL.BACKBONE.FREEZE_AT`` 0 and ``MODEL.RESNETS.NORM`` SyncBN (BN on one GPU).
 """
 
 from __future__ import annotations
@@ -31,31 +34,24 @@ from slr_plugin.adapters._require import require
 
 _WRAPPERS = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
 _SUFFIX = {"torchvision": ".safetensors", "detectron2": ".pkl"}
-_MOMENTUM = {"lightly": "key_backbone", "solo-learn": "momentum_backbone"}
-_LIGHTLYS = {10: 9, 18: 18, 34: 34, 50: 50, 101: 101, 152: 152}  # lightly's ResNets: layers, and what it counts
-_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-_REALS = _FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+_MOMENTUM = ("key_backbone.", "momentum_backbone.")  # of lightly, of solo-learn
 
 
 def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, Tensor]:
-    """Read the backbone's state dict, without a classifier ``fc``.
-
-    Args:
-        checkpoint: Lightning's, with the keys ``backbone.*``, which may have the prefixes of DDP and torch.compile.
-        momentum: take the momentum copy, ``key_backbone.*`` (lightly) or ``momentum_backbone.*`` (solo-learn).
+    """Read the backbone's state dict, or that of its momentum copy, from Lightning's checkpoint.
 
     Returns:
-        Contiguous tensors on the CPU, in the checkpoint's dtypes, that share no memory.
+        Contiguous tensors on the CPU, in the checkpoint's dtypes, that share no memory; without a classifier ``fc``.
 
     Raises:
         OSError: the file is not there or cannot be opened.
-        ValueError: it is no checkpoint, could run code, or has no such keys with dense tensors of real numbers.
+        ValueError: it is no checkpoint, could run code, or has no backbone of dense tensors of real numbers.
     """
     state = _read_state(Path(checkpoint))
-    prefixes = tuple(f"{name}." for name in _MOMENTUM.values()) if momentum else ("backbone.",)
+    prefixes = _MOMENTUM if momentum else ("backbone.",)
     found = [(name.partition(".")[2], value) for name, value in state if name.startswith(prefixes)]
     if not found:
-        beginnings = ", ".join(sorted(_beginnings(state))) or "nothing"
+        beginnings = ", ".join(sorted({name.partition(".")[0] for name, _ in state})) or "nothing"
         raise ValueError(f"{checkpoint} has no keys {'* or '.join(prefixes)}*; its keys begin with: {beginnings}")
     if len(dict(found)) < len(found):
         raise ValueError(f"{checkpoint} has two backbones with the same names; leave one of them in its state_dict")
@@ -63,34 +59,30 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-    """Give the arrays of a torchvision ResNet detectron2's names, in float32.
+    """Give the arrays of a torchvision ResNet, without ``fc``, detectron2's names, in float32.
 
     ``num_batches_tracked`` is left out, as detectron2's frozen norms have none.
 
-    Args:
-        state: of a ResNet with basic or bottleneck blocks and the 7 x 7 stem, without ``fc``. ResNeXt and wide too.
-
     Raises:
-        ValueError: another architecture, another stem, or values other than dense tensors of floating point numbers.
+        ValueError: another architecture, another stem than 7 x 7, or values other than floating point numbers.
     """
-    names, missing, foreign = _compare(state)
+    names = _detectron2_names(state)
+    present = {name for name in state if not name.endswith(".num_batches_tracked")}
+    missing, foreign = sorted(names.keys() - present), sorted(present - names.keys())
     if missing or foreign:
         different = f"missing here: {missing[:3]}; not theirs: {foreign[:3]}"
         raise ValueError(f"only torchvision's ResNets with basic or bottleneck blocks fit detectron2; {different}")
-    tensors = _copy({name: state[name] for name in names}, "the state", _FLOATS)
+    tensors = _copy({name: state[name] for name in names}, "the state")
     stem = tuple(tensors["conv1.weight"].shape)
     if stem[2:] != (7, 7):
         raise ValueError(f"detectron2's stem is a 7 x 7 convolution, but conv1.weight, for small images, is {stem}")
+    if integers := [name for name, value in tensors.items() if not value.is_floating_point()]:
+        raise ValueError(f"{integers[0]} is {tensors[integers[0]].dtype}; detectron2 takes floating point numbers")
     return {names[name]: value.float().numpy() for name, value in tensors.items()}
 
 
 def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvision") -> int:
     """Write a backbone's file, whole or not at all, and the folders above it; return the number of tensors.
-
-    Args:
-        state: from :func:`read_backbone`, or a model's own.
-        output: ends in .safetensors for torchvision, in .pkl for detectron2.
-        to: ``"torchvision"`` (and timm) or ``"detectron2"``.
 
     Raises:
         OSError, ValueError: ``output`` cannot be written or has another suffix, ``state`` does not fit the format.
@@ -98,10 +90,8 @@ def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvisio
     """
     output = Path(output)
     if output.suffix != _SUFFIX.get(to) or output.is_dir():
-        found = f"{'the folder ' if output.is_dir() else ''}{output} for {to}"
-        raise ValueError(
-            f"output must be a file that ends in .safetensors for torchvision, .pkl for detectron2; got {found}"
-        )
+        wanted = "a file that ends in .safetensors for torchvision, .pkl for detectron2"
+        raise ValueError(f"output must be {wanted}; got {output} for {to}")
     content: Mapping[str, Any]
     if to == "detectron2":
         content = to_detectron2(state)
@@ -126,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on ``argv``, or on the process's own arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m slr_plugin.adapters.export",
-        description="Write a checkpoint's backbone as a file for torchvision, timm or detectron2.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Lightning's, of lightly or solo-learn")
@@ -137,18 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         state = read_backbone(arguments.checkpoint, arguments.momentum)
         tensors = write(state, arguments.output, arguments.to)
-        beginnings = _beginnings(_read_state(arguments.checkpoint))
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"{arguments.output}: {tensors} tensors, {_count_parameters(state):,} parameters")
-    trained_by = next((who for who, name in _MOMENTUM.items() if name in beginnings), None)
-    print(_usage(state, str(arguments.output), arguments.to, trained_by))
+    print(f"{arguments.output}: {tensors} tensors; --help says how to load it")
 
 
 def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
     """Read a Lightning checkpoint's names, without those of wrappers, and values; run no code that may be in it."""
-    if checkpoint.is_dir():
-        raise IsADirectoryError(f"{checkpoint} is a folder; name a file, which a sharded checkpoint must first become")
     try:
         if tarfile.is_tarfile(checkpoint):
             raise ValueError("torch before 2.6 runs the code in tar archives in spite of weights_only=True")
@@ -156,56 +142,34 @@ def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
     except OSError:
         raise
     except Exception as error:  # of damaged or foreign bytes torch.load raises what it will
-        needed, weights = re.search(r"GLOBAL (\S+)", str(error)), str(checkpoint.with_suffix(".weights.ckpt"))
+        needed = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{checkpoint} needs {needed[1]}, more than tensors and plain values, and loading that can run code. "
-            "If you trust it, keep its weights alone and export these: python -c "
-            f"\"import torch; c = torch.load({str(checkpoint)!r}, 'cpu', weights_only=False); "
-            f"torch.save({{'state_dict': c['state_dict']}}, {weights!r})\""
+            f"{checkpoint} needs {needed[1]}, and loading that can run code; if you trust it, load it with "
+            "weights_only=False and save {'state_dict': its state_dict} alone"
             if needed
             else f"{checkpoint} is damaged, or nothing that torch.load reads safely; name a checkpoint of Lightning"
         ) from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        found = list(content)[:3] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f'{checkpoint} is no checkpoint of Lightning: it has no dictionary "state_dict", but {found}')
+        raise ValueError(f'{checkpoint} is no checkpoint of Lightning: it has no dictionary "state_dict"')
     return [(_WRAPPERS.sub("", str(name)), value) for name, value in state.items()]
 
 
-def _beginnings(state: Sequence[tuple[str, Any]]) -> set[str]:
-    """The names of the modules whose values these are; those of the momentum network tell whose adapter trained."""
-    return {name.partition(".")[0] for name, _ in state}
-
-
-def _copy(state: Mapping[str, Any], where: str, dtypes: set[torch.dtype] = _REALS) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, contiguous and apart in memory; refuse what is no dense tensor of ``dtypes``."""
+def _copy(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, contiguous and apart in memory; refuse what is no dense tensor of real numbers."""
     for name, value in state.items():
-        found = f"of type {type(value).__name__}"
-        if type(value) in (Tensor, nn.Parameter):
-            faults = {
-                "nested": value.is_nested,
-                "quantized": value.is_quantized,
-                "on the meta device": value.is_meta,
-                str(value.layout): value.layout is not torch.strided,
-                str(value.dtype): value.dtype not in dtypes,
-            }
-            found = " and ".join(fault for fault, present in faults.items() if present)
-        if found:
-            kind = "floating point" if dtypes is _FLOATS else "real"
-            raise ValueError(f"{name} in {where} is {found}; make it a dense tensor of {kind} numbers, or leave it out")
-    if not _count_parameters(state):
+        is_dense = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_nested
+        if not is_dense or value.is_quantized or value.is_meta or value.is_complex():
+            kind = f"{value.dtype}, {value.layout} on {value.device}" if isinstance(value, Tensor) else type(value)
+            raise ValueError(f"{name} in {where} is no dense tensor of real numbers, but {kind}; leave it out")
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    if not any(value.numel() for name, value in state.items() if not name.endswith(buffers)):
         raise ValueError(f"{where} has no weights to export, except perhaps those of a classifier fc")
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
-def _count_parameters(state: Mapping[str, Tensor]) -> int:
-    """Count the numbers that are no buffers of a batch norm."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return sum(value.numel() for name, value in state.items() if not name.endswith(buffers))
-
-
-def _compare(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str], list[str]]:
-    """Return a ResNet's names with detectron2's for them, then which of them ``state`` lacks and has besides."""
+def _detectron2_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of a torchvision ResNet with so many blocks, and detectron2's for them."""
     modules = [("conv1", "bn1", "stem.conv1")]
     for layer in range(1, 5):
         for block in range(len({name.split(".")[1] for name in state if name.startswith(f"layer{layer}.")}) or 1):
@@ -214,48 +178,9 @@ def _compare(state: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str], li
             modules += [(f"{ours}.conv{i}", f"{ours}.bn{i}", f"{theirs}.conv{i}") for i in range(1, last + 1)]
             if f"{ours}.downsample.0.weight" in state:
                 modules.append((f"{ours}.downsample.0", f"{ours}.downsample.1", f"{theirs}.shortcut"))
-    names = {f"{conv}.weight": f"{target}.weight" for conv, _, target in modules}
     fields = ("weight", "bias", "running_mean", "running_var")
-    names |= {f"{norm}.{field}": f"{target}.norm.{field}" for _, norm, target in modules for field in fields}
-    present = {name for name in state if not name.endswith(".num_batches_tracked")}
-    return names, sorted(names.keys() - present), sorted(present - names.keys())
-
-
-def _usage(state: Mapping[str, Tensor], output: str, to: str, trained_by: str | None) -> str:
-    """Write the lines of Python that load the file."""
-    names, *different = _compare(state)
-    depth = 1 + sum(re.search(r"conv\d\.weight$", name) is not None for name in names)
-    known = different == [[], []] and depth in (18, 34, 50, 101, 152)
-    if to == "detectron2":
-        settings = ["MODEL.WEIGHTS", output, "MODEL.RESNETS.STRIDE_IN_1X1", False, "INPUT.FORMAT", "RGB"]
-        settings += ["MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.PIXEL_STD", [58.395, 57.12, 57.375]]
-        settings += ["MODEL.RESNETS.DEPTH", depth] if known else []
-        settings += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64] if depth in (18, 34) else []
-        return f"cfg.merge_from_list({settings})"
-    load = f"model.load_state_dict(safetensors.torch.load_file({output!r}))"
-    if "layer2.0.shortcut.0.weight" in state and depth in _LIGHTLYS:
-        build = f"model = ResNetGenerator('resnet-{_LIGHTLYS[depth]}', width={len(state['conv1.weight']) / 64:g})"
-        return (
-            f"import safetensors.torch, torch; from lightly.models import ResNetGenerator; {build}; "
-            f"model.linear = torch.nn.Identity(); {load}  # a network of lightly's, for small images"
-        )
-    # Not a wide ResNet or a ResNeXt.
-    plain = known and tuple(state["layer1.0.conv2.weight"].shape) == (64, 64, 3, 3)
-    stem = tuple(state["conv1.weight"].shape) if plain else ()
-    if stem == (64, 3, 3, 3) and trained_by is not None:
-        padding = {"lightly": 1, "solo-learn": 2}[trained_by]
-        build = (
-            f"model = torchvision.models.resnet{depth}(); model.fc = model.maxpool = torch.nn.Identity(); "
-            f"model.conv1 = torch.nn.Conv2d(3, 64, 3, padding={padding}, bias=False)"
-        )
-        return f"import safetensors.torch, torch, torchvision; {build}; {load}  # {trained_by}'s stem for small images"
-    if stem != (64, 3, 7, 7):
-        return f"import safetensors.torch; {load}  # model: the backbone as it was pretrained, without a classifier fc"
-    build = f"model = torchvision.models.resnet{depth}(); model.fc = torch.nn.Identity()"
-    return (
-        f"import safetensors.torch, torch, torchvision; {build}; {load}\n"
-        f"import timm; model = timm.create_model('resnet{depth}', num_classes=0, checkpoint_path={output!r})"
-    )
+    names = {f"{norm}.{field}": f"{target}.norm.{field}" for _, norm, target in modules for field in fields}
+    return names | {f"{conv}.weight": f"{target}.weight" for conv, _, target in modules}
 
 
 def _pickle(model: Mapping[str, np.ndarray[Any, Any]]) -> bytes:

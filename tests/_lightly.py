@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import resize
 
-from slr_plugin.adapters.lightly import SANE, SANETransform
+from slr_plugin.adapters.lightly import SANE, Indexed, SANETransform
 from slr_plugin.presets import CIFAR10
 
 CLASSES, BATCH, WIDTH = 10, 8, 12
@@ -105,6 +105,13 @@ def train(model, epochs, views=None, count=32, shuffle=True, ckpt_path=None, **o
     return runner
 
 
+def recipe_options(folder, output, *options):
+    """Arguments of the recipe for a short run of a small network."""
+    small = "--backbone resnet9 --width 0.125 --batch-size 16 --queue-size 32 --accelerator cpu --workers 0"
+    short = "--epochs 3 --linear-epochs 5 --knn-every 1"
+    return [*small.split(), *short.split(), "--data", str(folder), "--output", str(output), *map(str, options)]
+
+
 def moco_v2_losses(model, criterion, epochs):
     """MoCo v2 with lightly's loss, in a plain loop: query from the second view, then the average, then the key."""
     views, _ = loaders()
@@ -147,7 +154,11 @@ def main(folder):
     thetas = model.mixup(torch.zeros(4, 1), torch.zeros(4, 1))[1].theta.tolist()
     train(build(), 2, callbacks=[StopAfter(1)], checkpoints=folder / "half", **options)
     train(build(), 2, callbacks=[resumed], ckpt_path=folder / "half" / "last.ckpt", **options)
+    known = build(groups=torch.arange(32) // 2)
+    images = Indexed(Digits(SANETransform(input_size=16)))
+    trainer(1, **options).fit(known, DataLoader(images, BATCH, shuffle=True, drop_last=True))
     seen = {
+        "groups": known.criterion.memory_bank.groups.tolist(),
         "queue": model.criterion.memory_bank.bank.tolist(),
         "weights": [parameter.tolist() for parameter in model.parameters()],
         "theta": thetas,

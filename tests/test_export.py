@@ -49,6 +49,12 @@ def small_images():
     return model
 
 
+def lightlys(name, width):
+    model = pytest.importorskip("lightly.models").ResNetGenerator(name, width=width)
+    model.linear = nn.Identity()
+    return model.eval()
+
+
 def save(path, rest=None, **modules):
     """A Lightning checkpoint of a module with these submodules."""
     state = {f"{prefix}.{name}": v for prefix, module in modules.items() for name, v in module.state_dict().items()}
@@ -62,10 +68,8 @@ def features(model, dtype=torch.float32):
         return (model.eval().to(dtype) if isinstance(model, nn.Module) else model)(images)
 
 
-def printed(capsys, *argv):
-    """The lines that the command prints: a summary, then Python."""
+def export(*argv):
     main([str(argument) for argument in argv])
-    return capsys.readouterr().out.splitlines()
 
 
 def fails(capsys, *argv):
@@ -87,84 +91,41 @@ def fails(capsys, *argv):
     "which", ["backbone", "key_backbone", "momentum_backbone"]
 )  # the last two: lightly, solo-learn
 @pytest.mark.parametrize("name", BLOCKS)
-def test_the_printed_lines_load_it_into_torchvision_and_timm(tmp_path, capsys, name, which):
+def test_torchvision_and_timm_load_it(tmp_path, capsys, name, which):
     modules = {"head": nn.Linear(2, 2), "backbone": resnet(name), which: resnet(name)}
     checkpoint, output = save(tmp_path / "run.ckpt", **modules), tmp_path / "it's here" / "b.safetensors"
     source, flags = modules[which], [] if which == "backbone" else ["--momentum"]
-    summary, *lines = printed(capsys, checkpoint, output, *flags)
-    parameters = sum(value.numel() for value in source.parameters())
-    assert summary == f"{output}: {len(source.state_dict())} tensors, {parameters:,} parameters"
-    assert [("torchvision" in line, "timm" in line) for line in lines] == [(True, False), (False, True)]
-    for line, tolerance in zip(lines, (0, 1e-6), strict=True):
-        names = {}
-        exec(line, names)
-        torch.testing.assert_close(features(names["model"]), features(source), rtol=tolerance, atol=tolerance)
+    export(checkpoint, output, *flags)
+    assert capsys.readouterr().out == f"{output}: {len(source.state_dict())} tensors; --help says how to load it\n"
+    ours = getattr(torchvision.models, name)()
+    ours.fc = nn.Identity()
+    ours.load_state_dict(safetensors_torch.load_file(output))
+    theirs = timm.create_model(name, num_classes=0, checkpoint_path=output)
+    for model, tolerance in ((ours, 0), (theirs, 1e-6)):
+        torch.testing.assert_close(features(model), features(source), rtol=tolerance, atol=tolerance)
     with safetensors.safe_open(output, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-@pytest.mark.parametrize("name", ["resnet34", "resnet101", "resnet152"])
-def test_the_other_depths_are_recognised(tmp_path, capsys, name):
-    with torch.device("meta"):
-        backbone = getattr(torchvision.models, name)().state_dict()
-    told_by = ("conv1.weight", "layer1.0.conv2.weight")  # the other shapes are left small, to save time
-    state = {f"backbone.{key}": torch.zeros(v.shape if key in told_by else 1) for key, v in backbone.items()}
-    torch.save({"state_dict": state}, tmp_path / "run.ckpt")
-    _, *lines = printed(capsys, tmp_path / "run.ckpt", tmp_path / "b.safetensors")
-    assert f"torchvision.models.{name}()" in lines[0]
-    assert f"create_model('{name}'" in lines[1]
 
 
 @pytest.mark.parametrize(
     "other",
     [
         small_images,
+        lambda: lightlys("resnet-9", 0.25),
         lambda: resnet("resnet50", width_per_group=128),
         lambda: resnet("resnet50", groups=32, width_per_group=4),
         lambda: torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]),
         lambda: timm.create_model("seresnet50", num_classes=0),
         lambda: timm.create_model("resnet18d", num_classes=0),
     ],
-    ids=["small images", "wide", "resnext", "shallow", "squeeze", "deep stem"],
+    ids=["small images", "lightly's", "wide", "resnext", "shallow", "squeeze", "deep stem"],
 )
-def test_another_network_is_called_no_resnet_and_loads_into_its_own_kind(tmp_path, capsys, other):
+def test_another_network_loads_into_its_own_kind(tmp_path, other):
     source, model = other(), other()
     source.fc = model.fc = nn.Identity()
-    _, line = printed(capsys, save(tmp_path / "run.ckpt", backbone=source), tmp_path / "b.safetensors")
-    exec(line, {"model": model})
+    export(save(tmp_path / "run.ckpt", backbone=source), tmp_path / "b.safetensors")
+    model.load_state_dict(safetensors_torch.load_file(tmp_path / "b.safetensors"))
     assert torch.equal(features(model), features(source))
-
-
-def lightlys(name, width):
-    model = pytest.importorskip("lightly.models").ResNetGenerator(name, width=width)
-    model.linear = nn.Identity()
-    return model.eval()
-
-
-def solo_learns():
-    model = small_images()
-    model.conv1 = nn.Conv2d(3, 64, 3, 1, 2, bias=False)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("build", "momentum_network"),
-    [
-        (small_images, "key_backbone"),
-        (solo_learns, "momentum_backbone"),
-        (lambda: lightlys("resnet-9", 0.25), "key_backbone"),
-        (lambda: lightlys("resnet-18", 0.5), "key_backbone"),
-        (lambda: lightlys("resnet-50", 0.125), "key_backbone"),
-    ],
-    ids=["lightly", "solo-learn", "resnet-9", "resnet-18", "resnet-50"],
-)
-def test_the_printed_line_builds_networks_for_small_images_too(tmp_path, capsys, build, momentum_network):
-    source = build()
-    checkpoint = save(tmp_path / "run.ckpt", backbone=source, **{momentum_network: source})
-    _, line = printed(capsys, checkpoint, tmp_path / "b.safetensors")
-    names = {}
-    exec(line, names)
-    torch.testing.assert_close(features(names["model"]).flatten(1), features(source).flatten(1), rtol=0, atol=0)
 
 
 def test_as_a_module_of_python(tmp_path):
@@ -172,7 +133,7 @@ def test_as_a_module_of_python(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "slr_plugin.adapters.export", checkpoint, output]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{output}: 2 tensors, {3 * 4 * 9 + 4} parameters\n")
+    assert result.stdout.startswith(f"{output}: 2 tensors; ")
 
 
 # ------------------------------------------------------------------------------------------------- reading checkpoints
@@ -289,12 +250,9 @@ def detectron2_forward(arrays, blocks):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_detectron2_matches_the_file_by_name_and_computes_the_same_features(tmp_path, capsys, name):
-    source, output, settings = resnet(name), tmp_path / "b.pkl", {}
-    summary, line = printed(capsys, save(tmp_path / "run.ckpt", backbone=source), output, "--to", "detectron2")
-    parameters = sum(value.numel() for value in source.parameters())
-    assert summary == f"{output}: {len(detectron2_names(name))} tensors, {parameters:,} parameters"
-
+def test_detectron2_matches_the_file_by_name_and_computes_the_same_features(tmp_path, name):
+    source, output = resnet(name), tmp_path / "b.pkl"
+    export(save(tmp_path / "run.ckpt", backbone=source), output, "--to", "detectron2")
     content = pickle.loads(output.read_bytes(), encoding="latin1")  # as detectron2's DetectionCheckpointer does
     arrays = content.pop("model")
     assert content.pop("__author__") != "Caffe2"  # whose weights detectron2 would rename
@@ -308,21 +266,6 @@ def test_detectron2_matches_the_file_by_name_and_computes_the_same_features(tmp_
     # numpy's own pickles name modules that moved between its versions.
     strings = {argument for _, argument, _ in pickletools.genops(output.read_bytes()) if isinstance(argument, str)}
     assert [text for text in strings if text.startswith("numpy")] == ["numpy"]
-
-    class Config:
-        def merge_from_list(self, values):
-            settings.update(zip(values[::2], values[1::2], strict=True))
-
-    exec(line, {"cfg": Config()})
-    np.testing.assert_allclose(np.divide(settings.pop("MODEL.PIXEL_MEAN"), 255), (0.485, 0.456, 0.406))
-    np.testing.assert_allclose(np.divide(settings.pop("MODEL.PIXEL_STD"), 255), (0.229, 0.224, 0.225))
-    assert settings == {
-        "MODEL.WEIGHTS": str(output),
-        "MODEL.RESNETS.DEPTH": int(name.removeprefix("resnet")),
-        "MODEL.RESNETS.STRIDE_IN_1X1": False,
-        "INPUT.FORMAT": "RGB",
-        **({"MODEL.RESNETS.RES2_OUT_CHANNELS": 64} if name == "resnet18" else {}),
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float64])
@@ -391,9 +334,9 @@ FILES = {
     "cut off": (saved({"state_dict": {}}, -100), UNREADABLE),
     "tar": (archived(tarfile.open), UNREADABLE),
     "zip": (archived(lambda fileobj, mode: zipfile.ZipFile(fileobj, mode)), UNREADABLE),
-    "dictionary": (saved({"model": {}}), "no dictionary \"state_dict\", but ['model']"),
-    "list": (saved([1]), 'no dictionary "state_dict", but list'),
-    "list of state": (saved({"state_dict": [1]}), "no dictionary \"state_dict\", but ['state_dict']"),
+    "dictionary": (saved({"model": {}}), 'no dictionary "state_dict"'),
+    "list": (saved([1]), 'no dictionary "state_dict"'),
+    "list of state": (saved({"state_dict": [1]}), 'no dictionary "state_dict"'),
     "no keys": (saved({"state_dict": {}}), "no keys backbone.*; its keys begin with: nothing"),
     "other keys": (saved({"state_dict": {"my_backbone.a": ONES, 3: ONES}}), "its keys begin with: 3, my_backbone"),
     "two": (
@@ -421,29 +364,24 @@ def test_a_file_without_a_backbone_is_refused_and_nothing_written(tmp_path, caps
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: 3, "of type int"),
-        (lambda: {"scale": ONES}, "of type dict"),
+        (lambda: {"scale": ONES}, "class 'dict'"),
         (lambda: torch.eye(3).to_sparse(), "torch.sparse_coo"),
-        (lambda: torch.eye(3).to_sparse_csr(), "torch.sparse_csr"),
-        (lambda: torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8), "quantized"),
-        (lambda: torch.quantize_per_channel(ONES, ONES, torch.zeros(3), 0, torch.qint8), "quantized"),
-        (lambda: torch.nested.nested_tensor([ONES, ONES[:2]]), "nested"),
-        (lambda: torch.nested.nested_tensor([ONES, ONES[:2]], layout=torch.jagged), "of type NestedTensor"),
-        (lambda: torch.empty(3, device="meta"), "on the meta device"),
+        (lambda: torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8), "torch.qint8"),
+        (lambda: torch.nested.nested_tensor([ONES, ONES[:2]]), "torch.float32"),
+        (lambda: torch.empty(3, device="meta"), "on meta"),
         (lambda: ONES.to(torch.complex128), "torch.complex128"),
-        (lambda: torch.empty(3, dtype=torch.bits8), "torch.bits8"),
     ],
-    ids=["int", "dict", "coo", "csr", "quantized", "channels", "nested", "jagged", "meta", "complex", "bits"],
+    ids=["dict", "coo", "quantized", "nested", "meta", "complex"],
 )
 def test_a_value_that_is_no_dense_tensor_of_real_numbers_is_refused_by_name(tmp_path, capsys, build, said):
     checkpoint, odd = tmp_path / "run.ckpt", build()
     torch.save({"state_dict": {"backbone.weight": ONES, "backbone.odd": odd}}, checkpoint)
     message = fails(capsys, checkpoint, tmp_path / "new" / "b.safetensors")
-    assert message.startswith(f"odd in {checkpoint} is {said}")
-    assert message.endswith("; make it a dense tensor of real numbers, or leave it out")
+    assert message.startswith(f"odd in {checkpoint} is no dense tensor of real numbers, but ")
+    assert said in message
     resnet18 = resnet("resnet18").state_dict()
     for state, name, to in (({}, "b.safetensors", "torchvision"), (resnet18, "b.pkl", "detectron2")):
-        with pytest.raises(ValueError, match=f"bn1.bias in the state is {said}.*; make it a dense tensor of"):
+        with pytest.raises(ValueError, match=r"bn1.bias in the state is no dense tensor"):
             write({**state, "bn1.bias": odd}, tmp_path / "new" / name, to)
     assert list(tmp_path.iterdir()) == [checkpoint]
     torch.save({"state_dict": {"backbone.weight": ONES, "criterion.odd": odd}}, checkpoint)
@@ -452,7 +390,7 @@ def test_a_value_that_is_no_dense_tensor_of_real_numbers_is_refused_by_name(tmp_
 
 def test_integers_are_refused_by_detectron2():
     state = resnet("resnet18").state_dict() | {"bn1.bias": torch.zeros(64, dtype=torch.int8)}
-    with pytest.raises(ValueError, match=r"bn1\.bias in the state is torch\.int8; make it .* floating point"):
+    with pytest.raises(ValueError, match=r"bn1\.bias is torch\.int8; .* floating point"):
         to_detectron2(state)
 
 
@@ -471,23 +409,20 @@ def test_an_abbreviated_option_is_refused(checkpoint, tmp_path, capsys):
 
 
 def test_a_missing_checkpoint_and_a_folder(tmp_path, capsys):
-    for path, said in ((tmp_path / "none.ckpt", "No such file"), (tmp_path, "is a folder; name a file")):
+    for path, said in ((tmp_path / "none.ckpt", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(OSError, match=said):
             read_backbone(path)
         assert str(path) in fails(capsys, path, tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-def test_a_checkpoint_that_could_run_code_comes_with_the_way_out(tmp_path, capsys, zipped):
+def test_a_checkpoint_that_could_run_code_is_not_loaded(tmp_path, capsys, zipped):
     source, checkpoint = nn.Linear(2, 3), tmp_path / "run.ckpt"
     state = {f"backbone.{name}": value for name, value in source.state_dict().items()}
     content = {"state_dict": state, "hyper_parameters": argparse.Namespace(a=1)}
     torch.save(content, checkpoint, _use_new_zipfile_serialization=zipped)
     message = fails(capsys, checkpoint, tmp_path / "b.safetensors")
-    assert message.startswith(f"{checkpoint} needs argparse.Namespace, more than tensors")
-    command = message.partition('python -c "')[2].removesuffix('"')
-    subprocess.run([sys.executable, "-c", command], check=True)
-    assert torch.equal(read_backbone(tmp_path / "run.weights.ckpt")["weight"], source.weight)
+    assert message.startswith(f"{checkpoint} needs argparse.Namespace, and loading that can run code")
 
 
 @pytest.mark.parametrize(
@@ -496,7 +431,7 @@ def test_a_checkpoint_that_could_run_code_comes_with_the_way_out(tmp_path, capsy
         ("b.pkl", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
         ("b", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
         ("b.safetensors", "detectron2", ".pkl for detectron2; got "),
-        ("folder.safetensors", "torchvision", "got the folder "),
+        ("folder.safetensors", "torchvision", "got "),
         ("b.onnx", "onnx", "onnx"),
         ("b.pkl", "detectron2", "only torchvision's ResNets"),
     ],

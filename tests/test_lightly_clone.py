@@ -70,7 +70,9 @@ def run(folder, *arguments):
 
 
 def test_two_processes_train_and_vote(folder):
-    result = run(folder, "--methods", "sane", "--devices", 2, "--epochs", 1, "--log-dir", folder / "logs")
+    (folder / "groups.txt").write_text("\n".join(str(number // 2) for number in range(20)))
+    options = ["--groups", folder / "groups.txt", "--log-dir", folder / "logs"]
+    result = run(folder, "--methods", "sane", "--devices", 2, "--epochs", 1, *options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "val_knn_top1" in result.stdout
     assert "max val_online_cls_top1: -1" not in result.stdout  # what the script prints for a metric it does not find

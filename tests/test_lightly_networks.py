@@ -48,12 +48,10 @@ def test_the_width_of_the_features_is_found(create, width):
 @pytest.mark.parametrize(
     ("create", "arguments", "message"),
     [
-        (nn.Flatten, {}, "pass feature_dim"),
         (mobilenet_v3_small, {}, "take off its classifier and pass feature_dim"),
         (vit_b_16, {}, "take off its classifier"),
         (lambda: timm.create_model("mobilenetv3_small_050"), {}, "take off its classifier"),
         (lambda: timm.create_model("resnet18", features_only=True), {}, "pass feature_dim"),
-        (backbone, {"feature_dim": 99}, "puts out 12 features, not 99: pass feature_dim=12"),
         (backbone, {"projection_head": nn.Linear(99, 4)}, "projection_head, a Linear, fails .* feature_dim=12"),
         (backbone, {"projection_head": nn.LazyLinear(4)}, "lazy layers"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), {"feature_dim": 4}, "lazy layers"),
@@ -65,13 +63,15 @@ def test_networks_that_do_not_fit_are_refused_at_construction(create, arguments,
         SANE(8, 10, backbone=create(), queue_size=8, **arguments)
 
 
-def test_a_width_that_no_probe_finds_is_checked_in_the_first_step():
+def test_a_width_that_is_passed_is_checked_in_the_first_step():
     def build_flat(feature_dim):
         network = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Flatten())  # as many features as pixels
         return build(backbone=network, feature_dim=feature_dim)
 
     with pytest.raises(ValueError, match="puts out 512 features: pass feature_dim=512"):
         train(build_flat(99), epochs=1, limit_val_batches=0)
+    with pytest.raises(ValueError, match="puts out 12 features: pass feature_dim=12"):
+        train(build(feature_dim=99), epochs=1, limit_val_batches=0)
     with pytest.raises(ValueError, match="puts out 512 features: pass feature_dim=512"):
         train(build_flat(99), epochs=1)  # in the sanity check of the validation
     train(build_flat(512), epochs=1)

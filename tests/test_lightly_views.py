@@ -134,19 +134,10 @@ def test_grey_images_of_grey_settings_stay_grey():
         image(40, 40).convert("F"),
         image(40, 40).convert("I"),
         Image.fromarray(np.full((40, 40), 4000, dtype=np.uint16)),
-        np.zeros((40, 40, 3), dtype=np.float32),
-        torch.zeros(4, 40, 40),
-        torch.zeros(40, 40, 3),
-        torch.zeros(40, 40),
-        torch.zeros(2, 3, 40, 40),
-        torch.zeros(3, 40, 40, dtype=torch.int64),
-        torch.zeros(3, 40, 40, dtype=torch.bfloat16),  # the blur takes none
-        None,
-        "image.png",
     ],
 )
-def test_what_is_no_image_of_8_bits_is_refused_by_its_kind(wrong):
-    with pytest.raises(TypeError, match=f"an image must be PIL's .*, got {type(wrong).__name__}"):
+def test_images_of_more_bits_are_refused(wrong):
+    with pytest.raises(TypeError, match=f"8 bits per channel, got one of mode {wrong.mode}"):
         SANETransform(input_size=32)(wrong)
 
 

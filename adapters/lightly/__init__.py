@@ -13,6 +13,7 @@ from slr_plugin.adapters._require import require
 require("lightly", "lightly", "pytorch_lightning", "torchvision")
 
 if TYPE_CHECKING:
+    from slr_plugin.adapters.lightly.knowledge import Indexed as Indexed
     from slr_plugin.adapters.lightly.methods import VARIANTS as VARIANTS
     from slr_plugin.adapters.lightly.methods import register as register
     from slr_plugin.adapters.lightly.module import SANE as SANE
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from slr_plugin.adapters.lightly.transforms import SANETransform as SANETransform
     from slr_plugin.adapters.lightly.transforms import transform as transform
 
-__all__ = ["MULTI", "SANE", "SINGLE", "VARIANTS", "SANETransform", "cifar_stem", "register", "transform"]
+__all__ = ["MULTI", "SANE", "SINGLE", "VARIANTS", "Indexed", "SANETransform", "cifar_stem", "register", "transform"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a name where it is asked for: the frameworks take seconds, for which ``--help`` need not wait."""
     if name in __all__:
-        for module in ("transforms", "networks", "module", "methods"):
+        for module in ("knowledge", "transforms", "networks", "module", "methods"):
             found = import_module(f"{__name__}.{module}")
             if hasattr(found, name):
                 return getattr(found, name)

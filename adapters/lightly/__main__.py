@@ -4,16 +4,23 @@
 
 pretrains, evaluates and draws; ``cifar10 --help`` lists its options, and settings for a CPU.
 
+    python -m slr_plugin.adapters.lightly compare --data DIR --groups FILE --seeds 5 [options]
+
+measures whether what you know of your images pays: with it, without it, and it alone.
+
     git clone https://github.com/lightly-ai/lightly
     python -m slr_plugin.adapters.lightly lightly/benchmarks/imagenet/resnet50/main.py --methods sane [mocov2 ...]
         --train-dir DIR/train --val-dir DIR/val --num-classes 1000 [the script's other arguments]
 
 adds sane, sane_single, sane_multi, and each with _strong, to the script's methods. On a CPU add
-``--accelerator cpu --devices 1 --precision 32``. The script's own --help follows its path.
+``--accelerator cpu --devices 1 --precision 32``. The script's own --help follows its path. SANE's labels take what is
+known of the training images from ``--groups FILE`` or ``--estimator FILE.npy``, as in the recipe.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -32,18 +39,25 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         print(__doc__)
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    if arguments[0] == "cifar10":
-        require("lightly", "matplotlib", "tensorboard")
-        from slr_plugin.adapters.lightly import recipe
-
-        recipe.main(arguments[1:])
+    if arguments[0] in ("cifar10", "compare"):
+        require("lightly", "matplotlib", "tensorboard", "tqdm")
+        name = "recipe" if arguments[0] == "cifar10" else "compare"
+        importlib.import_module(f"slr_plugin.adapters.lightly.{name}").main(arguments[1:])
         return
     script = load(Path(arguments[0]))
+    from slr_plugin.adapters.lightly.knowledge import read
     from slr_plugin.adapters.lightly.methods import VARIANTS, register
 
-    options = vars(script.parser.parse_args(arguments[1:]))
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--estimator", "--groups"):
+        own.add_argument(option, type=Path)
+    files, rest = own.parse_known_args(arguments[1:])
+    options = vars(script.parser.parse_args(rest))
     methods = options.get("methods") or []
-    register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)])
+    try:
+        register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)], **read(**vars(files)))
+    except ValueError as error:
+        script.parser.error(str(error))
     if unknown := [name for name in methods if name not in script.METHODS]:
         known = ", ".join({**script.METHODS, **VARIANTS})
         script.parser.error(f"--methods must be among {known}, got {', '.join(unknown)}")
@@ -64,12 +78,6 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # for pickle: what the script defines belongs to this name
     spec.loader.exec_module(module)
-    missing = [name for name in ("METHODS", "parser", "main") if not hasattr(module, name)]
-    if missing:
-        raise SystemExit(
-            f"{path} defines no {', '.join(missing)}: it is none of lightly's benchmark scripts, such as "
-            "benchmarks/imagenet/resnet50/main.py of its repository"
-        )
     return module
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping
+from functools import partialmethod
 from typing import Any
+
+from torch import Tensor
 
 from slr_plugin.adapters.lightly.module import SANE
 from slr_plugin.adapters.lightly.transforms import MULTI, SINGLE, SANETransform, transform
@@ -19,12 +22,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def register(methods: MutableMapping[str, dict[str, Any]], names: Iterable[str] = ("sane",)) -> None:
+def register(
+    methods: MutableMapping[str, dict[str, Any]], names: Iterable[str] = ("sane",), **knowledge: Tensor | None
+) -> None:
     """Add SANE to ``METHODS`` of lightly's ``benchmarks/imagenet/resnet50/main.py``.
 
     Args:
         methods: changed in place: ``methods[name] = {"model": SANE, "transform": ...}``.
         names: which of ``sane``, ``sane_single``, ``sane_multi``, and each of them with ``_strong``.
+        knowledge: ``groups`` and ``estimator`` of :class:`SANE`.
 
     Raises:
         ValueError: an unknown name.
@@ -39,6 +45,8 @@ def register(methods: MutableMapping[str, dict[str, Any]], names: Iterable[str] 
     for name in names:
         if name not in VARIANTS:
             raise ValueError(f"names must be among {', '.join(VARIANTS)}, got {name!r}")
+    # A class, since the script asks for the names of its arguments.
+    model = type("SANE", (SANE,), {"__init__": partialmethod(SANE.__init__, **knowledge)}) if knowledge else SANE
     for name in names:
         views = SANETransform(**VARIANTS[name]) if VARIANTS[name] else transform
-        methods[name] = {"model": SANE, "transform": views}
+        methods[name] = {"model": model, "transform": views}

@@ -19,6 +19,7 @@ from torch.optim import SGD
 from slr_plugin import Mix
 from slr_plugin.adapters._run import SelfLabelingModule, epoch_steps, schedule
 from slr_plugin.adapters.lightly.knn import KNNVote
+from slr_plugin.adapters.lightly.knowledge import Knowledge
 from slr_plugin.adapters.lightly.networks import checked_features, complete
 from slr_plugin.adapters.lightly.transforms import checked_views
 from slr_plugin.checks import check_flag, check_integer, check_number
@@ -32,7 +33,8 @@ class SANE(SelfLabelingModule, LightningModule):
     A batch is ``(views, targets, ...)`` with the views of :class:`SANETransform`: the key view, the query view, then
     for every crop in the mixup term the positive that is mixed in and the query. Of two views alone these are mixed.
     Classes train the online linear classifier and vote in the kNN classifier; they never reach backbone or projection
-    head.
+    head. With ``groups`` or ``estimator`` the batch goes on with the names of the images, as in lightly's
+    LightlyDataset, or with their indices: wrap another data set in :class:`Indexed`.
 
     Checkpoints hold both networks and the queue. A run from ``ckpt_path`` goes on in the schedules of the learning rate
     and the confidence, which end with it where its ``max_epochs`` is larger; any other run begins them, whatever
@@ -56,6 +58,11 @@ class SANE(SelfLabelingModule, LightningModule):
         in_batch_keys: False: MoCo's keys, without the batch's other positives; needs ``mixup=False``.
         ema_momentum: of the momentum network, in [0, 1].
         warmup_epochs: of linear growth of the learning rate, before its cosine decay (lightly's, to a thousandth).
+        groups: (n,) ids for the training images in the data set's order, negative for none: images of a group are
+            positives of each other, or with ``criterion.same_group = "ignored"`` no negatives.
+        estimator: (n, e) features of the training images, which estimate the labels in the keys' place. For labels that
+            follow them, ``preset=dataclasses.replace(presets.FROM_FEATURES, queue_size=4096, temperature=0.2)``.
+            Neither is in checkpoints: a run that goes on is given them again.
 
     Attributes:
         backbone: the network that is trained; ``key_backbone`` is its moving average.
@@ -87,30 +94,26 @@ class SANE(SelfLabelingModule, LightningModule):
         in_batch_keys: bool = True,
         ema_momentum: float = 0.999,
         warmup_epochs: int = 0,
+        groups: Tensor | None = None,
+        estimator: Tensor | None = None,
     ) -> None:
-        for name, whole, low in (
-            ("batch_size_per_device", batch_size_per_device, 1),
-            ("num_classes", num_classes, 1),
-            ("knn_k", knn_k, 1),
-            ("warmup_epochs", warmup_epochs, 0),
-        ):
-            check_integer(name, whole, low=low)
+        for name, count in (("batch_size_per_device", batch_size_per_device), ("num_classes", num_classes)):
+            check_integer(name, count, low=1)
+        check_integer("knn_k", knn_k, low=1)
+        check_integer("warmup_epochs", warmup_epochs, low=0)
         check_number("knn_t", knn_t, low=1e-8)
         check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
         check_flag("mixup", mixup)
         check_flag("share_mix", share_mix)
         if mixup and in_batch_keys is False:
             raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
-        for name, network in (("backbone", backbone), ("projection_head", projection_head)):
-            if not isinstance(network, nn.Module | None):
-                raise TypeError(f"{name} must be a torch.nn.Module or None, got {network!r}")
         preset = _as_preset(preset)
         preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
         check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without
         super().__init__()
         # Plain values alone, for a checkpoint that loads with weights_only=True.
-        objects = ["backbone", "projection_head", "preset"] + (["confidence"] if callable(confidence) else [])
-        self.save_hyperparameters(ignore=objects)
+        objects = ["backbone", "projection_head", "preset", "groups", "estimator"]
+        self.save_hyperparameters(ignore=objects + ["confidence"] * callable(confidence))
         self.save_hyperparameters({"preset": asdict(preset)})
         self.preset = preset
         self.confidence = preset.confidence if confidence is None else confidence
@@ -118,6 +121,7 @@ class SANE(SelfLabelingModule, LightningModule):
         self.ema_momentum = ema_momentum
         self.share_mix = share_mix
         self.warmup_epochs = warmup_epochs
+        self.knowledge = Knowledge(groups, estimator)
 
         self.backbone, self.projection_head, feature_dim, dim = complete(backbone, projection_head, feature_dim)
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
@@ -128,6 +132,7 @@ class SANE(SelfLabelingModule, LightningModule):
             gather_distributed=True,
             confidence=schedule(self.confidence, total_steps=1),  # the run's length is not known before on_train_start
             in_batch_keys=in_batch_keys,
+            estimator_dim=None if estimator is None else estimator.shape[1],
         )
         self.mixup = preset.mixup() if mixup else None
         self._follow(self.criterion)
@@ -150,7 +155,8 @@ class SANE(SelfLabelingModule, LightningModule):
         update_momentum(self.backbone, self.key_backbone, m=self.ema_momentum)
         update_momentum(self.projection_head, self.key_projection_head, m=self.ema_momentum)
         keys = self.forward_keys(views[0])
-        loss = self.criterion(queries, keys, *self._mixed_queries(views))
+        known = self._look_up(batch)[2] if self.knowledge else {}
+        loss = self.criterion(queries, keys, *self._mixed_queries(views), **known)
         size = len(targets)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
         self.log_dict({f"slr/{name}": value for name, value in self.criterion.stats.items()}, batch_size=size)
@@ -159,6 +165,11 @@ class SANE(SelfLabelingModule, LightningModule):
         self.log_dict(logs, sync_dist=True, batch_size=size)
         total: Tensor = loss + class_loss
         return total
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Look up what is known of the images of a training batch, while their indices are on the host."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        return self._look_up(batch) if self.trainer.training else batch
 
     @torch.no_grad()
     def forward_keys(self, x: Tensor) -> Tensor:
@@ -213,6 +224,8 @@ class SANE(SelfLabelingModule, LightningModule):
     def on_train_start(self) -> None:
         """Lay out the schedules; a resumed run takes its own length and rates in place of the checkpoint's."""
         super().on_train_start()
+        if self.knowledge:
+            self.knowledge.check_length(self._images())
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if self._warmup_and_rates and isinstance(scheduler, CosineWarmupScheduler):
@@ -230,6 +243,13 @@ class SANE(SelfLabelingModule, LightningModule):
         if self.trainer.global_step == batch_idx == 0 and len(targets) != self.batch_size_per_device:
             seen = f"batch_size_per_device={self.batch_size_per_device} but the batch has {len(targets)} images"
             warnings.warn(f"{seen}: pass the DataLoader's batch_size, and drop_last=True to it", stacklevel=2)
+
+    def _images(self) -> Any:
+        return self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
+
+    def _look_up(self, batch: Any) -> Any:
+        """The batch with what is known of its images as third entry, if anything is."""
+        return self.knowledge.look_up(batch, self._images()) if self.knowledge else batch
 
     def _features(self, images: Tensor) -> Tensor:
         return checked_features(self(images), self.online_classifier.feature_dim, self.projection_head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -18,16 +19,22 @@ def complete(
     backbone: nn.Module | None, head: nn.Module | None, feature_dim: int | None
 ) -> tuple[nn.Module, nn.Module, int, int]:
     """Backbone without ``fc``, head, and the widths of features and projections; ValueError where they do not fit."""
-    backbone, feature_dim = _without_classifier(resnet50() if backbone is None else backbone, feature_dim)
-    if head is None:
-        head = MoCoProjectionHead(feature_dim, feature_dim, num_layers=3)
-    if any(is_lazy(parameter) for parameter in (*backbone.parameters(), *head.parameters())):
+    backbone = resnet50() if backbone is None else backbone
+    if isinstance(classifier := getattr(backbone, "fc", None), nn.Linear):
+        feature_dim, backbone.fc = classifier.in_features if feature_dim is None else feature_dim, nn.Identity()
+    if any(
+        is_lazy(parameter) for network in (backbone, head) if network is not None for parameter in network.parameters()
+    ):
         raise ValueError("backbone or projection_head has lazy layers: call it on a batch before it is copied")
+    feature_dim = _feature_width(backbone) if feature_dim is None else feature_dim
+    check_integer("feature_dim", feature_dim, low=1)
+    head = MoCoProjectionHead(feature_dim, feature_dim, num_layers=3) if head is None else head
     try:
         return backbone, head, feature_dim, _width(copy.deepcopy(head), 2, feature_dim)
     except Exception as error:
+        kind = type(head).__name__
         raise ValueError(
-            f"projection_head, a {type(head).__name__}, fails on features (2, feature_dim={feature_dim}): {error}"
+            f"projection_head, a {kind}, fails on features (2, feature_dim={feature_dim}): {error}"
         ) from error
 
 
@@ -52,38 +59,18 @@ def cifar_stem(resnet: ResNet) -> ResNet:
     return resnet
 
 
-def _without_classifier(backbone: nn.Module, feature_dim: int | None) -> tuple[nn.Module, int]:
-    known = getattr(backbone, "num_features", None)  # timm's, not always what comes out
-    if isinstance(classifier := getattr(backbone, "fc", None), nn.Linear):
-        known, backbone.fc = classifier.in_features, nn.Identity()
-    name, measured = type(backbone).__name__, _feature_width(backbone)
-    if feature_dim is None:
-        ends_in_classifier = isinstance([*backbone.modules()][-1], nn.Linear)
-        feature_dim = known if measured is None or ends_in_classifier else measured
-    if feature_dim is None:
-        raise ValueError(
-            f"the features of this backbone, a {name}, cannot be counted: take off its classifier and pass feature_dim"
-        )
-    check_integer("feature_dim", feature_dim, low=1)
-    if measured not in (None, feature_dim):
-        raise ValueError(
-            f"the backbone, a {name}, puts out {measured} features, not {feature_dim}: pass feature_dim={measured}, or "
-            "take off its classifier"
-        )
-    return backbone, feature_dim
-
-
-def _feature_width(backbone: nn.Module) -> int | None:
-    """The width of the features of images of usual sizes, on a copy without data; None if none fits, or it varies."""
-    probe = copy.deepcopy(backbone).to("meta")
+def _feature_width(backbone: nn.Module) -> int:
+    """The width of the features of images of ImageNet's size, on a copy without data, or what timm says it is."""
     channels = next((layer.in_channels for layer in backbone.modules() if isinstance(layer, nn.Conv2d)), 3)
-    widths = set()
-    for side in (32, 64, 224, 256):
-        try:
-            widths.add(_width(probe, 2, channels, side, side))
-        except Exception:  # wants another size, or more than shapes
-            continue
-    return widths.pop() if len(widths) == 1 else None
+    ends_in_classifier = isinstance([*backbone.modules()][-1], nn.Linear)
+    width = None if ends_in_classifier else getattr(backbone, "num_features", None)  # not always what comes out
+    if not ends_in_classifier:
+        with contextlib.suppress(Exception):  # it wants another size, or more than shapes
+            width = _width(copy.deepcopy(backbone).to("meta"), 2, channels, 224, 224)
+    if width is None:
+        name = type(backbone).__name__
+        raise ValueError(f"the features of a {name} cannot be counted: take off its classifier and pass feature_dim")
+    return int(width)
 
 
 @torch.no_grad()

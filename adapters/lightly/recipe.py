@@ -11,9 +11,13 @@ On a CPU, minutes: --backbone resnet9 --width 0.25 --limit 5000 --epochs 60 --ba
 
 Without DIR/test, or without class folders in DIR/train (or DIR), it trains all the same and evaluates nothing.
 
+``--groups FILE`` makes images that belong together each other's positives; ``--estimator FILE.npy`` takes the labels
+from features that you have, with the confidence and sharpening of ``presets.FROM_FEATURES``. A line or row stands for
+each training image, class by class and name by name, as ``sorted`` orders them: the order of torchvision's ImageFolder.
+
 It writes into ``--output``: ``arguments.json``, ``views.png`` (what the network sees), ``last.ckpt``, TensorBoard's
-logs, then ``curves.png``, ``labels.png`` (where the refined labels lie) and ``results.json``. The paper trains
-ResNet-50 for 2,000 epochs: ``--backbone resnet50 --epochs 2000``.
+logs, then ``curves.png`` and ``results.json``. The paper trains ResNet-50 for 2,000 epochs: ``--backbone resnet50
+--epochs 2000``.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import Any, NamedTuple
 
 from slr_plugin import presets
 from slr_plugin.adapters._require import has_gpu
+from slr_plugin.adapters.lightly.knowledge import read
 
 # Nothing here imports a framework, so that help and mistakes answer at once; ``training.py`` does.
 COMMAND = "python -m slr_plugin.adapters.lightly cifar10"
@@ -48,6 +53,8 @@ class Folders(NamedTuple):
     train: Path
     test: Path | None
     has_classes: bool
+    images: int  # for training
+    tested: int = 0  # images for testing
 
 
 def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -79,13 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(option, help=f"{help} ({default})" if help and default else help or default, **settings)
 
     add("--data", "image folders; without it, torchvision's CIFAR-10", type=Path, metavar="DIR")
-    add("--method", choices=["sane", "mocov2"], default="sane")
+    add("--groups", "ids of groups, .npy or a text file, negative: alone", type=Path, metavar="FILE")
+    add("--estimator", "features (images, dimensions) that the labels follow", type=Path, metavar="FILE.npy")
+    add("--method", "sane, or one-hot labels and no mixup", choices=["sane", "mocov2"], default="sane")
     add("--strong", "strong augmentation of the mixed positives (CLSA's)", action="store_true")
     add("--backbone", "resnet9 is lightly's, the others torchvision's", choices=BACKBONES, default="resnet18")
     add("--width", "of lightly's ResNet instead, e.g. 0.25 on a CPU", type=positive, default=1.0)
-    add(
-        "--init", "start from the backbone in this checkpoint of the recipe or of SANE", type=Path, metavar="CHECKPOINT"
-    )
+    add("--init", "start from the backbone in this checkpoint of SANE", type=Path, metavar="CHECKPOINT")
     add("--image-size", "pixels; above 64 with ImageNet's stem and views", type=number(int, 32), default=32)
     add("--epochs", type=count, default=200)
     add("--linear-epochs", type=count, default=100)
@@ -129,7 +136,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.init is not None and not args.resume and not args.init.is_file():
         parser.error(f"--init: there is no file {args.init}")
     try:
-        find_images(args.data)
+        folders = find_images(args.data)
+        read(args.estimator, args.groups, 50_000 if folders is None else folders.images)
         args.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.output).close()
     except ValueError as error:
@@ -144,9 +152,7 @@ def is_lightlys(args: argparse.Namespace) -> bool:
     return bool(args.width != 1 or args.backbone == "resnet9")
 
 
-def _resumed(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Sequence[str] | None
-) -> argparse.Namespace:
+def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Any) -> argparse.Namespace:
     """The options of the run in ``--output``, which only those in FREE may change."""
     for needed in (args.output / "last.ckpt", args.output / "arguments.json"):
         if not needed.is_file():
@@ -179,30 +185,30 @@ def find_images(data: Path | None) -> Folders | None:
         raise ValueError(f"--data: there is no folder {data}; expected {LAYOUT}")
     train, test = data / "train" if (data / "train").is_dir() else data, data / "test"
     classes = _classes(train)
-    if not classes and not _has_image(train.iterdir()):
+    images = sum(classes.values()) or _count(train)
+    if not images:
         raise ValueError(f"--data: {train} holds no images ({' '.join(IMAGES)}); expected {LAYOUT}")
     if train == data and "test" in classes:
         raise ValueError(f"--data: {data} has a folder test but no folder train; expected {LAYOUT}")
     if not classes or not test.is_dir():
-        return Folders(train, None, bool(classes))
+        return Folders(train, None, bool(classes), images)
     tested = _classes(test)
-    if tested != classes:
-        different = ", ".join(sorted(set(tested) ^ set(classes))[:5])
+    if different := ", ".join(sorted(tested.keys() ^ classes.keys())[:5]):
         raise ValueError(f"--data: {train} and {test} must hold the same classes; in one of them alone: {different}")
-    return Folders(train, test, True)
+    return Folders(train, test, True, images, sum(tested.values()))
 
 
-def _classes(folder: Path) -> list[str]:
-    """The folders in it, each with images."""
-    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-    empty = [entry.name for entry in folders if not _has_image(entry.rglob("*"))]
-    if empty:
+def _classes(folder: Path) -> dict[str, int]:
+    """The folders in it, and how many images each has; none has none."""
+    counts = {entry.name: _count(entry) for entry in sorted(folder.iterdir()) if entry.is_dir()}
+    if empty := [name for name, images in counts.items() if not images]:
         raise ValueError(f"--data: no images ({' '.join(IMAGES)}) in {folder / empty[0]}; expected {LAYOUT}")
-    return [entry.name for entry in folders]
+    return counts
 
 
-def _has_image(paths: Any) -> bool:
-    return any(path.suffix.lower() in IMAGES for path in paths)
+def _count(folder: Path) -> int:
+    """How many images torchvision finds in a folder and those below."""
+    return sum(name.lower().endswith(IMAGES) for _, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
@@ -216,26 +222,40 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     from slr_plugin.adapters.lightly import training
 
-    path = args.output / "results.json"
-    before = json.loads(path.read_text()) if args.resume and path.is_file() else None
-    if before is not None and before["arguments"]["epochs"] == args.epochs:
-        training.draw(before, args.output, args.beside)
-        report(before, args.output)
-        print(f"the run was finished already; extend it with --resume --epochs {2 * args.epochs}")
-        return dict(before)
-    if before is not None:
-        path.replace(args.output / f"results-{before['arguments']['epochs']}-epochs.json")
-    try:
-        results = training.run(args, find_images(args.data))
-    except BaseException:  # Lightning turns Ctrl-C into SystemExit
-        if (args.output / "last.ckpt").is_file():
-            print(
-                f"stopped; go on from the last whole epoch: {COMMAND} --resume --output {args.output}", file=sys.stderr
-            )
-        raise
-    path.write_text(json.dumps(results, indent=1))
+    results = finished(args)
+    if is_new := results is None:
+        try:
+            results = train(args)
+        except BaseException:  # Lightning turns Ctrl-C into SystemExit
+            if (args.output / "last.ckpt").is_file():
+                again = f"{COMMAND} --resume --output {args.output}"
+                print(f"stopped; go on from the last whole epoch: {again}", file=sys.stderr)
+            raise
     training.draw(results, args.output, args.beside)
     report(results, args.output)
+    if not is_new:
+        print(f"the run was finished already; extend it with --resume --epochs {2 * args.epochs}")
+    return results
+
+
+def finished(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What results.json holds of a run that has reached its epochs; that of a shorter run is put aside."""
+    path = args.output / "results.json"
+    if not args.resume or not path.is_file():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text())
+    if results["arguments"]["epochs"] == args.epochs:
+        return results
+    path.replace(args.output / f"results-{results['arguments']['epochs']}-epochs.json")
+    return None
+
+
+def train(args: argparse.Namespace, bar: Any = None) -> dict[str, Any]:
+    """Train and evaluate, in place of lines with a bar of tqdm that counts epochs; writes results.json."""
+    from slr_plugin.adapters.lightly import training
+
+    results = training.run(args, find_images(args.data), bar)
+    (args.output / "results.json").write_text(json.dumps(results, indent=1))
     return results
 
 
@@ -246,8 +266,7 @@ def report(results: Mapping[str, Any], output: Path) -> None:
         print(f"{method}: not evaluated, since that takes class folders in train and in test")
     else:
         print(f"{method}: kNN {knn:.2f} %, linear {linear:.2f} % of {results['tested']:,} test images")
-    print(results["labels"])
-    print(f"figures, logs and checkpoint: {output}")
+    print(f"{results['labels']}\nfigures, logs and checkpoint: {output}")
     paths = f"{output / 'last.ckpt'} {output / 'backbone.safetensors'}"
     print(f"the encoder alone: python -m slr_plugin.adapters.export {paths}")
 

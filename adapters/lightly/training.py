@@ -7,16 +7,18 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightly.models import ResNetGenerator
 from lightly.transforms.utils import IMAGENET_NORMALIZE
 from lightly.utils.benchmarking import LinearClassifier, MetricCallback
+from lightly.utils.benchmarking.knn import knn_predict
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -25,30 +27,36 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchvision.datasets import CIFAR10, DatasetFolder, ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.models import get_model
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from slr_plugin import SLRLoss, presets
 from slr_plugin.adapters.export import read_backbone
+from slr_plugin.adapters.lightly.knowledge import Indexed, read
 from slr_plugin.adapters.lightly.module import SANE
 from slr_plugin.adapters.lightly.networks import cifar_stem
-from slr_plugin.adapters.lightly.recipe import IMAGES, Folders, is_lightlys, plain
+from slr_plugin.adapters.lightly.recipe import Folders, is_lightlys, plain
 from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION, SANETransform
 from slr_plugin.adapters.lightning import LabelQualityCallback
-from slr_plugin.diagnostics import LabelQuality, plot, summary
+from slr_plugin.diagnostics import LabelQuality, summary
 
 SMALL = 64  # pixels: up to here the stem, the views and the colours of CIFAR-10, above those of ImageNet
+KNN_K, KNN_T = 50, 0.05
+Features = tuple[Tensor, Tensor]  # of images (n, d), and their classes (n,)
+
+for _name in ("pytorch_lightning", "lightning.pytorch"):  # Lightning's tips and devices, once per trainer
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 class Record(LabelQualityCallback):
     """Per epoch: the last loss, kNN accuracy, and how good the refined labels are. Saved in the checkpoints."""
 
-    def __init__(self, every_n_steps: int) -> None:
+    def __init__(self, every_n_steps: int, bar: Any = None) -> None:
         super().__init__(every_n_steps)
         self.epochs: list[dict[str, float]] = []
+        self.bar = bar
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One row per epoch; an accuracy only where it was measured."""
@@ -61,7 +69,9 @@ class Record(LabelQualityCallback):
         if "val_knn_top1" in metrics and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
             row["knn"] = 100 * metrics["val_knn_top1"].item()
         self.epochs.append(row)
-        if trainer.progress_bar_callback is None:
+        if self.bar is not None:
+            self.bar.update()
+        elif trainer.progress_bar_callback is None:
             knn = f", kNN {row['knn']:.1f} %" if "knn" in row else ""
             print(f"epoch {row['epoch']}/{trainer.max_epochs}: loss {row['loss']:.3f}{knn}", flush=True)
 
@@ -78,50 +88,44 @@ class Record(LabelQualityCallback):
         """Go on from a checkpoint."""
         super().load_state_dict(state_dict)
         self.epochs = list(state_dict["epochs"])
+        if self.bar is not None:
+            self.bar.update(len(self.epochs))
 
 
-class FlatFolder(DatasetFolder):  # type: ignore[misc]  # torchvision is untyped
+class FlatFolder(ImageFolder):  # type: ignore[misc]  # torchvision is untyped
     """The images of a folder and of those in it, of no known class: their target is 0."""
-
-    def __init__(self, root: Path, transform: Callable[[Any], Any]) -> None:
-        super().__init__(root, default_loader, IMAGES, transform)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """One class, the folder itself."""
         return ["."], {".": 0}
 
 
-def load(args: argparse.Namespace, folders: Folders | None) -> tuple[list[Subset[Any]], int]:
+def load(args: argparse.Namespace, folders: Folders | None) -> tuple[list[Any], int]:
     """Training images as views, the same and test images (if there are) as they are; and the number of classes."""
-    small = args.image_size <= SMALL
-    augmentation = CIFAR10_AUGMENTATION if small else {}
+    augmentation = CIFAR10_AUGMENTATION if args.image_size <= SMALL else {}
     views = SANETransform(input_size=args.image_size, strong=args.strong, **augmentation)
-    as_they_are = v2.Compose(
-        [
-            v2.Resize(args.image_size),
-            v2.CenterCrop(args.image_size),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(**normalization(args)),
-        ]
-    )
-    sources, classes = [], 1
-    for place, transform in (("train", views), ("train", as_they_are), ("test", as_they_are)):
-        if folders is None:
-            data = CIFAR10("datasets/cifar10", train=place == "train", download=True, transform=transform)
-        elif getattr(folders, place) is None:
-            continue
-        else:
-            kind = ImageFolder if folders.has_classes else FlatFolder
-            data = kind(getattr(folders, place), transform=transform)
-        classes = len(data.classes)
-        count = min(args.limit or len(data), len(data))
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-        chosen = range(len(data)) if count == len(data) else order[:count]  # the same for every seed and method
-        if folders is not None and transform is not views and not args.resume:
-            check_images([data.samples[index][0] for index in chosen], args.workers)
-        sources.append(Subset(data, chosen))
+    steps = [v2.Resize(args.image_size), v2.CenterCrop(args.image_size), v2.ToImage()]
+    as_they_are = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(**normalization(args))])
+    sources: list[Any] = [part(args, folders, "train", views), part(args, folders, "train", as_they_are)]
+    if folders is None or folders.test is not None:
+        sources.append(part(args, folders, "test", as_they_are))
+    if folders is not None and not args.resume:
+        for source in sources[1:]:
+            check_images([source.dataset.samples[index][0] for index in source.indices], args.workers)
+    classes = len(sources[0].dataset.classes)
+    sources[0].dataset = Indexed(sources[0].dataset)
     return sources, classes
+
+
+def part(args: argparse.Namespace, folders: Folders | None, place: str, transform: Any = None) -> Subset[Any]:
+    """The images for training or testing that the options choose, the same for every seed and method."""
+    if folders is None:
+        data = CIFAR10("datasets/cifar10", train=place == "train", download=True, transform=transform)
+    else:
+        data = (ImageFolder if folders.has_classes else FlatFolder)(getattr(folders, place), transform=transform)
+    count = min(args.limit or len(data), len(data))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    return Subset(data, range(len(data)) if count == len(data) else order[:count])
 
 
 def normalization(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,9 +148,8 @@ def check_images(paths: Sequence[str], workers: int) -> None:
     with ThreadPoolExecutor(max(1, workers)) as pool:
         faults = [found for found in pool.map(fault, paths) if found]
     if faults:
-        raise SystemExit(
-            f"--data: {len(faults)} images cannot be read; remove or replace them: {', '.join(faults[:3])}"
-        )
+        named = ", ".join(faults[:3])
+        raise SystemExit(f"--data: {len(faults)} images cannot be read; remove or replace them: {named}")
 
 
 def build(args: argparse.Namespace, num_classes: int) -> SANE:
@@ -166,26 +169,29 @@ def build(args: argparse.Namespace, num_classes: int) -> SANE:
                 f"--init: {args.init} does not fit --backbone {args.backbone} --width {args.width:g} --image-size "
                 f"{args.image_size}: {str(error).splitlines()[-1].strip()}"
             ) from error
+    preset = replace(presets.CIFAR10, temperature=args.temperature, learning_rate=args.learning_rate)
     baseline: dict[str, Any] = {"mixup": False, "confidence": 0.0, "in_batch_keys": False}
+    if args.estimator is not None:  # labels that follow it
+        names = ("sharpening", "confidence", "refined_weight")
+        preset = replace(preset, **{name: getattr(presets.FROM_FEATURES, name) for name in names})
+        del baseline["confidence"]
     model = SANE(
         args.batch_size,
         num_classes=num_classes,
-        knn_k=50,
-        knn_t=0.05,
+        knn_k=KNN_K,
+        knn_t=KNN_T,
         backbone=backbone,
         feature_dim=feature_dim,
-        preset=replace(presets.CIFAR10, temperature=args.temperature, learning_rate=args.learning_rate),
+        preset=preset,
         queue_size=args.queue_size,
         ema_momentum=args.ema_momentum,
-        **(baseline if args.method == "mocov2" else {}),
+        **(baseline if args.method == "mocov2" else {}) | read(args.estimator, args.groups),
     )
     return model.to(memory_format=torch.channels_last)
 
 
-def run(args: argparse.Namespace, folders: Folders | None) -> dict[str, Any]:
+def run(args: argparse.Namespace, folders: Folders | None, bar: Any = None) -> dict[str, Any]:
     """Train and evaluate; returns what results.json holds."""
-    for name in ("pytorch_lightning", "lightning.pytorch"):  # its tips and devices, once per trainer
-        logging.getLogger(name).setLevel(logging.WARNING)
     seed_everything(args.seed, workers=True)
     (views, *judged), num_classes = load(args, folders)
     has_classes = folders is None or folders.has_classes
@@ -204,10 +210,10 @@ def run(args: argparse.Namespace, folders: Folders | None) -> dict[str, Any]:
     if not args.resume:
         draw_views(model, DataLoader(views, 10, shuffle=True), normalization(args), args.output / "views.png")
 
-    record = Record(every_n_steps=max(1, len(loader) // 4))  # its labels are dense
+    record = Record(max(1, len(loader) // 4), bar)  # its labels are dense
     if not has_classes:
         record.classes = lambda batch: torch.full_like(batch[1], -1)
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and bar is None
     trainer = Trainer(
         max_epochs=args.epochs,
         accelerator=args.accelerator,
@@ -232,20 +238,29 @@ def run(args: argparse.Namespace, folders: Folders | None) -> dict[str, Any]:
         trainer.validate(model, judges, verbose=False)  # the last epoch need not have been one with kNN
         results["knn"] = 100 * trainer.callback_metrics["val_knn_top1"].item()
         record.epochs[-1].setdefault("knn", results["knn"])
-        results |= {"linear": evaluate_linearly(model, judges[0], judges[1], args), "tested": len(judged[1])}
-    is_refined = args.method == "sane"
-    labels = record.summary(model.criterion) if is_refined else "Labels: one-hot, as the baseline's are."
+        voting, tested = (extract(model, judge) for judge in judges)
+        results |= {"linear": judge_linearly(voting, tested, num_classes, args, terminal), "tested": len(tested[1])}
+    is_one_hot = args.method == "mocov2" and args.estimator is args.groups is None
+    labels = "Labels: one-hot, as the baseline's are." if is_one_hot else record.summary(model.criterion)
     return results | {"labels": labels, "epochs": record.epochs}
 
 
-def evaluate_linearly(model: SANE, train: DataLoader[Any], test: DataLoader[Any], args: argparse.Namespace) -> float:
-    """Test accuracy in per cent of lightly's linear classifier on the frozen features of images as they are."""
-    features = [extract(model, loader) for loader in (train, test)]
-    loaders = [DataLoader(TensorDataset(*pair), args.batch_size, shuffle=pair is features[0]) for pair in features]
-    feature_dim, num_classes = features[0][0].shape[1], model.hparams["num_classes"]
-    classifier = LinearClassifier(
-        nn.Identity(), args.batch_size, feature_dim=feature_dim, num_classes=num_classes, topk=(1,)
-    )
+@torch.no_grad()
+def extract(model: SANE, loader: DataLoader[Any]) -> Features:
+    """Backbone features and classes of a whole data set."""
+    model.eval()
+    parts = [(model(images.to(model.device)).flatten(1).cpu(), targets) for images, targets in loader]
+    features, targets = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(targets)
+
+
+def judge_linearly(
+    train: Features, test: Features, num_classes: int, args: argparse.Namespace, shows_bar: bool = False
+) -> float:
+    """Test accuracy in per cent of lightly's linear classifier on frozen features of images as they are."""
+    loader = DataLoader(TensorDataset(*train), args.batch_size, shuffle=True)
+    width = train[0].shape[1]
+    classifier = LinearClassifier(nn.Identity(), args.batch_size, feature_dim=width, num_classes=num_classes, topk=(1,))
     metrics = MetricCallback()
     quiet: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
     trainer = Trainer(
@@ -254,56 +269,41 @@ def evaluate_linearly(model: SANE, train: DataLoader[Any], test: DataLoader[Any]
         devices=1,
         callbacks=[metrics],
         check_val_every_n_epoch=args.linear_epochs,
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=shows_bar,
         **quiet,
     )
-    trainer.fit(classifier, loaders[0], loaders[1])
+    trainer.fit(classifier, loader, DataLoader(TensorDataset(*test), args.batch_size))
     return float(100 * metrics.val_metrics["val_top1"][-1])
 
 
-@torch.no_grad()
-def extract(model: SANE, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
-    """Backbone features and classes of a whole data set."""
-    model.eval()
-    parts = [(model(images.to(model.device)).flatten(1).cpu(), targets) for images, targets in loader]
-    features, targets = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(targets)
+def vote(train: Features, test: Features, num_classes: int) -> float:
+    """Test accuracy in per cent of lightly's kNN vote, as during training."""
+    bank, classes = F.normalize(train[0]).T, train[1]
+    k, parts = min(KNN_K, len(classes)), torch.split(F.normalize(test[0]), 500)
+    votes = [knn_predict(part, bank, classes, num_classes, k, KNN_T)[:, 0] for part in parts]
+    return 100 * (torch.cat(votes) == test[1]).float().mean().item()
 
 
-def draw_views(model: SANE, loader: DataLoader[Any], colours: Mapping[str, Any], path: Path, count: int = 10) -> None:
+def draw_views(model: SANE, loader: DataLoader[Any], colours: Mapping[str, Any], path: Path) -> None:
     """A sheet of queries, their positives, the strong positives if there are, and the mixed images, row by row."""
     views = next(iter(loader))[0]
-    rows = {"query": views[1][:count], "positive": views[0][:count]}
-    marks = [str(number) for number in range(1, 1 + len(views[0][:count]))]
-    title = "Each column is one image in two random views"
+    rows = {"query": views[1], "positive": views[0]}
     if model.mixup is not None:
-        positives, queries = views[-2][:count], views[-1][:count]
-        if len(views) > 2:
-            rows |= {"mixed query": queries, "strong positive": positives}
-        rows["mixed"], mix = model.mixup(queries, positives)
-        marks = [
-            f"{theta:.0%} query {number}\n{1 - theta:.0%} positive {partner + 1}"
-            for number, (theta, partner) in enumerate(zip(*(part.tolist() for part in mix), strict=True), start=1)
-        ]
-        title += "; the network also sees each query mixed with another image's positive"
-    figure = Figure(figsize=(1.0 + 1.1 * len(marks), 0.8 + 1.1 * len(rows)), layout="constrained")
+        rows |= {"mixed query": views[-1], "strong positive": views[-2]} if len(views) > 2 else {}
+        rows["mixed"], _ = model.mixup(views[-1], views[-2])
+    figure = Figure(figsize=(1.0 + 1.1 * len(views[0]), 0.3 + 1.1 * len(rows)), layout="constrained")
     mean, std = (torch.tensor(colours[name]).view(-1, 1, 1) for name in ("mean", "std"))
     for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
-        axes.imshow(make_grid(images * std + mean, nrow=len(marks), padding=1).permute(1, 2, 0).clamp(0, 1))
+        axes.imshow(make_grid(images * std + mean, nrow=len(images), padding=1).permute(1, 2, 0).clamp(0, 1))
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        side = images.shape[-1] + 1
-        axes.set_xticks([side * (place + 0.5) for place in range(len(marks))], marks, fontsize=6)
-        axes.tick_params(length=0, labelbottom=axes.get_subplotspec().is_last_row())
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-    figure.suptitle(title, fontsize="medium")
+        axes.set(xticks=[], yticks=[])
+    figure.suptitle("Each column is one image; mixed: each query with another image's positive", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 
 def draw(results: Mapping[str, Any], output: Path, beside: Sequence[Path] = ()) -> None:
-    """The run's curves, those of other runs beside them, and how good its labels are."""
-    runs = [(output, results)]
-    runs += [(folder, json.loads((folder / "results.json").read_text())) for folder in beside]
+    """The run's curves, and those of other runs beside them."""
+    runs = [(output, results), *((folder, json.loads((folder / "results.json").read_text())) for folder in beside)]
     methods = [run["arguments"]["method"] for _, run in runs]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = (("loss", "Training", "loss of the last batch"), ("knn", "Test images", "kNN accuracy (%)"))
@@ -319,5 +319,3 @@ def draw(results: Mapping[str, Any], output: Path, beside: Sequence[Path] = ()) 
         if axes.lines:
             axes.legend(frameon=False)
     figure.savefig(output / "curves.png", dpi=150)
-    if any("own" in row for row in results["epochs"]):
-        plot(results["epochs"], [row["epoch"] for row in results["epochs"]]).savefig(output / "labels.png", dpi=150)
