@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ require("sentence-transformers", "sentence_transformers", "accelerate", "dataset
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input  # noqa: E402
 from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
 from sentence_transformers.util import batch_to_device, similarity_fct_name  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
 REPEATING = ("AdaptiveLayerLoss", "Matryoshka2dLoss")  # losses that call another one several times a batch
 DIRECTIONS = ("query_to_doc", "doc_to_query")
@@ -32,7 +31,9 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     Columns are anchor, positive and any number of negatives. The labels are those of :class:`slr_plugin.SLRLoss`: a
     share of each anchor's label moves from its positive to the documents that look like it, such as copies of the
-    positive. With ``confidence=0`` and no queue, value and gradient are MultipleNegativesRankingLoss's.
+    positive. With ``confidence=0`` and no queue, value and gradient are MultipleNegativesRankingLoss's. What is known
+    of the documents is the data set's column ``label``: ids with ``same_group``, features with ``estimator_dim``, and
+    else it is not used.
 
     In ``SentenceTransformerTrainer``, add :class:`SelfLabelingCallback` if there is a queue or a schedule.
 
@@ -45,6 +46,10 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             ``CosineConfidence(0.0, 1.0, total_steps=...)``. 0 means one-hot labels.
         refined_weight: lambda in [0, 1], the share of the refined label; the rest is one-hot.
         memory_bank_size: the number of past documents that are further negatives, or ``(n, d)``. They are not trained.
+        same_group: the column ``label`` holds whole numbers, ids of documents (negative: unknown), and the other
+            documents of a pair's id, in the batch and in the queue, are ``"positive"`` too or ``"ignored"``.
+        estimator_dim: the column ``label`` holds vectors of this width, such as another model's embeddings of the
+            documents, which estimate the labels in the place of the positives.
         gather_across_devices: compare with the documents of all processes: loss and gradient are then those of one
             process with the whole batch. Needs equally large batches: ``dataloader_drop_last=True``.
         directions: ``("query_to_doc",)``, or with ``"doc_to_query"`` the mean of both, each with labels and a queue of
@@ -56,7 +61,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         criteria: the :class:`slr_plugin.SLRLoss` of each direction. Their settings may be assigned at any time.
 
     Raises:
-        ValueError: an argument is out of its range, or there is another similarity than the cosine.
+        ValueError: an argument is out of its range, there is another similarity than the cosine, or no ``label``.
         TypeError: an argument is of the wrong type.
     """
 
@@ -70,6 +75,8 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         confidence: float | Callable[[int], float] = 1.0,
         refined_weight: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
+        same_group: str | None = None,
+        estimator_dim: int | None = None,
         gather_across_devices: bool = False,
         directions: Sequence[str] = ("query_to_doc",),
         mini_batch_size: int | None = None,
@@ -90,7 +97,10 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         if isinstance(memory_bank_size, int) and memory_bank_size > 0:
             dim = _embedding_width(model)
             memory_bank_size = memory_bank_size if dim is None else (memory_bank_size, dim)
+        if same_group is not None and estimator_dim is not None:
+            raise ValueError("the column label holds either ids or features: pass same_group or estimator_dim")
         self.model = model
+        self.knowledge = "estimator" if estimator_dim is not None else "groups" if same_group is not None else None
         self.uses_gradient_cache = mini_batch_size is not None
         self.mini_batch_size = mini_batch_size
         criteria = {
@@ -102,27 +112,28 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
                 confidence=confidence,
                 refined_weight=refined_weight,
                 symmetric=False,
+                estimator_dim=estimator_dim if memory_bank_size else None,
+                same_group=same_group or "positive",
             )
             for direction in directions
         }
         self.criteria: Any = nn.ModuleDict(criteria)
-        self._is_new = True  # until the first training step
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Embed the columns and compute the loss; ``labels`` are not used, since pairs are the labels."""
+        """Embed the columns and compute the loss; ``labels`` is the column ``label``: see ``same_group``."""
         sentence_features = list(sentence_features)
         if len(sentence_features) < 2:
             raise ValueError(f"the loss needs the columns anchor and positive, got {len(sentence_features)} column")
         if self.uses_gradient_cache:
-            cached: Tensor = self.forward_cached(sentence_features)  # type: ignore[operator]
+            cached: Tensor = self.forward_cached(sentence_features, labels)  # type: ignore[operator]
             return cached
-        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features))
+        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of embedded columns, (s, d) each."""
-        if self._is_new and torch.is_grad_enabled():
-            self._is_new = False
-            self._warn_of_lost_state()
+        if self.knowledge and labels is None:
+            raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
+        known = {self.knowledge: labels} if self.knowledge else {}
         anchors, positives, *negatives = embeddings
         further = torch.cat(negatives) if negatives else None
         losses = []
@@ -135,38 +146,19 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
                     f"memory_bank_size=({len(criterion.memory_bank)}, {anchors.shape[1]})"
                 )
             if direction == "query_to_doc":
-                losses.append(criterion(anchors, positives, negatives=further))
+                losses.append(criterion(anchors, positives, negatives=further, **known))
             else:
-                losses.append(criterion(positives, anchors))
+                losses.append(criterion(positives, anchors, **known))
         return torch.stack(losses).mean()
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """Compute the loss of embedded mini-batches, column by column; the gradient caching calls it."""
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps])
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() if with_backward else loss
-
-    def _warn_of_lost_state(self) -> None:
-        """Warn if a trainer resumes a run whose queue or schedule nobody kept."""
-        if not any(
-            len(criterion.memory_bank) or callable(criterion.confidence) for criterion in self.criteria.values()
-        ):
-            return
-        frame = inspect.currentframe()  # the trainer gives its loss nothing by which a resumed run could be told
-        while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-            frame = frame.f_back
-        trainer = frame and frame.f_locals["self"]
-        if trainer is None or not trainer.state.global_step:
-            return
-        if not any(isinstance(callback, SelfLabelingCallback) for callback in trainer.callback_handler.callbacks):
-            warnings.warn(
-                f"the trainer goes on at step {trainer.state.global_step}, but queue and schedule of the loss start "
-                "afresh, since its checkpoints do not hold them: trainer.add_callback(SelfLabelingCallback(trainer))",
-                stacklevel=2,
-            )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
@@ -179,6 +171,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             "confidence": repr(confidence) if callable(confidence) else confidence,
             "refined_weight": criterion.refined_weight,
             "memory_bank_size": len(criterion.memory_bank),
+            "same_group": criterion.same_group if self.knowledge == "groups" else None,
             "gather_across_devices": criterion.gather_distributed,
             "directions": tuple(self.criteria),
             "mini_batch_size": self.mini_batch_size,

@@ -1,10 +1,10 @@
 """The ranking loss beside those of sentence-transformers, in its trainer, in two processes, killed and resumed."""
 
+import copy
 import json
 import random
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -104,6 +104,52 @@ def test_documents_enter_the_queue_in_training_only():
     documents = torch.nn.functional.normalize(columns_of(model, batch)[1], dim=1)
     torch.testing.assert_close(bank.bank[:6], documents)
     assert bank.bank.shape == (20, DIM)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("same_group", ["positive", "ignored"])
+def test_a_toy_two_thirds_of_which_are_in_pairs(same_group, is_cached, tmp_path):
+    """Documents 0 to 3 are two, twice each; 4 and 5 are there once. The same again are then in the queue."""
+    ids = torch.tensor([3, 3, 8, 8, 1, -1])
+    model = small_transformer(tmp_path) if is_cached else static_model()
+    settings = {"memory_bank_size": 9, "directions": BOTH, "mini_batch_size": 4 if is_cached else None}
+    loss = SelfLabelingRankingLoss(model, confidence=0.0, same_group=same_group, **settings)
+    labels = {name: [] for name in BOTH}
+    for name, criterion in loss.criteria.items():
+        criterion.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: labels[name].append(module.labels(*args, **kwargs)),
+            with_kwargs=True,
+        )
+    for _ in range(2):
+        loss(features(model, 2, 6), ids).backward()
+    is_same = (ids[:, None] == ids) & (ids[:, None] >= 0)
+    for name in BOTH:
+        expected = torch.eye(6, 15)
+        if same_group == "positive":
+            expected[:, :6] += is_same & ~torch.eye(6, dtype=torch.bool)
+        torch.testing.assert_close(labels[name][0], expected / expected.sum(1, keepdim=True))
+        if same_group == "positive":
+            expected[:, 6:12] += is_same
+        torch.testing.assert_close(labels[name][-1], expected / expected.sum(1, keepdim=True))
+        assert loss.criteria[name].memory_bank.groups.tolist() == [8, 1, -1, *ids.tolist()]
+
+
+def test_vectors_in_the_column_label_estimate_the_labels():
+    model = static_model(torch.float64)
+    batch = features(model, 2, 6)
+    vectors = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for queue in (0, 7):
+        loss = SelfLabelingRankingLoss(model, confidence=2.0, memory_bank_size=queue, estimator_dim=3)
+        criterion = copy.deepcopy(loss.criteria["query_to_doc"])
+        expected = criterion(*columns_of(model, batch), estimator=vectors)
+        torch.testing.assert_close(loss(batch, vectors), expected)
+
+
+def test_without_same_group_a_column_label_changes_nothing():
+    model = static_model()
+    loss, batch = SelfLabelingRankingLoss(model), features(model, 2, 6)
+    for labels in (torch.ones(6, dtype=torch.long), torch.rand(6)):
+        assert torch.equal(loss(batch, labels), loss(batch, None))
 
 
 @pytest.mark.parametrize("columns", [2, 4])
@@ -248,12 +294,8 @@ def trainer(folder, model, loss, size=64, accumulate=1, **arguments):
 def refined(model):
     torch.manual_seed(3)
     return SelfLabelingRankingLoss(
-        model, memory_bank_size=20, confidence=CosineConfidence(0.0, 2.0, 8), directions=BOTH
+        model, memory_bank_size=20, confidence=CosineConfidence(0.0, 2.0, 8), directions=BOTH, same_group="positive"
     )
-
-
-def scheduled(model):
-    return SelfLabelingRankingLoss(model, confidence=CosineConfidence(0.0, 2.0, 8))
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
@@ -277,6 +319,7 @@ def test_a_killed_run_goes_on_with_its_queue_and_schedule(is_moved, tmp_path):
     for name in BOTH:
         expected, found = (run.loss.criteria[name].state_dict() for run in (whole, resumed))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert -1 < found["memory_bank.groups"].min() < found["memory_bank.groups"].max() < 32  # ids of pairs of texts
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     logged = [[entry.get("slr/mu") for entry in run.state.log_history] for run in (whole, resumed)]
     assert logged[0][:4] == logged[1][:4]
@@ -288,31 +331,6 @@ def test_a_checkpoint_without_the_queue_warns(tmp_path):
     (tmp_path / "checkpoint-4" / "slr_loss.pt").unlink()
     with pytest.warns(UserWarning, match=r"the model's weights: the queue starts afresh; if the checkpoint lies"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-
-@pytest.mark.parametrize("wrap", [refined, lambda model: MatryoshkaLoss(model, scheduled(model), [8, 4])])
-def test_a_resumed_run_without_the_callback_is_told_that_its_queue_is_lost(wrap, tmp_path):
-    trainer(tmp_path, static_model(), wrap).train()
-    for has_callback in (False, True):
-        resumed = trainer(tmp_path, static_model(), wrap)
-        if not has_callback:
-            resumed.remove_callback(SelfLabelingCallback)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-        told = [str(w.message) for w in caught if "goes on at step 4, but queue and schedule" in str(w.message)]
-        assert len(told) == (not has_callback)
-        assert all("add_callback(SelfLabelingCallback(trainer))" in message for message in told)
-
-
-def test_a_new_run_or_one_without_state_is_told_nothing(tmp_path):
-    for build in (refined, lambda model: SelfLabelingRankingLoss(model)):
-        run = trainer(tmp_path / "run", static_model(), build)
-        run.remove_callback(SelfLabelingCallback)
-        checkpoint = str(tmp_path / "run" / "checkpoint-4") if build is not refined else None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "the trainer goes on")
-            run.train(resume_from_checkpoint=checkpoint)
 
 
 def test_the_queue_of_another_run_is_not_taken(tmp_path):
@@ -420,11 +438,21 @@ def test_a_trainer_with_another_loss_is_told(tmp_path):
         ({"mini_batch_size": 8}, "mini_batch_size must be None for a StaticEmbedding"),
         ({"mini_batch_size": 0}, "mini_batch_size must be >= 1"),
         ({"sharpening": 2.0}, "sharpening must be in"),
+        ({"same_group": "negative"}, "same_group must be"),
+        ({"same_group": "positive", "estimator_dim": 3}, "pass same_group or estimator_dim"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SelfLabelingRankingLoss(static_model(), **arguments)
+
+
+def test_a_data_set_without_the_column_label_is_refused():
+    model = static_model()
+    with pytest.raises(ValueError, match="need a column 'label'"):
+        SelfLabelingRankingLoss(model, same_group="ignored")(features(model, 2, 4), None)
+    with pytest.raises(TypeError, match="groups must be whole numbers"):
+        SelfLabelingRankingLoss(model, same_group="ignored")(features(model, 2, 4), torch.rand(4))
 
 
 def test_a_single_column_is_refused():
