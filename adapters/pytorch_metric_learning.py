@@ -144,15 +144,13 @@ class _LossByLabels(slr_plugin.SLRLoss):
 
     def by_labels(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
         """Compare samples with others (those of one set if they are the same tensor)."""
-        is_one_set, count = ref_emb is embeddings, len(labels)
-        views = (embeddings, labels, ref_emb, ref_labels)
-        if is_one_set:
-            count = (count + 1) // 2
-            views = (embeddings[:count], labels[:count], embeddings[count:], labels[count:])
-        if _are_numbered(views[1], views[3]):
+        is_one_set = ref_emb is embeddings
+        count = (len(labels) + 1) // 2 if is_one_set else len(labels)  # of first views, if labels number pairs
+        keys, key_labels = (embeddings[count:], labels[count:]) if is_one_set else (ref_emb, ref_labels)
+        if _are_numbered(labels[:count], key_labels):
             self.symmetric = is_one_set and not len(self.memory_bank)
-            further = views[2][count:]
-            loss: Tensor = self(views[0], views[2][:count], negatives=further if len(further) else None)
+            negatives = keys[count:] if len(keys) > count else None
+            loss: Tensor = self(embeddings[:count], keys[:count], negatives=negatives)
             return loss
         if not self.in_batch_keys:
             raise ValueError("in_batch_keys=False takes pairs of views, as SelfSupervisedLoss numbers them, no classes")

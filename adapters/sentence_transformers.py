@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ require("sentence-transformers", "sentence_transformers", "accelerate", "dataset
 
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input  # noqa: E402
 from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
-from sentence_transformers.util import batch_to_device, similarity_fct_name  # noqa: E402
+from sentence_transformers.util import similarity_fct_name  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 REPEATING = ("AdaptiveLayerLoss", "Matryoshka2dLoss")  # losses that call another one several times a batch
@@ -45,7 +44,8 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         confidence: mu >= 0, a number or a schedule ``step -> mu``, such as
             ``CosineConfidence(0.0, 1.0, total_steps=...)``. 0 means one-hot labels.
         refined_weight: lambda in [0, 1], the share of the refined label; the rest is one-hot.
-        memory_bank_size: the number of past documents that are further negatives, or ``(n, d)``. They are not trained.
+        memory_bank_size: the number of past documents that are further negatives, as wide as the first batch's, or
+            ``(n, d)``. They are not trained.
         same_group: the column ``label`` holds whole numbers, ids of documents (negative: unknown), and the other
             documents of a pair's id, in the batch and in the queue, are ``"positive"`` too or ``"ignored"``.
         estimator_dim: the column ``label`` holds vectors of this width, such as another model's embeddings of the
@@ -94,30 +94,27 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             check_integer("mini_batch_size", mini_batch_size, low=1)
             if has_static_embedding_input(model):
                 raise ValueError("mini_batch_size must be None for a StaticEmbedding, whose batches cannot be split")
-        if isinstance(memory_bank_size, int) and memory_bank_size > 0:
-            dim = _embedding_width(model)
-            memory_bank_size = memory_bank_size if dim is None else (memory_bank_size, dim)
         if same_group is not None and estimator_dim is not None:
             raise ValueError("the column label holds either ids or features: pass same_group or estimator_dim")
         self.model = model
         self.knowledge = "estimator" if estimator_dim is not None else "groups" if same_group is not None else None
         self.uses_gradient_cache = mini_batch_size is not None
         self.mini_batch_size = mini_batch_size
-        criteria = {
-            direction: SLRLoss(
-                1 / scale,
-                memory_bank_size,
-                gather_across_devices,
-                sharpening=sharpening,
-                confidence=confidence,
-                refined_weight=refined_weight,
-                symmetric=False,
-                estimator_dim=estimator_dim if memory_bank_size else None,
-                same_group=same_group or "positive",
-            )
-            for direction in directions
-        }
-        self.criteria: Any = nn.ModuleDict(criteria)
+        self.criteria: Any = nn.ModuleDict()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "memory_bank_size=.* leaves the dimension to the first batch")
+            for direction in directions:
+                self.criteria[direction] = SLRLoss(
+                    1 / scale,
+                    memory_bank_size,
+                    gather_across_devices,
+                    sharpening=sharpening,
+                    confidence=confidence,
+                    refined_weight=refined_weight,
+                    symmetric=False,
+                    estimator_dim=estimator_dim if memory_bank_size else None,
+                    same_group=same_group or "positive",
+                )
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss; ``labels`` is the column ``label``: see ``same_group``."""
@@ -194,11 +191,11 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
     """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
 
     ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
-    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed, if
-    the model has the weights beside which they were written. The schedule follows the trainer's ``global_step``,
-    whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside the loss, the
-    trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation
-    during training as ``eval_slr/positive_weight``.
+    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt``. Where training is resumed it reads them from
+    the folder ``resume_from_checkpoint`` of the training arguments, or else from that in ``output_dir``. The schedule
+    follows the trainer's ``global_step``, whatever the gradient accumulation and however often a loss such as
+    MatryoshkaLoss calls. Beside the loss, the trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as
+    ``slr/positive_weight`` and so on, of the evaluation during training as ``eval_slr/positive_weight``.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 
@@ -239,7 +236,7 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         folder = self._folder(args, state)
         if args.should_save and folder.is_dir():
             states = {path: criterion.state_dict() for path, criterion in self.criteria().items()}
-            torch.save({"losses": states, "weights": self._weights()}, folder / self.FILE)
+            torch.save({"losses": states}, folder / self.FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the losses."""
@@ -260,56 +257,21 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
 
     def _restore(self, criteria: dict[str, SLRLoss], args: Any, state: Any) -> None:
-        folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
-        files = [folder / self.FILE for folder in (*folders, self._folder(args, state))]
-        stored = {file: torch.load(file, map_location="cpu", weights_only=True) for file in files if file.is_file()}
-        weights = self._weights()
-        fitting = [file for file, content in stored.items() if _are_close(content["weights"], weights)]
-        if not fitting:
+        named = args.resume_from_checkpoint  # of the arguments; what train() is told alone, it keeps to itself
+        file = (Path(named) if isinstance(named, str) else self._folder(args, state)) / self.FILE
+        if not file.is_file():
             warnings.warn(
-                f"there is no {' or '.join(map(str, files))} that was written beside the model's weights: the queue "
-                "starts afresh; if the checkpoint lies elsewhere, set resume_from_checkpoint of the training arguments "
-                "to its folder too",
+                f"there is no {file}: the queue starts afresh; if the checkpoint lies elsewhere, set "
+                "resume_from_checkpoint of the training arguments to its folder too",
                 stacklevel=2,
             )
             return
-        file = fitting[0]
-        states = stored[file]["losses"]
+        states = torch.load(file, map_location="cpu", weights_only=True)["losses"]
         if states.keys() != criteria.keys():
             raise ValueError(f"{file} is of the losses {sorted(states)}, the trainer has {sorted(criteria)}")
         for path, criterion in criteria.items():
             criterion.load_state_dict(states[path])
 
-    def _weights(self) -> list[float]:
-        """Numbers by which the model's weights are known again; none where processes hold a part of them each."""
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            return []
-        with torch.no_grad():
-            return [torch.linalg.vector_norm(p, 1, dtype=torch.float64).item() for p in self.trainer.model.parameters()]
-
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _embedding_width(model: Any) -> int | None:
-    """The width of what ``forward`` puts out; None if one text is not enough to know it.
-
-    ``get_embedding_dimension`` tells that of ``encode``, which ``truncate_dim``, Dense and Router make another one.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            text = batch_to_device(model.preprocess(["a"]), model.device)
-            return int(model.eval()(text)["sentence_embedding"].shape[1])
-    except Exception:  # of a model of images, or one that must be told the task
-        return None
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _are_close(first: Sequence[float], second: Sequence[float]) -> bool:
-    return len(first) == len(second) and all(
-        math.isclose(a, b, rel_tol=1e-9) for a, b in zip(first, second, strict=True)
-    )
