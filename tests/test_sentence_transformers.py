@@ -303,7 +303,9 @@ def test_a_killed_run_goes_on_with_its_queue_and_schedule(is_moved, tmp_path):
     checkpoint, moved = tmp_path / "killed" / "checkpoint-4", tmp_path / "moved"
     if is_moved:
         checkpoint = checkpoint.rename(moved)
-    resumed = trainer(tmp_path / "killed", static_model(), refined, resume_from_checkpoint=str(moved))
+    resumed = trainer(
+        tmp_path / "killed", static_model(), refined, resume_from_checkpoint=str(moved) if is_moved else None
+    )
     for criterion in resumed.loss.criteria.values():
         criterion.reset_parameters()  # another random queue than the first process's
     resumed.train(resume_from_checkpoint=str(checkpoint))
