@@ -1,14 +1,16 @@
-"""The loss for pytorch-metric-learning, where labels say which samples are views of one another."""
+"""The loss for pytorch-metric-learning, where equal labels say which samples belong together."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import slr_plugin
+from slr_plugin import distributed
 from slr_plugin.adapters._require import require
+from slr_plugin.key_sets import KeySet
 from slr_plugin.settings import Confidence
 
 require("metric-learning", "pytorch_metric_learning")
@@ -22,29 +24,33 @@ _STATS = ("positive_weight", "alpha", "beta", "mu", "label_entropy")
 
 
 class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-learning is untyped
-    r""":class:`slr_plugin.SLRLoss` in the place of pytorch-metric-learning's NTXentLoss.
+    r""":class:`slr_plugin.SLRLoss` in the place of pytorch-metric-learning's NTXentLoss and SupConLoss.
 
-    With ``confidence=0`` and their temperature (0.07 by default) values and gradients equal NTXentLoss's.
+    Equal labels are a group, as in :mod:`slr_plugin.groups`, and negative ones belong to nobody. With ``confidence=0``
+    and their temperature (0.07 and 0.1 by default) values and gradients equal SupConLoss's, and NTXentLoss's where
+    labels number pairs of views:
 
-    Labels are no classes but number the pairs, as :class:`~pytorch_metric_learning.losses.SelfSupervisedLoss` does:
+    - ``loss(embeddings, labels)``: all embeddings are keys, and those that share a label are rows. Where labels are
+      refined, a row estimates the label of one partner in its class, and the last one of an odd number is a key alone.
+    - ``loss(embeddings, labels, ref_emb=..., ref_labels=...)``: ``ref_emb`` are the keys; embeddings without a key of
+      their label are left out.
 
-    - ``loss(embeddings, labels)``: samples with the same label are two views of one. Both views are compared with both.
-      With a queue the first one is the query, the second one the key. A sample alone with its label is a further
-      negative.
-    - ``loss(embeddings, labels, ref_emb=..., ref_labels=...)``: the rows of ``embeddings`` are the queries, and each
-      has one key with its label in ``ref_emb``. Other rows of ``ref_emb``, such as mined ones, are further negatives.
+    With a queue (``memory_bank_size``) the keys and their labels enter it afterwards: labels are then ids that mean the
+    same in every call. An exception are labels that number the pairs of a batch, 0, 1, ... in the first views and again
+    in the second, as :class:`~pytorch_metric_learning.losses.SelfSupervisedLoss` makes them: first views are then the
+    queries, second ones the keys, which enter the queue without a label. Further rows of ``ref_emb`` do not.
 
-    A queue (``memory_bank_size``) takes the place of CrossBatchMemory, and ``gather_distributed=True`` that of
-    DistributedLossWrapper; neither wraps this loss, nor does a miner choose its pairs. For mixed queries call
-    ``loss.criterion(queries, keys, mixed, mix)``.
+    A queue takes the place of CrossBatchMemory, and ``gather_distributed=True`` that of DistributedLossWrapper (every
+    process brings equally many samples that share a label with another of its own); neither wraps this loss, nor does a
+    miner choose its pairs. For mixed queries call ``loss.criterion(queries, keys, mixed, mix)``.
 
     SelfSupervisedLoss takes a loss if its class has one of thirteen names. This class therefore goes by the name of the
     loss that it replaces: ``type(loss).__name__ == "NTXentLoss"``. Nothing of pytorch-metric-learning is changed, and
     pickled losses and printed ones say SLRLoss.
 
     Args:
-        temperature, memory_bank_size, gather_distributed, sharpening, confidence, refined_weight, in_batch_keys: as in
-            :class:`slr_plugin.SLRLoss`.
+        temperature, memory_bank_size, gather_distributed, sharpening, confidence, refined_weight, in_batch_keys,
+            same_group: as in :class:`slr_plugin.SLRLoss`.
         **kwargs: those of BaseMetricLossFunction: ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer`` (of
             the regulariser alone: the loss is one number), ``collect_stats``, and as ``distance`` CosineSimilarity,
             which it is anyway.
@@ -55,7 +61,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
             keeper logs; so are ``alpha``, ``beta``, ``mu`` and ``label_entropy``.
 
     Raises:
-        ValueError: an argument is out of range; in a call, labels do not pair the samples, or pairs were mined.
+        ValueError: an argument is out of range; in a call, no label occurs twice, or pairs were mined.
 
     >>> import torch
     >>> from pytorch_metric_learning.losses import SelfSupervisedLoss
@@ -74,6 +80,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
         confidence: Confidence = 1.0,
         refined_weight: float = 0.5,
         in_batch_keys: bool = True,
+        same_group: str = "positive",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -82,7 +89,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
                 f"distance must be CosineSimilarity, got {type(self.distance).__name__}: the refined labels are made "
                 "of cosines; leave the argument out"
             )
-        self.criterion = slr_plugin.SLRLoss(
+        self.criterion = _LossByLabels(
             temperature,
             memory_bank_size,
             gather_distributed,
@@ -90,6 +97,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
             confidence=confidence,
             refined_weight=refined_weight,
             in_batch_keys=in_batch_keys,
+            same_group=same_group,
         )
         self.add_to_recordable_attributes(list_of_names=_STATS, is_stat=True)
 
@@ -104,15 +112,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
             )
         if labels is None or ref_labels is None:
             raise ValueError("SLRLoss needs labels that say which samples belong together: use SelfSupervisedLoss")
-        has_ref = ref_emb is not embeddings
-        if has_ref:
-            keys, others = _matches(labels, ref_labels)
-            queries, positives, negatives = embeddings, ref_emb[keys], ref_emb[others]
-        else:
-            first, second, alone = _pairs(labels)
-            queries, positives, negatives = embeddings[first], embeddings[second], embeddings[alone]
-        self.criterion.symmetric = not has_ref and not len(self.criterion.memory_bank)
-        loss = self.criterion(queries, positives, negatives=negatives if len(negatives) else None)
+        loss = self.criterion.by_labels(embeddings, labels, ref_emb, ref_labels)
         if self.collect_stats:
             for name in _STATS:
                 setattr(self, name, self.criterion.stats[name].item())
@@ -129,36 +129,101 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
 SLRLoss.__name__ = "NTXentLoss"  # see its docstring; pickle goes by __qualname__, which stays
 
 
-def _pairs(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first and the second sample of each pair, in the order of the first ones, and the samples without partner."""
-    if not len(labels):
-        raise ValueError("the batch is empty; skip it")
-    _, numbers, counts = torch.unique(labels, return_inverse=True, return_counts=True)
-    if counts.max() != 2:
-        frequent = labels[counts[numbers].argmax()]
-        raise ValueError(
-            f"labels must number the pairs, each at most twice and one at least, got {frequent} {counts.max()} times: "
-            "pass two views to SelfSupervisedLoss, and use gather_distributed=True in place of DistributedLossWrapper"
+class _Keys(NamedTuple):
+    """The keys of a call by labels, which all come as further negatives."""
+
+    labels: Tensor  # (m,)
+    positive: Tensor  # (r,) the key that is a row's positive
+    own: Tensor | None  # (r,) the key that is the row itself
+
+
+class _LossByLabels(slr_plugin.SLRLoss):
+    """The loss with a call in which equal labels say which keys are a row's."""
+
+    _keys: _Keys | None = None  # of the call in progress
+
+    def by_labels(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
+        """Compare samples with others (those of one set if they are the same tensor)."""
+        is_one_set = ref_emb is embeddings
+        count = (len(labels) + 1) // 2 if is_one_set else len(labels)  # of first views, if labels number pairs
+        keys, key_labels = (embeddings[count:], labels[count:]) if is_one_set else (ref_emb, ref_labels)
+        if _are_numbered(labels[:count], key_labels):
+            self.symmetric = is_one_set and not len(self.memory_bank)
+            negatives = keys[count:] if len(keys) > count else None
+            loss: Tensor = self(embeddings[:count], keys[:count], negatives=negatives)
+            return loss
+        if not self.in_batch_keys:
+            raise ValueError("in_batch_keys=False takes pairs of views, as SelfSupervisedLoss numbers them, no classes")
+        rows, positive = _pairs(labels, refines=self.confidence != 0) if is_one_set else _matches(labels, ref_labels)
+        if not len(rows):
+            raise ValueError(
+                "no sample has a key of its label: sample several of each class (MPerClassSampler) and drop a last, "
+                "small batch, or pass two views to SelfSupervisedLoss; negative labels belong to nobody"
+            )
+        self.symmetric = False
+        self._keys = _Keys(ref_labels, positive, rows if is_one_set else None)
+        try:
+            loss = self(embeddings[rows], ref_emb[positive], negatives=ref_emb, groups=labels[rows])
+        finally:
+            self._keys = None
+        return loss
+
+    def _key_set(self, features: Any) -> KeySet:
+        """Those of a call as they are, and not once more as positives of the rows."""
+        key_set, of_call = super()._key_set(features), self._keys
+        if of_call is None or key_set.key_groups is None:
+            return key_set
+        keys, labels, first = key_set.keys[key_set.batch_count :], of_call.labels, 0
+        if len(keys) > len(labels):  # gathered
+            labels, first = distributed.gather(labels), distributed.rank() * len(labels)
+        known = labels >= 0
+        return key_set._replace(
+            keys=keys,
+            positive_index=of_call.positive + first,
+            self_index=None if of_call.own is None else of_call.own + first,
+            batch_count=len(keys),
+            key_groups=torch.cat([labels, key_set.key_groups[len(key_set.keys) :]]),
+            keys_to_enqueue=keys[known],
+            groups_to_enqueue=labels[known],
         )
-    order = numbers.argsort(stable=True)
-    paired = (counts == 2)[numbers[order]]
-    pairs = order[paired].view(-1, 2)
-    first, second = pairs[pairs[:, 0].argsort()].unbind(1)
-    return first, second, order[~paired]
+
+    def _get_name(self) -> str:
+        return "SLRLoss"
+
+
+def _are_numbered(labels: Tensor, ref_labels: Tensor) -> bool:
+    """Whether labels number the samples, 0, 1, ..., in the order of their keys, behind which are those of others."""
+    count = len(labels)
+    others = ref_labels[count:]
+    return (
+        torch.equal(labels, torch.arange(count).to(labels))
+        and torch.equal(ref_labels[:count], labels)
+        and not bool(((others >= 0) & (others < count)).any())
+    )
+
+
+def _pairs(labels: Tensor, refines: bool) -> tuple[Tensor, Tensor]:
+    """The samples that share their label, and for each of them another one with it.
+
+    They are in pairs, the first ones before the second ones. The last of an odd number joins one of the others, or
+    stays out where labels are refined, since the loss asks the partner of each row for its label.
+    """
+    _, number, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    order = number.argsort(stable=True)
+    size = counts[number[order]].where(labels[order] >= 0, 1)
+    rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[number[order]]
+    is_second, is_last = rank % 2 == 1, rank + 1 == size
+    is_row = (size > 1) & (is_second | ~is_last) if refines else size > 1
+    place = is_row.nonzero().flatten()
+    place = place[is_second[place].long().argsort(stable=True)]
+    other = place + torch.where(is_second | is_last, -1, 1)[place]
+    return order[place], order[other]
 
 
 def _matches(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The one sample with each of ``labels`` among ``ref_labels``, and those that belong to none of them."""
+    """The samples whose label occurs in ``ref_labels``, and where."""
     order = ref_labels.argsort(stable=True)
     found = ref_labels[order]
-    begin, end = torch.searchsorted(found, labels), torch.searchsorted(found, labels, right=True)
-    unmatched = end - begin != 1
-    if unmatched.any():
-        label, count = labels[unmatched][0], (end - begin)[unmatched][0]
-        raise ValueError(f"every label must occur once in ref_labels, got {label} {count} times: labels number pairs")
-    keys = order[begin]
-    is_other = torch.ones_like(ref_labels, dtype=torch.bool)
-    is_other[keys] = False
-    if is_other.sum() != len(ref_labels) - len(labels):
-        raise ValueError("labels must differ where ref_emb is given, since they number the pairs")
-    return keys, is_other.nonzero().flatten()
+    place = torch.searchsorted(found, labels).clamp(max=len(found) - 1)
+    rows = ((found[place] == labels) & (labels >= 0)).nonzero().flatten()
+    return rows, order[place[rows]]

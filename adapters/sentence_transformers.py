@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,8 +18,8 @@ require("sentence-transformers", "sentence_transformers", "accelerate", "dataset
 
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input  # noqa: E402
 from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
-from sentence_transformers.util import batch_to_device, similarity_fct_name  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402
+from sentence_transformers.util import similarity_fct_name  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
 REPEATING = ("AdaptiveLayerLoss", "Matryoshka2dLoss")  # losses that call another one several times a batch
 DIRECTIONS = ("query_to_doc", "doc_to_query")
@@ -32,7 +30,9 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     Columns are anchor, positive and any number of negatives. The labels are those of :class:`slr_plugin.SLRLoss`: a
     share of each anchor's label moves from its positive to the documents that look like it, such as copies of the
-    positive. With ``confidence=0`` and no queue, value and gradient are MultipleNegativesRankingLoss's.
+    positive. With ``confidence=0`` and no queue, value and gradient are MultipleNegativesRankingLoss's. What is known
+    of the documents is the data set's column ``label``: ids with ``same_group``, features with ``estimator_dim``, and
+    else it is not used.
 
     In ``SentenceTransformerTrainer``, add :class:`SelfLabelingCallback` if there is a queue or a schedule.
 
@@ -44,7 +44,12 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         confidence: mu >= 0, a number or a schedule ``step -> mu``, such as
             ``CosineConfidence(0.0, 1.0, total_steps=...)``. 0 means one-hot labels.
         refined_weight: lambda in [0, 1], the share of the refined label; the rest is one-hot.
-        memory_bank_size: the number of past documents that are further negatives, or ``(n, d)``. They are not trained.
+        memory_bank_size: the number of past documents that are further negatives, as wide as the first batch's, or
+            ``(n, d)``. They are not trained.
+        same_group: the column ``label`` holds whole numbers, ids of documents (negative: unknown), and the other
+            documents of a pair's id, in the batch and in the queue, are ``"positive"`` too or ``"ignored"``.
+        estimator_dim: the column ``label`` holds vectors of this width, such as another model's embeddings of the
+            documents, which estimate the labels in the place of the positives.
         gather_across_devices: compare with the documents of all processes: loss and gradient are then those of one
             process with the whole batch. Needs equally large batches: ``dataloader_drop_last=True``.
         directions: ``("query_to_doc",)``, or with ``"doc_to_query"`` the mean of both, each with labels and a queue of
@@ -56,7 +61,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         criteria: the :class:`slr_plugin.SLRLoss` of each direction. Their settings may be assigned at any time.
 
     Raises:
-        ValueError: an argument is out of its range, or there is another similarity than the cosine.
+        ValueError: an argument is out of its range, there is another similarity than the cosine, or no ``label``.
         TypeError: an argument is of the wrong type.
     """
 
@@ -70,6 +75,8 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         confidence: float | Callable[[int], float] = 1.0,
         refined_weight: float = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
+        same_group: str | None = None,
+        estimator_dim: int | None = None,
         gather_across_devices: bool = False,
         directions: Sequence[str] = ("query_to_doc",),
         mini_batch_size: int | None = None,
@@ -87,42 +94,43 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             check_integer("mini_batch_size", mini_batch_size, low=1)
             if has_static_embedding_input(model):
                 raise ValueError("mini_batch_size must be None for a StaticEmbedding, whose batches cannot be split")
-        if isinstance(memory_bank_size, int) and memory_bank_size > 0:
-            dim = _embedding_width(model)
-            memory_bank_size = memory_bank_size if dim is None else (memory_bank_size, dim)
+        if same_group is not None and estimator_dim is not None:
+            raise ValueError("the column label holds either ids or features: pass same_group or estimator_dim")
         self.model = model
+        self.knowledge = "estimator" if estimator_dim is not None else "groups" if same_group is not None else None
         self.uses_gradient_cache = mini_batch_size is not None
         self.mini_batch_size = mini_batch_size
-        criteria = {
-            direction: SLRLoss(
-                1 / scale,
-                memory_bank_size,
-                gather_across_devices,
-                sharpening=sharpening,
-                confidence=confidence,
-                refined_weight=refined_weight,
-                symmetric=False,
-            )
-            for direction in directions
-        }
-        self.criteria: Any = nn.ModuleDict(criteria)
-        self._is_new = True  # until the first training step
+        self.criteria: Any = nn.ModuleDict()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "memory_bank_size=.* leaves the dimension to the first batch")
+            for direction in directions:
+                self.criteria[direction] = SLRLoss(
+                    1 / scale,
+                    memory_bank_size,
+                    gather_across_devices,
+                    sharpening=sharpening,
+                    confidence=confidence,
+                    refined_weight=refined_weight,
+                    symmetric=False,
+                    estimator_dim=estimator_dim if memory_bank_size else None,
+                    same_group=same_group or "positive",
+                )
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
-        """Embed the columns and compute the loss; ``labels`` are not used, since pairs are the labels."""
+        """Embed the columns and compute the loss; ``labels`` is the column ``label``: see ``same_group``."""
         sentence_features = list(sentence_features)
         if len(sentence_features) < 2:
             raise ValueError(f"the loss needs the columns anchor and positive, got {len(sentence_features)} column")
         if self.uses_gradient_cache:
-            cached: Tensor = self.forward_cached(sentence_features)  # type: ignore[operator]
+            cached: Tensor = self.forward_cached(sentence_features, labels)  # type: ignore[operator]
             return cached
-        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features))
+        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
 
     def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """Compute the loss of embedded columns, (s, d) each."""
-        if self._is_new and torch.is_grad_enabled():
-            self._is_new = False
-            self._warn_of_lost_state()
+        if self.knowledge and labels is None:
+            raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
+        known = {self.knowledge: labels} if self.knowledge else {}
         anchors, positives, *negatives = embeddings
         further = torch.cat(negatives) if negatives else None
         losses = []
@@ -135,38 +143,19 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
                     f"memory_bank_size=({len(criterion.memory_bank)}, {anchors.shape[1]})"
                 )
             if direction == "query_to_doc":
-                losses.append(criterion(anchors, positives, negatives=further))
+                losses.append(criterion(anchors, positives, negatives=further, **known))
             else:
-                losses.append(criterion(positives, anchors))
+                losses.append(criterion(positives, anchors, **known))
         return torch.stack(losses).mean()
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """Compute the loss of embedded mini-batches, column by column; the gradient caching calls it."""
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps])
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() if with_backward else loss
-
-    def _warn_of_lost_state(self) -> None:
-        """Warn if a trainer resumes a run whose queue or schedule nobody kept."""
-        if not any(
-            len(criterion.memory_bank) or callable(criterion.confidence) for criterion in self.criteria.values()
-        ):
-            return
-        frame = inspect.currentframe()  # the trainer gives its loss nothing by which a resumed run could be told
-        while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-            frame = frame.f_back
-        trainer = frame and frame.f_locals["self"]
-        if trainer is None or not trainer.state.global_step:
-            return
-        if not any(isinstance(callback, SelfLabelingCallback) for callback in trainer.callback_handler.callbacks):
-            warnings.warn(
-                f"the trainer goes on at step {trainer.state.global_step}, but queue and schedule of the loss start "
-                "afresh, since its checkpoints do not hold them: trainer.add_callback(SelfLabelingCallback(trainer))",
-                stacklevel=2,
-            )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
@@ -179,6 +168,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             "confidence": repr(confidence) if callable(confidence) else confidence,
             "refined_weight": criterion.refined_weight,
             "memory_bank_size": len(criterion.memory_bank),
+            "same_group": criterion.same_group if self.knowledge == "groups" else None,
             "gather_across_devices": criterion.gather_distributed,
             "directions": tuple(self.criteria),
             "mini_batch_size": self.mini_batch_size,
@@ -201,11 +191,11 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
     """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
 
     ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
-    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed, if
-    the model has the weights beside which they were written. The schedule follows the trainer's ``global_step``,
-    whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside the loss, the
-    trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation
-    during training as ``eval_slr/positive_weight``.
+    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt``. Where training is resumed it reads them from
+    the folder ``resume_from_checkpoint`` of the training arguments, or else from that in ``output_dir``. The schedule
+    follows the trainer's ``global_step``, whatever the gradient accumulation and however often a loss such as
+    MatryoshkaLoss calls. Beside the loss, the trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as
+    ``slr/positive_weight`` and so on, of the evaluation during training as ``eval_slr/positive_weight``.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 
@@ -246,7 +236,7 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         folder = self._folder(args, state)
         if args.should_save and folder.is_dir():
             states = {path: criterion.state_dict() for path, criterion in self.criteria().items()}
-            torch.save({"losses": states, "weights": self._weights()}, folder / self.FILE)
+            torch.save({"losses": states}, folder / self.FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the losses."""
@@ -267,56 +257,21 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
 
     def _restore(self, criteria: dict[str, SLRLoss], args: Any, state: Any) -> None:
-        folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
-        files = [folder / self.FILE for folder in (*folders, self._folder(args, state))]
-        stored = {file: torch.load(file, map_location="cpu", weights_only=True) for file in files if file.is_file()}
-        weights = self._weights()
-        fitting = [file for file, content in stored.items() if _are_close(content["weights"], weights)]
-        if not fitting:
+        named = args.resume_from_checkpoint  # of the arguments; what train() is told alone, it keeps to itself
+        file = (Path(named) if isinstance(named, str) else self._folder(args, state)) / self.FILE
+        if not file.is_file():
             warnings.warn(
-                f"there is no {' or '.join(map(str, files))} that was written beside the model's weights: the queue "
-                "starts afresh; if the checkpoint lies elsewhere, set resume_from_checkpoint of the training arguments "
-                "to its folder too",
+                f"there is no {file}: the queue starts afresh; if the checkpoint lies elsewhere, set "
+                "resume_from_checkpoint of the training arguments to its folder too",
                 stacklevel=2,
             )
             return
-        file = fitting[0]
-        states = stored[file]["losses"]
+        states = torch.load(file, map_location="cpu", weights_only=True)["losses"]
         if states.keys() != criteria.keys():
             raise ValueError(f"{file} is of the losses {sorted(states)}, the trainer has {sorted(criteria)}")
         for path, criterion in criteria.items():
             criterion.load_state_dict(states[path])
 
-    def _weights(self) -> list[float]:
-        """Numbers by which the model's weights are known again; none where processes hold a part of them each."""
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            return []
-        with torch.no_grad():
-            return [torch.linalg.vector_norm(p, 1, dtype=torch.float64).item() for p in self.trainer.model.parameters()]
-
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _embedding_width(model: Any) -> int | None:
-    """The width of what ``forward`` puts out; None if one text is not enough to know it.
-
-    ``get_embedding_dimension`` tells that of ``encode``, which ``truncate_dim``, Dense and Router make another one.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            text = batch_to_device(model.preprocess(["a"]), model.device)
-            return int(model.eval()(text)["sentence_embedding"].shape[1])
-    except Exception:  # of a model of images, or one that must be told the task
-        return None
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _are_close(first: Sequence[float], second: Sequence[float]) -> bool:
-    return len(first) == len(second) and all(
-        math.isclose(a, b, rel_tol=1e-9) for a, b in zip(first, second, strict=True)
-    )

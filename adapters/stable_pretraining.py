@@ -34,6 +34,10 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
     and the teachers the second ones, the keys. Their Manager adds the callback that updates teachers; give a plain
     Trainer a TeacherStudentCallback. Where they are not, both views are trained. Queue and step are in checkpoints.
 
+    What is known comes with the batch: ``batch["groups"]`` (s,), ids of samples that belong together, and
+    ``batch["estimator"]`` (s, e), features that estimate the labels, for which a criterion with a queue has
+    ``estimator_dim=e``. They stand beside the views, or in the first view as everything of an image does.
+
     A schedule of the confidence goes by ``trainer.global_step``: give CosineConfidence the run's optimizer steps as
     ``total_steps``. With several processes give the loss ``gather_distributed=True``. Logs ``{stage}/loss`` and
     the loss's statistics as ``slr/...``.
@@ -81,9 +85,11 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
         mixed, mix = mixup(queries, positives)
         projections += [projector(backbone(mixed)), mix]
     refines = isinstance(self.criterion, SLRLoss)
+    known = {}
     if refines:
         self.criterion.set_step(self.trainer.global_step)
-    out["loss"] = self.criterion(*projections)
+        known = {name: place[name] for place in (views[0], batch) for name in ("groups", "estimator") if name in place}
+    out["loss"] = self.criterion(*projections, **known)
     self.log(f"{stage}/loss", out["loss"], on_step=True, on_epoch=True, sync_dist=True, batch_size=len(queries))
     if refines:
         stats = {f"slr/{name}": value for name, value in self.criterion.stats.items()}

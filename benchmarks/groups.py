@@ -63,7 +63,7 @@ def run(sizes: list[int], device: str, rounds: int, precision: str, output: Path
         f"`python -m benchmarks groups --images {' '.join(map(str, sizes))} --rounds {rounds} "
         f"--precision {precision}`: "
         f"forward and backward of the loss alone, both views of images in groups of {OF_A_GROUP}, d = {DIM}; "
-        f"{machine(device)}; float32; {versions}; medians of {rounds} paired rounds, ratios taken within a round. Dense "
+        f"{machine(device)}; float32; {versions}; medians of {rounds} paired rounds, ratios within a round. Dense "
         f"losses are measured up to {DENSE_LIMIT:,} images."
     )
     publish(output, "groups", table(results, "images"), caption, {str(n): rows for n, rows in results.items()})

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from slr_plugin.adapters.pytorch_metric_learning import SLRLoss
 
 BATCH, STEPS = 5, 4
-CASES = {"both views": (0, True), "one direction": (0, False), "queue": (12, False)}
+CASES = {"both views": (0, True), "one direction": (0, False), "queue": (12, False), "classes": (20, None)}
+CLASSES = torch.tensor([4, 4, 7, 7, 1])  # of a process's images
 
 
 def train(case: str, rank: int | None, world: int) -> dict[str, torch.Tensor]:
@@ -18,8 +19,9 @@ def train(case: str, rank: int | None, world: int) -> dict[str, torch.Tensor]:
     queue, symmetric = CASES[case]
     torch.manual_seed(0)
     encoder = torch.nn.Linear(5, 4).double()
-    inner = SLRLoss(0.2, (queue, 4) if queue else 0, gather_distributed=rank is not None)
-    loss_function = SelfSupervisedLoss(inner, symmetric=symmetric)
+    settings = {"confidence": 0.0} if symmetric is None else {}  # else whose label is asked for depends on the batch
+    inner = SLRLoss(0.2, (queue, 4) if queue else 0, gather_distributed=rank is not None, **settings)
+    loss_function = SelfSupervisedLoss(inner, symmetric=bool(symmetric))
     model = encoder if rank is None else DistributedDataParallel(encoder)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.5)
     generator = torch.Generator().manual_seed(1)
@@ -29,10 +31,14 @@ def train(case: str, rank: int | None, world: int) -> dict[str, torch.Tensor]:
         views = torch.randn(2, world * BATCH, 5, dtype=torch.float64, generator=generator)[:, part]
         queries, keys = model(views.flatten(0, 1)).chunk(2)
         optimizer.zero_grad()
-        loss_function(queries, keys.detach() if queue else keys).backward()
+        if symmetric is None:
+            inner(torch.cat([queries, keys]), CLASSES.repeat(2 if rank is not None else 2 * world)).backward()
+        else:
+            loss_function(queries, keys.detach() if queue else keys).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in encoder.parameters()]))
         optimizer.step()
-    return {"gradients": torch.stack(gradients), "queue": inner.criterion.memory_bank.bank}
+    bank = inner.criterion.memory_bank.bank
+    return {"gradients": torch.stack(gradients), "queue": bank.sort(0).values}  # processes have another order
 
 
 def run(rank: int, folder: Path, world: int) -> None:

@@ -64,7 +64,9 @@ def features(model: SentenceTransformer, columns: int, size: int, seed: int = 0)
 
 def dataset(size: int, seed: int = 0) -> Dataset:
     anchors, positives = sentences(2, size, seed)
-    return Dataset.from_dict({"anchor": anchors, "positive": positives})
+    return Dataset.from_dict(
+        {"anchor": anchors, "positive": positives, "label": [number // 2 for number in range(size)]}
+    )
 
 
 # ------------------------------------------------------------------------------------------------ in spawned processes

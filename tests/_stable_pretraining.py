@@ -27,17 +27,21 @@ class Views(Dataset):
 
     column_names = ("views",)  # which their DataModule asks for
 
-    def __init__(self, count=2, shape=(1, 4, 4)):
+    def __init__(self, count=2, shape=(1, 4, 4), is_known=False):
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(SIZE, count, *shape, generator=generator)
         self.labels = torch.arange(SIZE) % 3
         self.is_single = count == 1
+        self.groups = torch.arange(SIZE) // 2 if is_known else None
 
     def __len__(self):
         return SIZE
 
     def __getitem__(self, index):
         views = [{"image": image, "label": self.labels[index]} for image in self.images[index]]
+        if self.groups is not None:  # as MultiViewTransform repeats them
+            known = {"groups": self.groups[index], "estimator": self.images[index, 0].flatten()[:3]}
+            views = [view | known for view in views]
         return views[0] if self.is_single else {"views": views}
 
 
@@ -58,6 +62,7 @@ class Recorder(Callback):
             "step": trainer.global_step,
             "queue": self.before,
             "pointer": pl_module.criterion.memory_bank.bank_ptr.item(),
+            "groups": pl_module.criterion.memory_bank.groups.tolist(),
             "mu": pl_module.criterion.stats["mu"].item(),
             "loss": logged["fit/loss_step"],
         }
@@ -87,8 +92,8 @@ def build(criterion, has_teacher=True, mixup=None, **kwargs):
     )
 
 
-def data():
-    train, val = (DataLoader(Views(count), batch_size=BATCH) for count in (2, 1))
+def data(is_known=False):
+    train, val = (DataLoader(Views(count, is_known=is_known), batch_size=BATCH) for count in (2, 1))
     return spt.data.DataModule(train=train, val=val)
 
 
@@ -102,7 +107,7 @@ def trainer(**kwargs):
 def main(record, kill_at, checkpoint=None):
     """Train by the Manager, with a linear probe and neighbours on the side."""
     torch.manual_seed(1)
-    module = build(SLRLoss(0.2, (20, 4), confidence=CosineConfidence(0.0, 2.0, STEPS)))
+    module = build(SLRLoss(0.2, (20, 4), confidence=CosineConfidence(0.0, 2.0, STEPS), estimator_dim=3))
     probe = spt.callbacks.OnlineProbe(
         module,
         name="probe",
@@ -127,7 +132,7 @@ def main(record, kill_at, checkpoint=None):
     spt.Manager(
         trainer=trainer(callbacks=callbacks),
         module=module,
-        data=data(),
+        data=data(is_known=True),
         seed=0,
         ckpt_path=checkpoint,
         weights_only=False,

@@ -12,7 +12,7 @@ pytest.importorskip("pytorch_metric_learning")
 import _metric_learning
 from _oracle import slr
 from pytorch_metric_learning.distances import LpDistance
-from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss, SelfSupervisedLoss
+from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss, SelfSupervisedLoss, SupConLoss
 from pytorch_metric_learning.regularizers import LpRegularizer
 from torch import multiprocessing
 
@@ -22,9 +22,9 @@ from slr_plugin.adapters.pytorch_metric_learning import SLRLoss
 TAU = 0.2
 
 
-def features(*sizes, dim=6):
+def features(*sizes, dim=6, seed=3):
     """Leaves of these numbers of rows."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, dim, dtype=torch.float64, generator=generator).requires_grad_() for size in sizes]
 
 
@@ -176,21 +176,117 @@ def test_mixed_queries_go_to_the_criterion():
     assert loss.criterion(*views, mixed, mix).isfinite()
 
 
-def test_labels_that_are_classes_are_refused():
+# ---------------------------------------------------------------------------------------------------- labels as classes
+
+CLASSES = [[0, 0, 1, 1, 1, 2], [7, 3, 7, 7, 3, 9, 7, 4, 4, 4], [5] * 3 + [1] * 5]
+
+
+@pytest.mark.parametrize("labels", CLASSES)
+def test_without_refinement_it_is_supcon_of_classes(labels):
+    (embeddings,) = features(len(labels))
+    labels = torch.tensor(labels)
+    close(one_hot()(embeddings, labels), SupConLoss(TAU)(embeddings, labels), [embeddings])
+
+
+@pytest.mark.parametrize("labels", CLASSES)
+def test_without_refinement_it_is_supcon_of_classes_in_ref_emb(labels):
+    embeddings, ref_emb = features(len(labels), 8)
+    labels, ref_labels = torch.tensor(labels), torch.tensor([1, 1, 0, 7, 4, 1, 8, 5])
+    ours, theirs = (
+        loss(embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels) for loss in (one_hot(), SupConLoss(TAU))
+    )
+    close(ours, theirs, [embeddings, ref_emb])
+
+
+def test_a_queue_of_labels_is_supcon_with_their_memory(tmp_path):
+    """Theirs holds the batch beside what ours holds, which is full of known keys after two steps."""
+    ours, theirs = one_hot((8, 6)), CrossBatchMemory(SupConLoss(TAU), embedding_size=6, memory_size=12)
+    for step, labels in enumerate([[0, 0, 1, 1], [1, 1, 2, 2], [2, 0, 2, 0], [3, 3, 0, 0], [1, 1, 1, 1]]):
+        (embeddings,) = features(4, seed=step)
+        labels = torch.tensor(labels)
+        if step == 4:  # killed and resumed
+            torch.save(ours.state_dict(), tmp_path / "loss.pt")
+            ours = one_hot((8, 6))
+            ours.load_state_dict(torch.load(tmp_path / "loss.pt"))
+        assert ours.criterion.memory_bank.groups.tolist().count(-1) == max(0, 8 - 4 * step)
+        losses = ours(embeddings, labels), theirs(embeddings, labels)
+        if step > 1:
+            torch.testing.assert_close(
+                *losses, rtol=0, atol=1e-6
+            )  # our queue is float32, theirs gives keys no gradient
+
+
+def test_numbered_pairs_leave_no_labels_in_the_queue():
+    loss = SLRLoss(TAU, (10, 6))
+    for symmetric in (True, False):
+        SelfSupervisedLoss(loss, symmetric=symmetric)(*features(4, 4))
+    assert loss.criterion.memory_bank.bank_ptr == 8
+    assert loss.criterion.memory_bank.groups.tolist() == [-1] * 10
+
+
+def seen(loss, *args, **kwargs):
+    """The key set and the dense labels of a call."""
+    found, build = [], loss.criterion._key_set
+
+    def watch(checked):
+        found.append(build(checked))
+        return found[-1]
+
+    loss.criterion._key_set = watch
+    loss(*args, **kwargs)
+    return found[-1], slr_plugin.dense.labels(found[-1], loss.criterion.settings_at(0, torch.float64, True))
+
+
+@pytest.mark.parametrize("same_group", ["positive", "ignored"])
+def test_a_toy_two_thirds_of_which_are_in_pairs(same_group):
+    """Samples 0 to 3 are two pairs, 4 and 5 alone; both views of each are there."""
+    ids = torch.tensor([3, 3, 8, 8, 1, 2])
+    first, second = features(6, 6)
+    _, labels = seen(one_hot(same_group=same_group), torch.cat([first, second]), ids.repeat(2))
+    if same_group == "positive":
+        assert sorted(labels.unique().round(decimals=9).tolist()) == pytest.approx([0, 1 / 3, 1])
+        assert ((labels - 1 / 3).abs() < 1e-9).sum(1).tolist().count(3) == 8
+    else:
+        assert labels.max(1).values.tolist() == [1] * 12
+    half = 1 / 2 if same_group == "positive" else 1
+    _, labels = seen(one_hot(same_group=same_group), first, ids, ref_emb=second, ref_labels=ids)
+    assert labels.max(1).values.tolist() == pytest.approx([half] * 4 + [1] * 2)
+    assert (labels > 0).sum(1).tolist() == [round(1 / half)] * 4 + [1] * 2
+
+
+@pytest.mark.parametrize("has_ref", [False, True])
+def test_refined_labels_of_classes_are_mixed_with_the_known_ones(has_ref):
+    embeddings, ref_emb = features(8, 9)
+    labels, ref_labels = torch.tensor([0, 0, 1, 1, 1, 2, 0, 2]), torch.tensor([1, 1, 0, 7, 2, 1, -1, 2, 0])
+    call = (embeddings, labels), {"ref_emb": ref_emb, "ref_labels": ref_labels} if has_ref else {}
+    loss = SLRLoss(TAU, confidence=2.0, refined_weight=0.7)
+    keys, refined = seen(loss, *call[0], **call[1])
+    known = seen(one_hot(), *call[0], **call[1])[1][: len(keys.rows)]
+    logits = keys.rows @ keys.keys.T / TAU
+    if not has_ref:
+        logits = logits.scatter(1, keys.self_index[:, None], -1e9)
+        assert len(keys.rows) == 6  # the last of each three is a key alone
+        rows = keys.self_index
+        known = (labels[rows][:, None] == labels).double().scatter(1, rows[:, None], 0)
+        known = known / known.sum(1, keepdim=True)
+    assert (refined - known).abs().max() > 0.01
+    expected = -((0.3 * known + 0.7 * refined.detach()) * logits.log_softmax(1)).sum(1).mean()
+    close(loss(*call[0], **call[1]), expected, [embeddings, *([ref_emb] if has_ref else [])])
+
+
+def test_bad_labels_are_named():
     (embeddings,) = features(6)
-    with pytest.raises(ValueError, match="got 1 3 times"):
-        SLRLoss()(embeddings, torch.tensor([0, 0, 1, 1, 1, 2]))
-    with pytest.raises(ValueError, match="each at most twice and one at least"):
+    with pytest.raises(ValueError, match="no sample has a key of its label"):
         SLRLoss()(embeddings, torch.arange(6))
-    with pytest.raises(ValueError, match="got 1 2 times"):
-        SLRLoss()(embeddings[:2], torch.arange(2), ref_emb=embeddings[2:], ref_labels=torch.tensor([0, 1, 1, 2]))
-    with pytest.raises(ValueError, match="got 1 0 times"):
-        SLRLoss()(embeddings[:2], torch.arange(2), ref_emb=embeddings[2:], ref_labels=torch.tensor([0, 2, 3, 4]))
-    with pytest.raises(ValueError, match="labels must differ"):
-        SLRLoss()(embeddings[:2], torch.zeros(2), ref_emb=embeddings[2:], ref_labels=torch.arange(4.0))
+    with pytest.raises(ValueError, match="no sample has a key of its label"):
+        SLRLoss()(embeddings[:2], torch.arange(2), ref_emb=embeddings[2:], ref_labels=torch.tensor([5, 2, 3, -1]))
+    with pytest.raises(ValueError, match="in_batch_keys=False takes pairs of views"):
+        SLRLoss(TAU, (10, 6), in_batch_keys=False)(embeddings, torch.tensor([0, 0, 1, 1, 1, 2]))
+    with pytest.raises(TypeError, match="groups must be whole numbers"):
+        SLRLoss()(embeddings, torch.tensor([0.5, 0.5, 1, 1, 1, 2]))
     with pytest.raises(ValueError, match="use SelfSupervisedLoss"):
         SLRLoss()(embeddings)
-    with pytest.raises(ValueError, match="the batch is empty"):
+    with pytest.raises(ValueError, match="both >= 1, got"):
         SLRLoss()(embeddings[:0], torch.arange(0))
 
 

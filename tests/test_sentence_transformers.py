@@ -1,10 +1,10 @@
 """The ranking loss beside those of sentence-transformers, in its trainer, in two processes, killed and resumed."""
 
+import copy
 import json
 import random
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_one_hot_labels_give_their_loss(columns, directions):
 def test_refined_labels_are_the_dense_ones(queue):
     model = static_model(torch.float64)
     settings = {"sharpening": 0.5, "confidence": 3.0, "refined_weight": 0.7}
-    loss = SelfLabelingRankingLoss(model, memory_bank_size=queue, directions=BOTH, **settings)
+    loss = SelfLabelingRankingLoss(model, memory_bank_size=(queue, DIM), directions=BOTH, **settings)
     batch = features(model, 4, 9)
     anchors, positives, *negatives = columns_of(model, batch)
 
@@ -106,11 +106,57 @@ def test_documents_enter_the_queue_in_training_only():
     assert bank.bank.shape == (20, DIM)
 
 
+@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("same_group", ["positive", "ignored"])
+def test_a_toy_two_thirds_of_which_are_in_pairs(same_group, is_cached, tmp_path):
+    """Documents 0 to 3 are two, twice each; 4 and 5 are there once. The same again are then in the queue."""
+    ids = torch.tensor([3, 3, 8, 8, 1, -1])
+    model = small_transformer(tmp_path) if is_cached else static_model()
+    settings = {"memory_bank_size": 9, "directions": BOTH, "mini_batch_size": 4 if is_cached else None}
+    loss = SelfLabelingRankingLoss(model, confidence=0.0, same_group=same_group, **settings)
+    labels = {name: [] for name in BOTH}
+    for name, criterion in loss.criteria.items():
+        criterion.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: labels[name].append(module.labels(*args, **kwargs)),
+            with_kwargs=True,
+        )
+    for _ in range(2):
+        loss(features(model, 2, 6), ids).backward()
+    is_same = (ids[:, None] == ids) & (ids[:, None] >= 0)
+    for name in BOTH:
+        expected = torch.eye(6, 15)
+        if same_group == "positive":
+            expected[:, :6] += is_same & ~torch.eye(6, dtype=torch.bool)
+        torch.testing.assert_close(labels[name][0], expected / expected.sum(1, keepdim=True))
+        if same_group == "positive":
+            expected[:, 6:12] += is_same
+        torch.testing.assert_close(labels[name][-1], expected / expected.sum(1, keepdim=True))
+        assert loss.criteria[name].memory_bank.groups.tolist() == [8, 1, -1, 8, 1, -1, 3, 3, 8]
+
+
+def test_vectors_in_the_column_label_estimate_the_labels():
+    model = static_model(torch.float64)
+    batch = features(model, 2, 6)
+    vectors = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for queue in (0, (7, DIM)):
+        loss = SelfLabelingRankingLoss(model, confidence=2.0, memory_bank_size=queue, estimator_dim=3)
+        criterion = copy.deepcopy(loss.criteria["query_to_doc"])
+        expected = criterion(*columns_of(model, batch), estimator=vectors)
+        torch.testing.assert_close(loss(batch, vectors), expected)
+
+
+def test_without_same_group_a_column_label_changes_nothing():
+    model = static_model()
+    loss, batch = SelfLabelingRankingLoss(model), features(model, 2, 6)
+    for labels in (torch.ones(6, dtype=torch.long), torch.rand(6)):
+        assert torch.equal(loss(batch, labels), loss(batch, None))
+
+
 @pytest.mark.parametrize("columns", [2, 4])
 @pytest.mark.parametrize("directions", [BOTH[:1], BOTH])
 def test_cached_gradients_are_those_of_the_whole_batch(columns, directions, tmp_path):
     model = small_transformer(tmp_path).double()
-    settings = {"confidence": 2.0, "memory_bank_size": 7, "directions": directions}
+    settings = {"confidence": 2.0, "memory_bank_size": (7, DIM), "directions": directions}
     batch = features(model, columns, 10)
     torch.manual_seed(1)
     whole = SelfLabelingRankingLoss(model, **settings)
@@ -160,7 +206,7 @@ def test_works_in_matryoshka(mini_batch_size, tmp_path):
 
 def test_matryoshka_and_a_queue_are_refused():
     model = static_model()
-    matryoshka = MatryoshkaLoss(model, SelfLabelingRankingLoss(model, memory_bank_size=16), [8, 4])
+    matryoshka = MatryoshkaLoss(model, SelfLabelingRankingLoss(model, memory_bank_size=(16, DIM)), [8, 4])
     with pytest.raises(
         ValueError, match="embeddings have 4 dimensions and those in the queue 8; set memory_bank_size=0"
     ):
@@ -184,18 +230,11 @@ def routed(folder):
 
 
 @pytest.mark.parametrize(
-    ("build", "width"),
-    [(truncated, DIM), (with_dense, 6), (lambda folder: small_transformer(folder, dropout=0.5), DIM), (routed, DIM)],
+    ("build", "width"), [(truncated, DIM), (with_dense, 6), (small_transformer, DIM), (routed, DIM)]
 )
-@pytest.mark.filterwarnings(
-    "ignore:memory_bank_size=20 leaves the dimension to the first batch"
-)  # a Router asks the task
 def test_the_queue_has_the_width_that_is_trained(build, width, tmp_path):
     model = build(tmp_path)
-    model[0].eval()
-    modes = [module.training for module in model.modules()]
     loss = SelfLabelingRankingLoss(model, memory_bank_size=20)
-    assert [module.training for module in model.modules()] == modes
     options = {"task": "query"} if build is routed else {}
     loss([model.preprocess(column, **options) for column in sentences(2, 6)], None).backward()
     assert loss.criteria["query_to_doc"].memory_bank.bank.shape == (20, width)
@@ -248,12 +287,8 @@ def trainer(folder, model, loss, size=64, accumulate=1, **arguments):
 def refined(model):
     torch.manual_seed(3)
     return SelfLabelingRankingLoss(
-        model, memory_bank_size=20, confidence=CosineConfidence(0.0, 2.0, 8), directions=BOTH
+        model, memory_bank_size=20, confidence=CosineConfidence(0.0, 2.0, 8), directions=BOTH, same_group="positive"
     )
-
-
-def scheduled(model):
-    return SelfLabelingRankingLoss(model, confidence=CosineConfidence(0.0, 2.0, 8))
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
@@ -268,7 +303,9 @@ def test_a_killed_run_goes_on_with_its_queue_and_schedule(is_moved, tmp_path):
     checkpoint, moved = tmp_path / "killed" / "checkpoint-4", tmp_path / "moved"
     if is_moved:
         checkpoint = checkpoint.rename(moved)
-    resumed = trainer(tmp_path / "killed", static_model(), refined, resume_from_checkpoint=str(moved))
+    resumed = trainer(
+        tmp_path / "killed", static_model(), refined, resume_from_checkpoint=str(moved) if is_moved else None
+    )
     for criterion in resumed.loss.criteria.values():
         criterion.reset_parameters()  # another random queue than the first process's
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -277,6 +314,7 @@ def test_a_killed_run_goes_on_with_its_queue_and_schedule(is_moved, tmp_path):
     for name in BOTH:
         expected, found = (run.loss.criteria[name].state_dict() for run in (whole, resumed))
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert -1 < found["memory_bank.groups"].min() < found["memory_bank.groups"].max() < 32  # ids of pairs of texts
     torch.testing.assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     logged = [[entry.get("slr/mu") for entry in run.state.log_history] for run in (whole, resumed)]
     assert logged[0][:4] == logged[1][:4]
@@ -286,47 +324,8 @@ def test_a_checkpoint_without_the_queue_warns(tmp_path):
     run = trainer(tmp_path, static_model(), refined)
     run.train()
     (tmp_path / "checkpoint-4" / "slr_loss.pt").unlink()
-    with pytest.warns(UserWarning, match=r"the model's weights: the queue starts afresh; if the checkpoint lies"):
+    with pytest.warns(UserWarning, match=r"slr_loss.pt: the queue starts afresh; if the checkpoint lies elsewhere"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-
-@pytest.mark.parametrize("wrap", [refined, lambda model: MatryoshkaLoss(model, scheduled(model), [8, 4])])
-def test_a_resumed_run_without_the_callback_is_told_that_its_queue_is_lost(wrap, tmp_path):
-    trainer(tmp_path, static_model(), wrap).train()
-    for has_callback in (False, True):
-        resumed = trainer(tmp_path, static_model(), wrap)
-        if not has_callback:
-            resumed.remove_callback(SelfLabelingCallback)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-        told = [str(w.message) for w in caught if "goes on at step 4, but queue and schedule" in str(w.message)]
-        assert len(told) == (not has_callback)
-        assert all("add_callback(SelfLabelingCallback(trainer))" in message for message in told)
-
-
-def test_a_new_run_or_one_without_state_is_told_nothing(tmp_path):
-    for build in (refined, lambda model: SelfLabelingRankingLoss(model)):
-        run = trainer(tmp_path / "run", static_model(), build)
-        run.remove_callback(SelfLabelingCallback)
-        checkpoint = str(tmp_path / "run" / "checkpoint-4") if build is not refined else None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", "the trainer goes on")
-            run.train(resume_from_checkpoint=checkpoint)
-
-
-def test_the_queue_of_another_run_is_not_taken(tmp_path):
-    """Both have a checkpoint-4; the trainer looks into its own folder unless it is told."""
-    for name, rate in (("first", 0.05), ("second", 0.02)):
-        trainer(tmp_path / name, static_model(), refined, learning_rate=rate).train()
-    checkpoint = tmp_path / "first" / "checkpoint-4"
-    resumed = trainer(tmp_path / "second", static_model(), refined)
-    with pytest.warns(UserWarning, match="the queue starts afresh"):
-        resumed.train(resume_from_checkpoint=str(checkpoint))
-    told = trainer(tmp_path / "second", static_model(), refined, resume_from_checkpoint=str(checkpoint))
-    told.train(resume_from_checkpoint=str(checkpoint))
-    whole = torch.load(tmp_path / "first" / "checkpoint-8" / "slr_loss.pt", weights_only=True)["losses"]
-    torch.testing.assert_close(told.loss.criteria[BOTH[0]].state_dict(), whole[f"loss.criteria.{BOTH[0]}"])
 
 
 def test_losses_that_call_it_several_times_a_batch_take_no_queue(tmp_path):
@@ -420,11 +419,21 @@ def test_a_trainer_with_another_loss_is_told(tmp_path):
         ({"mini_batch_size": 8}, "mini_batch_size must be None for a StaticEmbedding"),
         ({"mini_batch_size": 0}, "mini_batch_size must be >= 1"),
         ({"sharpening": 2.0}, "sharpening must be in"),
+        ({"same_group": "negative"}, "same_group must be"),
+        ({"same_group": "positive", "estimator_dim": 3}, "pass same_group or estimator_dim"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SelfLabelingRankingLoss(static_model(), **arguments)
+
+
+def test_a_data_set_without_the_column_label_is_refused():
+    model = static_model()
+    with pytest.raises(ValueError, match="need a column 'label'"):
+        SelfLabelingRankingLoss(model, same_group="ignored")(features(model, 2, 4), None)
+    with pytest.raises(TypeError, match="groups must be whole numbers"):
+        SelfLabelingRankingLoss(model, same_group="ignored")(features(model, 2, 4), torch.rand(4))
 
 
 def test_a_single_column_is_refused():

@@ -151,6 +151,8 @@ def test_what_is_set_stays():
         ({"confidence": [0, 1, 2]}, 0, ValueError, r"confidence must be \[m1, m2\] or a number"),
         ({"confidence": [0, -1]}, 0, ValueError, r"method_kwargs.confidence must be between 0"),
         ({"confidence": "high"}, 0, TypeError, r"method_kwargs.confidence must be a number, got 'high'"),
+        ({"groups": 5}, 0, TypeError, r"method_kwargs.groups must be the path of a file, got 5"),
+        ({"same_group": "mine"}, 0, ValueError, r"method_kwargs.same_group must be"),
         ({"label_quality_every": 0}, 0, ValueError, r"method_kwargs.label_quality_every must be >= 1, got 0"),
         ({"strong_crops": 1}, 2, TypeError, r"method_kwargs.strong_crops must be True or False"),
         ({"strong_crops": True}, 0, ValueError, r"needs augmentation pipelines after the first.*crop_size: \[224\]"),
@@ -172,6 +174,8 @@ FINE = {
     "in_batch_keys": [True],
     "kappa": [False, None],
     "label_quality_every": [False, None],
+    "groups": [False, None, "text", "0.5"],  # paths
+    "estimator": [False, None, "text", "0.5"],
 }
 KNOWN = OmegaConf.create({})
 add_defaults(KNOWN, "cifar10")
@@ -184,7 +188,7 @@ def test_an_odd_value_works_or_is_refused_by_its_settings_name(name):
         add_defaults(settings, "cifar10")
         if value in FINE.get(name, []):
             check(settings, num_large_crops=2, num_small_crops=2)
-            assert settings[name] is (None if name in ("kappa", "label_quality_every") else value)  # off, as null
+            assert settings[name] == (None if value is False and name != "strong_crops" else value)  # off, as null
             continue
         with pytest.raises((TypeError, ValueError), match=rf"^method_kwargs\.{name}\b"):
             check(settings, num_large_crops=2, num_small_crops=2)

@@ -310,6 +310,85 @@ def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
     assert resumed.mixup.generator.initial_seed() != seeded
 
 
+# --- what is known of the images
+
+
+def write_knowledge(paths):
+    """By the scans' numbers: the first two thirds of them are pairs. Returns the settings."""
+    numbers = np.array([int(path.stem) for path in paths])
+    np.savetxt("groups.txt", np.where(numbers < 2 * len(numbers) // 3, numbers // 2, -1), fmt="%d")
+    np.save("estimator.npy", np.stack([numbers, np.ones_like(numbers)], 1).astype(np.float16))
+    return {"groups": "groups.txt", "estimator": "estimator.npy"}
+
+
+class Watch(_solo_learn.Callback):
+    """What the first direction's loss is given, the labels that it makes of it, and its queue at the start."""
+
+    def on_train_start(self, trainer, pl_module):
+        criterion = pl_module.criteria[0]
+        self.queue = {name: value.clone() for name, value in criterion.memory_bank.state_dict().items()}
+        self.numbers, self.groups, self.labels = [], [], []
+
+        def look(module, args, kwargs):
+            self.numbers.append(kwargs["estimator"][:, 0].long())
+            self.groups.append((kwargs["groups"], module.memory_bank.groups.clone()))
+            self.labels.append(module.labels(*args[:2], groups=kwargs["groups"], estimator=kwargs["estimator"]))
+
+        criterion.register_forward_pre_hook(look, with_kwargs=True)
+
+
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_a_toy_two_thirds_of_which_are_in_pairs(folder, tmp_path, has_classes):
+    """Every batch has the rows of its own images, and labels that are uniform over a pair; a run goes on so."""
+    images, paths = folder / "train", sorted((folder / "train").rglob("*.png"))
+    if not has_classes:  # solo-learn lists such a folder in any order
+        images = tmp_path / "flat"
+        images.mkdir()
+        for path in sorted(paths, key=lambda path: int(path.stem) * 7 % 40):
+            (images / path.name).symlink_to(path)
+        paths = sorted(images.iterdir())
+    settings = write_knowledge(paths) | {"confidence": 0, "kappa": None}
+    model, watch, indexes = build(method_kwargs=settings), Watch(), []
+    batches = loader(model.cfg, images, no_labels=not has_classes)
+    look_up = model.knowledge.of
+    model.knowledge.of = lambda of: indexes.append(of) or look_up(of)
+    trainer = train(model, batches, [watch], max_epochs=1)
+
+    files = [path for path, _ in batches.dataset.samples] if has_classes else batches.dataset.images
+    assert len(indexes) == len(watch.numbers) == 5
+    for index, numbers in zip(indexes, watch.numbers, strict=True):
+        assert [int(Path(files[i]).stem) for i in index] == numbers.tolist()
+    for numbers, (groups, queue), labels in zip(watch.numbers, watch.groups, watch.labels, strict=True):
+        assert torch.equal(groups, (numbers // 2).where(numbers < 26, -1))
+        same = (groups[:, None] == torch.cat([groups, queue])) & (groups[:, None] >= 0)
+        expected = (same | torch.eye(*same.shape, dtype=torch.bool)).float()
+        torch.testing.assert_close(labels, expected / expected.sum(1, keepdim=True))
+    assert any((labels == 0.5).any() for labels in watch.labels)
+    trainer.save_checkpoint("half.ckpt")
+    resumed, again = build(method_kwargs=settings), Watch()
+    train(resumed, batches, [again], ckpt_path="half.ckpt", limit_train_batches=1)
+    torch.testing.assert_close(again.queue, dict(model.criteria[0].memory_bank.state_dict()), rtol=0, atol=0)
+    assert (again.queue["groups"] >= 0).any()
+
+
+def test_what_is_known_of_other_images_is_refused(folder):
+    settings = write_knowledge(sorted((folder / "train").rglob("*.png"))[:-1])
+    model = build(method_kwargs=settings)
+    with pytest.raises(ValueError, match=r"method_kwargs.groups: groups.txt has 39 rows, and there are 40 training im"):
+        train(model, loader(model.cfg, folder / "train"))
+    assert model.criteria[0].step == 0
+    np.save("flat.npy", np.ones(40))
+    for name, path in (("groups", "flat.npy"), ("estimator", "flat.npy"), ("estimator", "groups.txt")):
+        with pytest.raises(
+            ValueError, match=rf"method_kwargs.{name}: {path} must hold .*numbers, one .*for each image"
+        ):
+            build(method_kwargs={name: path})
+    with pytest.raises(ValueError, match=r"method_kwargs.groups: nowhere.txt cannot be read"):
+        build(method_kwargs={"groups": "nowhere.txt"})
+    with pytest.raises(ValueError, match="need the numbers of images, which DALI does not give"):
+        build(method_kwargs=settings, data={"format": "dali"})
+
+
 def test_a_run_that_goes_on_with_other_settings_says_so(folder, tmp_path, recwarn):
     """solo-learn resumes by name: an ablation under the same name would go on with what it was to be compared with."""
     trainer = train(build(), loader(config(), folder / "train"), max_epochs=1)
@@ -317,6 +396,8 @@ def test_a_run_that_goes_on_with_other_settings_says_so(folder, tmp_path, recwar
     checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=False)
     build().on_load_checkpoint(checkpoint)
     build().on_load_checkpoint({})  # of an earlier version
+    del checkpoint["slr_plugin_method_kwargs"]["same_group"]  # as of another
+    build().on_load_checkpoint(checkpoint)
     assert "other method_kwargs" not in str([warning.message for warning in recwarn])
     build(method_kwargs={"label_quality_every": 5}).on_load_checkpoint(checkpoint)
     assert "other method_kwargs" not in str([warning.message for warning in recwarn])

@@ -14,7 +14,7 @@ pytest.importorskip("stable_pretraining")
 
 import stable_pretraining as spt
 from _oracle import slr
-from _stable_pretraining import BATCH, STEPS, build, data, encoder, projector, trainer
+from _stable_pretraining import BATCH, SIZE, STEPS, build, data, encoder, projector, trainer
 from stable_pretraining.forward import simclr
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
@@ -173,6 +173,42 @@ def test_the_schedule_follows_the_trainer():
         assert ours.logged["slr/mu"].item() == pytest.approx(schedule(3), abs=1e-6)
 
 
+@pytest.mark.parametrize("is_beside", [True, False])
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_a_toy_two_thirds_of_which_are_in_pairs(has_teacher, is_beside):
+    """Samples 0 to 3 are two pairs, 4 and 5 alone."""
+    ids = torch.tensor([3, 3, 8, 8, 1, -1])
+    criterion = SLRLoss(0.2, (12, 4) if has_teacher else 0, confidence=0.0)
+    labels = []
+    criterion.register_forward_pre_hook(
+        lambda module, args, kwargs: labels.append(module.labels(*args, **kwargs)), with_kwargs=True
+    )
+    batch = {"views": views(size=6)}
+    (batch if is_beside else batch["views"][0])["groups"] = ids
+    ours = module(criterion=criterion, has_teacher=has_teacher)
+    for _ in range(2):  # the second time with the first one's keys in the queue
+        sane(ours, batch, "fit")
+    same = (ids[:, None] == ids) & (ids[:, None] >= 0) | torch.eye(6, dtype=torch.bool)
+    if has_teacher:
+        first, second = torch.zeros(2, 6, 18).double()
+        first[:, :6] = same
+        second[:, :6], second[:, 6:12] = same, same & (ids[:, None] >= 0)
+        assert criterion.memory_bank.groups.tolist() == 2 * ids.tolist()
+    else:
+        first = second = same.repeat(2, 2).double().fill_diagonal_(0)
+        assert first.sum(1).tolist() == [3, 3, 3, 3, 1, 1] * 2
+    for found, expected in zip(labels, (first, second), strict=True):
+        torch.testing.assert_close(found, expected / expected.sum(1, keepdim=True))
+
+
+def test_features_in_the_batch_estimate_the_labels():
+    features = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = module(criterion=SLRLoss(0.2, confidence=2.0))
+    out = sane(ours, {"views": views(), "estimator": features}, "fit")
+    queries, keys = (ours.projector(ours.backbone(view["image"])) for view in views())
+    close(ours, out["loss"], SLRLoss(0.2, confidence=2.0)(queries, keys, estimator=features))
+
+
 def test_another_loss_is_a_baseline():
     ours = module(criterion=spt.losses.NTXEntLoss(0.5))
     assert sane(ours, {"views": views()}, "fit")["loss"].isfinite()
@@ -254,6 +290,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     for line in whole.lines():
         assert line["mu"] == pytest.approx(schedule(line["step"] - 1), abs=1e-6)
         assert line["pointer"] == line["step"] * BATCH % 20
+        assert line["groups"][line["pointer"] - 1] == (line["step"] * BATCH - 1) % SIZE // 2  # in the images' order
 
 
 def test_a_yaml_trains_and_goes_on_after_a_kill(tmp_path):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from slr_plugin import MomentumMixup, SLRLoss
 from slr_plugin.adapters._run import SelfLabelingModule, schedule
 from slr_plugin.adapters.lightning import LabelQualityCallback
-from slr_plugin.adapters.solo_learn.settings import LOSS_SETTINGS, add_defaults, check, start_and_end
+from slr_plugin.adapters.solo_learn.knowledge import Knowledge
+from slr_plugin.adapters.solo_learn.settings import FILES, LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 
 _SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
@@ -50,6 +51,9 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
     - ``strong_crops``: see above, false by default;
     - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
       crops. With ``confidence: 0`` the loss is then mocov2plus's;
+    - ``groups``, ``estimator``: files of what is known of the training images, see
+      :class:`slr_plugin.adapters.solo_learn.knowledge.Knowledge`; ids of images that belong together, and features that
+      estimate the labels. ``same_group``: ``"positive"`` or ``"ignored"``, as in :class:`slr_plugin.SLRLoss`;
     - ``label_quality_every``: at every n-th step, n >= 1, logs what
       :class:`slr_plugin.adapters.lightning.LabelQualityCallback` finds by the classes; null, the default, does not.
 
@@ -67,12 +71,16 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         start, end = start_and_end(settings.confidence)
         self.confidence = start if start == end else (start, end)
         self.strong_crops: bool = settings.strong_crops
+        self.knowledge = Knowledge({name: settings[name] for name in FILES})
+        if self.knowledge.files and omegaconf_select(cfg, "data.format") == "dali":
+            raise ValueError("method_kwargs.groups and estimator need the numbers of images, which DALI does not give")
 
         self.projector = self._new_projector(settings)
         self.momentum_projector = self._new_projector(settings)
         initialize_momentum_params(self.projector, self.momentum_projector)
         options = {name: settings[name] for name in LOSS_SETTINGS}
         options["memory_bank_size"] = (settings.queue_size, settings.proj_output_dim)
+        options["estimator_dim"] = self.knowledge.estimator_dim
         options["confidence"] = schedule(self.confidence, total_steps=1)  # until the run's length is known
         # By view of the query. No submodule may be called backbone or encoder: main_linear.py renames by these words.
         self.criteria: Any = nn.ModuleList(SLRLoss(gather_distributed=True, **options) for _ in range(2))
@@ -117,6 +125,18 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         every = self.cfg.method_kwargs.label_quality_every
         return [] if every is None else [LabelQualityCallback(every)]
 
+    def on_train_start(self) -> None:
+        """See that what is known is of these images."""
+        super().on_train_start()
+        if self.knowledge.files:
+            self.knowledge.check(self.trainer.train_dataloader.dataset)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Put what is known of the images into the place of their numbers, while these are on the CPU."""
+        if not (self.knowledge.files and self.trainer.training):
+            return batch
+        return [self.knowledge.of(batch[0]), *batch[1:]]
+
     def on_fit_end(self) -> None:
         """Raise where there was nothing to train on, about which Lightning ends without an error."""
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
@@ -134,7 +154,7 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
         super().on_load_checkpoint(checkpoint)
         now = self._settings()
-        before = checkpoint.get(_SETTINGS, now)
+        before = {"same_group": "positive"} | checkpoint.get(_SETTINGS, now)  # which earlier versions had not
         changed = [f"{name} from {before.get(name)} to {new}" for name, new in now.items() if before.get(name) != new]
         if changed:
             warnings.warn(
@@ -147,7 +167,7 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         """Equation (9) in both directions, plus the loss of the online classifier where there are classes.
 
         Args:
-            batch: ``[indexes, [X_1, ..., X_n], targets]``, the two large crops first.
+            batch: ``[indexes, [X_1, ..., X_n], targets]``, the two large crops first; see on_before_batch_transfer.
             batch_idx: unused.
         """
         indexes, views, targets = batch
@@ -160,7 +180,8 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         if not small:
             projections = [self.multicrop_forward(image)["z"] for image in images]
 
-        loss = symmetric_loss(self.criteria, queries, out["momentum_z"], projections, mixes)
+        known = indexes if isinstance(indexes, dict) else {}
+        loss = symmetric_loss(self.criteria, queries, out["momentum_z"], projections, mixes, **known)
         self.log("train_slr_loss", loss, on_epoch=True, sync_dist=True)
         first, second = (criterion.stats for criterion in self.criteria)
         self.log_dict({f"train_slr_{name}": (first[name] + second[name]) / 2 for name in first})

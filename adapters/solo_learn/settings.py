@@ -10,9 +10,16 @@ from slr_plugin import MomentumMixup, SLRLoss
 from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.presets import CIFAR10, IMAGENET
 
-LOSS_SETTINGS = ("temperature", "sharpening", "refined_weight", "in_batch_keys")  # what SLRLoss takes as it is
+LOSS_SETTINGS = (
+    "temperature",
+    "sharpening",
+    "refined_weight",
+    "in_batch_keys",
+    "same_group",
+)  # what SLRLoss takes as it is
 _BY_DATA = ("queue_size", "sharpening", "confidence", "kappa")  # in which the paper's two presets differ
-_OPTIONAL = ("kappa", "label_quality_every")  # off if null, which solo-learn also writes "None", or false
+FILES = ("groups", "estimator")  # of what is known
+_OPTIONAL = ("kappa", "label_quality_every", *FILES)  # off if null, which solo-learn also writes "None", or false
 
 
 def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
@@ -38,6 +45,9 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
         "kappa": preset.kappa,
         "strong_crops": False,
         "in_batch_keys": True,
+        "groups": None,
+        "estimator": None,
+        "same_group": "positive",
         "label_quality_every": None,
     }
     if unknown := [str(name) for name in settings if name not in defaults]:
@@ -72,6 +82,9 @@ def check(settings: MutableMapping[str, Any], num_large_crops: int, num_small_cr
             SLRLoss(confidence=confidence, **{name: settings[name] for name in LOSS_SETTINGS})
         if settings["kappa"] is not None:
             MomentumMixup(settings["kappa"])
+        for name in FILES:
+            if not isinstance(settings[name], str | None):
+                raise TypeError(f"{name} must be the path of a file, got {settings[name]}")
     except (TypeError, ValueError) as error:  # its message begins with the argument's name
         raise type(error)(f"method_kwargs.{error}") from None
     as_list = "write the crop_size of a pipeline of full size after the first as a list, crop_size: [224]"

@@ -45,6 +45,7 @@ def symmetric_loss(
     positives: Sequence[Tensor],
     mixed: Sequence[Tensor],
     mixes: Sequence[Mix],
+    **known: Tensor,
 ) -> Tensor:
     """The mean of both directions' losses; either queue takes its direction's positives.
 
@@ -54,9 +55,10 @@ def symmetric_loss(
         positives: (s, d) features of the two large crops by the momentum network.
         mixed: (s, d) features of what :func:`mix_views` returned, in its order.
         mixes: and how it was mixed.
+        known: what is known of the images, as SLRLoss takes it.
     """
     losses = [
-        criterion(queries[view], positives[1 - view], mixed[view::2] or None, mixes[view::2] or None)
+        criterion(queries[view], positives[1 - view], mixed[view::2] or None, mixes[view::2] or None, **known)
         for view, criterion in enumerate(criteria)
     ]
     return torch.stack(losses).mean()
