@@ -1,6 +1,7 @@
 """Where a page says that a loss "was" another one, both are built from its words and compared in value and gradient."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import slr_plugin
 ROOT = Path(__file__).parent.parent
 if not (ROOT / "README.md").is_file():
     pytest.skip("installed without the repository", allow_module_level=True)
-OURS = ("SelfSupervisedLoss", "SelfLabelingRankingLoss", "SLRLoss")
+OURS = ("SelfSupervisedLoss", "SelfLabelingRankingLoss", "SLRClipLoss", "SLRLoss")
 PEER = re.compile(r"(Loss|_loss|criterion)\b")  # "was" names a loss, or calls of one
 
 
@@ -98,13 +99,18 @@ def of_texts(page, theirs, ours):
 
 def of_clip(page, theirs, ours):
     open_clip = pytest.importorskip("open_clip")
-    criterion = eval(ours, {"SLRLoss": slr_plugin.SLRLoss})
     image, text = leaves(16, 16)
     scale = torch.tensor(14.0, requires_grad=True)
-    criterion.temperature = 1 / scale
-    first = (criterion(image, text) + criterion(text, image)) / 2
     unit = [torch.nn.functional.normalize(features, dim=1) for features in (image, text)]
-    check_equal(first, eval(theirs, {"open_clip": open_clip})(*unit, scale), [image, text, scale], atol=1e-5)
+    if "SLRClipLoss" in ours:
+        adapter = importlib.import_module("slr_plugin.adapters.open_clip")
+        first = eval(ours, {"SLRClipLoss": adapter.SLRClipLoss})(*unit, scale)
+    else:
+        criterion = eval(ours, {"SLRLoss": slr_plugin.SLRLoss})
+        criterion.temperature = 1 / scale
+        first = (criterion(image, text) + criterion(text, image)) / 2
+    names = {"open_clip": open_clip, "ClipLoss": open_clip.ClipLoss}
+    check_equal(first, eval(theirs, names)(*unit, scale), [image, text, scale], atol=1e-5)
 
 
 def of_eeg(page, theirs, ours):
