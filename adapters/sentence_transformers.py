@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ require("sentence-transformers", "sentence_transformers", "accelerate", "dataset
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input  # noqa: E402
 from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
 from sentence_transformers.util import similarity_fct_name  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from transformers import Trainer, TrainerCallback  # noqa: E402
 
 REPEATING = ("AdaptiveLayerLoss", "Matryoshka2dLoss")  # losses that call another one several times a batch
 DIRECTIONS = ("query_to_doc", "doc_to_query")
@@ -100,6 +102,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         self.knowledge = "estimator" if estimator_dim is not None else "groups" if same_group is not None else None
         self.uses_gradient_cache = mini_batch_size is not None
         self.mini_batch_size = mini_batch_size
+        self._is_new = True  # until the first training step
         self.criteria: Any = nn.ModuleDict()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "memory_bank_size=.* leaves the dimension to the first batch")
@@ -130,6 +133,9 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         """Compute the loss of embedded columns, (s, d) each."""
         if self.knowledge and labels is None:
             raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
+        if self._is_new and torch.is_grad_enabled():
+            self._is_new = False
+            self._warn_of_lost_state()
         known = {self.knowledge: labels} if self.knowledge else {}
         anchors, positives, *negatives = embeddings
         further = torch.cat(negatives) if negatives else None
@@ -156,6 +162,25 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() if with_backward else loss
+
+    def _warn_of_lost_state(self) -> None:
+        """Warn if a trainer resumes a run whose queue or schedule nobody kept."""
+        if not any(
+            len(criterion.memory_bank) or callable(criterion.confidence) for criterion in self.criteria.values()
+        ):
+            return
+        frame = inspect.currentframe()  # the trainer gives its loss nothing by which a resumed run could be told
+        while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+            frame = frame.f_back
+        trainer = frame and frame.f_locals["self"]
+        if trainer is None or not trainer.state.global_step:
+            return
+        if not any(isinstance(callback, SelfLabelingCallback) for callback in trainer.callback_handler.callbacks):
+            warnings.warn(
+                f"the trainer goes on at step {trainer.state.global_step}, but queue and schedule of the loss start "
+                "afresh, since its checkpoints do not hold them: trainer.add_callback(SelfLabelingCallback(trainer))",
+                stacklevel=2,
+            )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
@@ -191,11 +216,11 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
     """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
 
     ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
-    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt``. Where training is resumed it reads them from
-    the folder ``resume_from_checkpoint`` of the training arguments, or else from that in ``output_dir``. The schedule
-    follows the trainer's ``global_step``, whatever the gradient accumulation and however often a loss such as
-    MatryoshkaLoss calls. Beside the loss, the trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as
-    ``slr/positive_weight`` and so on, of the evaluation during training as ``eval_slr/positive_weight``.
+    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed, if
+    the model has the weights beside which they were written. The schedule follows the trainer's ``global_step``,
+    whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside the loss, the
+    trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation
+    during training as ``eval_slr/positive_weight``.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 
@@ -236,7 +261,7 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         folder = self._folder(args, state)
         if args.should_save and folder.is_dir():
             states = {path: criterion.state_dict() for path, criterion in self.criteria().items()}
-            torch.save({"losses": states}, folder / self.FILE)
+            torch.save({"losses": states, "weights": self._weights()}, folder / self.FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the losses."""
@@ -257,21 +282,39 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
 
     def _restore(self, criteria: dict[str, SLRLoss], args: Any, state: Any) -> None:
-        named = args.resume_from_checkpoint  # of the arguments; what train() is told alone, it keeps to itself
-        file = (Path(named) if isinstance(named, str) else self._folder(args, state)) / self.FILE
-        if not file.is_file():
+        folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+        files = [folder / self.FILE for folder in (*folders, self._folder(args, state))]
+        stored = {file: torch.load(file, map_location="cpu", weights_only=True) for file in files if file.is_file()}
+        weights = self._weights()
+        fitting = [file for file, content in stored.items() if _are_close(content["weights"], weights)]
+        if not fitting:
             warnings.warn(
-                f"there is no {file}: the queue starts afresh; if the checkpoint lies elsewhere, set "
-                "resume_from_checkpoint of the training arguments to its folder too",
+                f"there is no {' or '.join(map(str, files))} that was written beside the model's weights: the queue "
+                "starts afresh; if the checkpoint lies elsewhere, set resume_from_checkpoint of the training arguments "
+                "to its folder too",
                 stacklevel=2,
             )
             return
-        states = torch.load(file, map_location="cpu", weights_only=True)["losses"]
+        file = fitting[0]
+        states = stored[file]["losses"]
         if states.keys() != criteria.keys():
             raise ValueError(f"{file} is of the losses {sorted(states)}, the trainer has {sorted(criteria)}")
         for path, criterion in criteria.items():
             criterion.load_state_dict(states[path])
 
+    def _weights(self) -> list[float]:
+        """Numbers by which the model's weights are known again; none where processes hold a part of them each."""
+        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+            return []
+        with torch.no_grad():
+            return [torch.linalg.vector_norm(p, 1, dtype=torch.float64).item() for p in self.trainer.model.parameters()]
+
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _are_close(first: Sequence[float], second: Sequence[float]) -> bool:
+    return len(first) == len(second) and all(
+        math.isclose(a, b, rel_tol=1e-9) for a, b in zip(first, second, strict=True)
+    )

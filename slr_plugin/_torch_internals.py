@@ -51,7 +51,7 @@ def refuse_export() -> None:
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the dtypes of the tensors, on devices with autocast and without."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):  # which torch 2.4 cannot trace
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

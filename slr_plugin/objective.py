@@ -57,20 +57,21 @@ def slr_objective(
         settings: the numbers.
     """
     rows, positives, temperature = key_set.rows, key_set.positives, settings.temperature
-    labelled = key_set.for_mixed() if crops else key_set
+    apart = len(crops) > 0 and key_set.has_both_views()  # mixed queries then see other keys than the rows
+    labelled = key_set.for_mixed() if apart else key_set
     # The positives estimate the labels. Divided by tau', they have the logits of tau tau' at the temperature tau and
     # join the pass; where both views are rows, they are in it already.
     joins = settings.refines and labelled.estimator is None and not labelled.has_both_views()
     mixed = Block(torch.cat(list(crops)) if crops else rows[:0], sees_all=True)
     estimators = Block(labelled.positives.detach() / settings.sharpening if joins else rows[:0])
     longest = 1 / settings.sharpening if joins else 1.0
-    if labelled is key_set:
+    if not apart:
         of_rows, of_mixed, estimates = _pass(key_set, [Block(rows), mixed, estimators], temperature, settings, longest)
     else:
         (of_rows,) = _pass(key_set, [Block(rows)], temperature, settings)
         of_mixed, estimates = _pass(labelled, [mixed, estimators], temperature, settings, longest)
     known = group_labels(key_set)  # in the place of one-hot labels
-    known_of_labelled = known if labelled is key_set else group_labels(labelled)
+    known_of_labelled = group_labels(labelled) if apart else known
     labels, targets = _labels_and_targets(labelled, known_of_labelled, estimates if joins else of_rows, settings)
 
     # log(1 + exp(others - own)) adds the positive; beyond 40 nothing is left of the 1 in float64.

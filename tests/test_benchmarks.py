@@ -115,14 +115,15 @@ def test_memory_of_all_threads_counts():
 def test_memory_of_a_shared_loss_is_that_of_its_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "SHARED_PAIRS", 1)
     monkeypatch.setattr(tiled, "CPU_TILE", (256, 1024))
+    monkeypatch.setattr(tiled, "LEAST_WIDTH", 1024)
     step = contenders.contenders(Size(768, 4096, 8), "cpu")["SLRLoss, refinement"]
     step()
     peaks = []
     for count in (1, 3):
         with intra_op_threads(count):
             peaks.append(loss.peak_memory(step, "cpu"))
-    # Two more threads need two more tiles, and beside them no more than some columns.
-    assert peaks[1] - peaks[0] == pytest.approx(2 * 4 * 256 * 1024, rel=0.02)
+    # Two more threads need two more tiles, and sums of their own.
+    assert peaks[1] - peaks[0] == pytest.approx(2 * 4 * 256 * 1024, rel=0.08)
 
 
 def test_the_peers_compute_what_they_are_said_to(monkeypatch):
@@ -149,8 +150,8 @@ def test_processes_exchange_what_arithmetic_says(tmp_path, monkeypatch):
     processes.run(1, tmp_path)
     one, two, _ = json.loads((tmp_path / "processes.json").read_text())["results"]["shares"]
     assert one["exchanged megabytes"] == 0
-    # Both views of 8 images in float32, once to gather and once to sum; and the two numbers of rows, compared before.
-    assert two["exchanged megabytes"] == pytest.approx((2 * 8 * 2 * processes.DIM * 4 + 2 * 8) / 1e6)
+    # Both views of 8 images in float32, once to gather and once to sum; and four numbers of rows, compared before.
+    assert two["exchanged megabytes"] == pytest.approx((2 * 8 * 2 * processes.DIM * 4 + 4 * 2 * 8) / 1e6)
 
 
 def test_the_exponent_is_that_of_the_largest_sizes():
