@@ -33,7 +33,7 @@ class Indexed(Dataset[Any]):
 
 
 class Knowledge:
-    """Tables (n, ...), by the names of the loss's arguments, ``groups`` and ``estimator``; false if there is none.
+    """Tables (n, ...), by the names of the loss's arguments, ``groups`` and ``estimator``.
 
     Raises:
         ValueError: a table is of the wrong shape, holds values that are not finite, or has not one row per image.
@@ -56,9 +56,6 @@ class Knowledge:
                 raise ValueError(f"estimator must have shape (images, features) and finite values, got {shape}")
             self.tables["estimator"] = estimator
 
-    def __bool__(self) -> bool:
-        return bool(self.tables)
-
     def check_length(self, dataset: Any) -> None:
         """Raise unless the tables have as many rows as the data set images."""
         images = len(_whole(dataset))
@@ -69,7 +66,7 @@ class Knowledge:
     def look_up(self, batch: Any, dataset: Any) -> Any:
         """The batch with the rows of its images, by table, as its third entry; it may have them already."""
         which = batch[2] if isinstance(batch, Sequence) and len(batch) > 2 else None
-        if not self or isinstance(which, dict):
+        if isinstance(which, dict):
             return batch
         if isinstance(which, Sequence) and all(isinstance(name, str) for name in which):
             which = torch.tensor([self._names_of(_whole(dataset))[name] for name in which])

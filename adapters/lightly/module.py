@@ -107,6 +107,9 @@ class SANE(SelfLabelingModule, LightningModule):
         check_flag("share_mix", share_mix)
         if mixup and in_batch_keys is False:
             raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
+        for name, network in (("backbone", backbone), ("projection_head", projection_head)):
+            if not isinstance(network, nn.Module | None):
+                raise TypeError(f"{name} must be a torch.nn.Module or None, got {network!r}")
         preset = _as_preset(preset)
         preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
         check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without
@@ -155,7 +158,7 @@ class SANE(SelfLabelingModule, LightningModule):
         update_momentum(self.backbone, self.key_backbone, m=self.ema_momentum)
         update_momentum(self.projection_head, self.key_projection_head, m=self.ema_momentum)
         keys = self.forward_keys(views[0])
-        known = self._look_up(batch)[2] if self.knowledge else {}
+        known = self._look_up(batch)[2] if self.knowledge.tables else {}
         loss = self.criterion(queries, keys, *self._mixed_queries(views), **known)
         size = len(targets)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
@@ -224,7 +227,7 @@ class SANE(SelfLabelingModule, LightningModule):
     def on_train_start(self) -> None:
         """Lay out the schedules; a resumed run takes its own length and rates in place of the checkpoint's."""
         super().on_train_start()
-        if self.knowledge:
+        if self.knowledge.tables:
             self.knowledge.check_length(self._images())
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
@@ -249,7 +252,7 @@ class SANE(SelfLabelingModule, LightningModule):
 
     def _look_up(self, batch: Any) -> Any:
         """The batch with what is known of its images as third entry, if anything is."""
-        return self.knowledge.look_up(batch, self._images()) if self.knowledge else batch
+        return self.knowledge.look_up(batch, self._images()) if self.knowledge.tables else batch
 
     def _features(self, images: Tensor) -> Tensor:
         return checked_features(self(images), self.online_classifier.feature_dim, self.projection_head)
