@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -504,6 +505,10 @@ def test_a_missing_framework_names_the_command():
     code = "import sys; sys.modules['accelerate'] = None; import slr_plugin.adapters.sentence_transformers"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install "slr-plugin[sentence-transformers]"' in result.stderr.splitlines()[-1]
+
+
+def scheduled(model):
+    return SelfLabelingRankingLoss(model, confidence=CosineConfidence(0.0, 2.0, 8))
 
 
 @pytest.mark.parametrize("wrap", [refined, lambda model: MatryoshkaLoss(model, scheduled(model), [8, 4])])
