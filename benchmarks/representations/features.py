@@ -33,7 +33,9 @@ def pixels(images: Images, training: Images) -> Tensor:
 
 def gradients(images: Images, training: Images) -> Tensor:
     """Principal components of histograms of oriented gradients (Dalal and Triggs, 2005)."""
-    return principal(*(torch.cat([histograms(part) for part in any.pixels.split(1000)]) for any in (images, training)))
+    return principal(
+        *(torch.cat([histograms(some) for some in part.pixels.split(1000)]) for part in (images, training))
+    )
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def classes(images: Images, training: Images) -> Tensor:
 
 def guesses(images: Images, training: Images) -> Tensor:
     """Probabilities of the classes by a classifier of these histograms that learned from the first few images."""
-    table, known = (gradients(any, training).cpu().numpy() for any in (images, training))
+    table, known = (gradients(part, training).cpu().numpy() for part in (images, training))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     classifier.fit(known[:LABELLED], training.classes[:LABELLED].cpu().numpy())
     return torch.from_numpy(classifier.predict_proba(table)).float().to(images.pixels.device)

@@ -30,6 +30,7 @@ class Study(NamedTuple):
     methods: tuple[str, ...]
     paper: Mapping[str, str] = {}
     budgets: tuple[str, ...] = ("cpu", "gpu", "smoke")  # that it is run with
+    primary: tuple[str, str] | None = None  # method and measure of the comparison that was to decide, before it was run
 
 
 STUDIES = {
@@ -154,6 +155,8 @@ STUDIES = {
             "eliminate",
             "attract",
             "whole-classes",
+            "alone-gradients",
+            "alone-guesses",
         ),
         budgets=("fashion",),
     ),
@@ -168,8 +171,24 @@ STUDIES = {
             "simclr-cold-sharp-gradients",
             "simclr-cold-whole-guesses",
             "simclr-cold-whole-classes",
+            "alone-gradients",
+            "alone-guesses",
         ),
         budgets=("fashion",),
+    ),
+    "teacher": Study(
+        "A teacher that saw more pixels",
+        "one-hot-batch",
+        (
+            "one-hot-batch",
+            "decoupled",
+            "imagenet-labels",
+            "imagenet-clusters",
+            "imagenet-regression",
+            "imagenet-supcon",
+            "alone-imagenet",
+        ),
+        budgets=("teacher",),
     ),
     "long": Study(
         "Long trainings",
@@ -219,16 +238,18 @@ def table(study: Study, records: Records) -> str:
     lines = ["| " + " | ".join(header + ["paper's kNN / linear"] * bool(study.paper)) + " |"]
     lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
     for method in present:
-        runs = records[method]
-        cells = [f"{method}: {METHODS[method].summary}", str(len(runs))]
+        runs, trains = records[method], METHODS[method].trains
+        cells = [f"{method}: {METHODS[method].summary}", str(len(runs)) if trains else ""]
         cells += [spread([run[measure] for run in runs.values()]) for measure in MEASURES]
+        if not trains:  # the same for every seed of the others
+            runs = dict.fromkeys(reference, runs[0])
         paired = sorted(set(runs) & set(reference))
         if method == study.reference or not paired:
             cells += ["", ""]
         else:
-            cells += [
-                interval([runs[seed][measure] - reference[seed][measure] for seed in paired]) for measure in MEASURES
-            ]
+            for measure in MEASURES:
+                cell = interval([runs[seed][measure] - reference[seed][measure] for seed in paired])
+                cells.append(f"**{cell}**" if (method, measure) == study.primary else cell)
         cells.append(f"{cost(method):.2f}")
         cells += [study.paper.get(method, "")] * bool(study.paper)
         lines.append("| " + " | ".join(cells) + " |")

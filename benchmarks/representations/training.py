@@ -86,10 +86,8 @@ def training(
     device = train_images.pixels.device
     estimators = known(method.features, train_images, cache) if method.features else None
     if not method.trains:
-        parts = estimators, known(method.features, test_images, cache, train_images)
-        features = tuple(
-            Features(part, of.classes) for part, of in zip(parts, (train_images, test_images), strict=True)
-        )
+        described = known(method.features, test_images, cache, train_images)
+        features = Features(estimators, train_images.classes), Features(described, test_images.classes)
         judged = {"knn": knn_accuracy(*features), "linear": (yield from _classified(features, probes))}
         return {"method": name, "seed": seed, "rate": None, "epochs": 0, "passes": 0} | judged | _circumstances(device)
     if method.teacher:
