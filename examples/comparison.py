@@ -77,9 +77,9 @@ def methods(task: Task) -> dict[str, str]:
         if is_number(table):
             names[f"supcon {name}"] = f"SupCon with {name}"
         else:
-            names[f"alone {name}"] = f"{name} themselves, untrained"
+            names[f"alone {name}"] = f"{name}, untrained"
             names[f"predict {name}"] = f"{name} predicted"
-            names[f"beside {name}"] = f"labels from {name}, and these beside the encoder's features"
+            names[f"beside {name}"] = f"labels from {name}, beside {name}"
     if task.partner:
         names["contrast"] = "NT-Xent with the other measurement"
     return names | {"classes": "labels that are told the classes"}
