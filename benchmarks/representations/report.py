@@ -286,7 +286,7 @@ def label_table(methods: Sequence[str], records: Records) -> str:
         "|---|" + "--:|" * 10,
     ]
     for method in methods:
-        if runs := [run["labels"][-1] for run in records.get(method, {}).values() if run["labels"]]:
+        if runs := [run["labels"][-1] for run in records.get(method, {}).values() if run.get("labels")]:
             last = {name: float(np.mean([_label(run, name) for run in runs])) for name in LABELS}
             if last["own"] == 1:
                 continue
