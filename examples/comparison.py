@@ -298,13 +298,15 @@ def compare(
 ) -> Results:
     """Choose settings on the first fold's training samples, train on every fold; NT-Xent and ``only``, or all.
 
-    The settings are the first seed's for all seeds.
+    Without NT-Xent if nothing else is trained. The settings are the first seed's for all seeds.
     """
     records = records or Records(None)
     titles = methods(task)
     if unknown := set(only) - set(titles.values()):
         raise SystemExit(f"no method is called {', '.join(unknown)}; there are {', '.join(titles.values())}")
-    wanted = {key: title for key, title in titles.items() if not only or title in only or key == "nt-xent"}
+    wanted = {key: title for key, title in titles.items() if not only or title in only}
+    if any(taken_apart(key, task)[0] not in UNTRAINED for key in wanted):
+        wanted = {key: title for key, title in titles.items() if key in wanted or key == "nt-xent"}
     for method, title in tqdm(wanted.items(), desc=name, unit="method"):
         mine = {"data": name, "method": title, "steps": steps, "folds": count}
         known = records.of(**mine)
@@ -327,13 +329,12 @@ def table(results: Mapping[str, Results], folds: int) -> str:
     """Means over the folds, and differences to NT-Xent paired by fold."""
     lines = ["| data | method | kNN % | linear % | kNN difference | linear difference |", "|---|---|--:|--:|--:|--:|"]
     for name, rows in results.items():
-        base = list(zip(*rows["NT-Xent"], strict=True))
+        base = list(zip(*rows.get("NT-Xent", []), strict=True))
         for title, scores in rows.items():
             mine = list(zip(*scores, strict=True))
             means = [f"{np.mean(values):.2f}" for values in mine]
-            apart = (
-                ["", ""] if title == "NT-Xent" else [difference(*pair, folds) for pair in zip(mine, base, strict=True)]
-            )
+            has_base = base and title != "NT-Xent"
+            apart = [difference(*pair, folds) for pair in zip(mine, base, strict=True)] if has_base else ["", ""]
             lines.append("| " + " | ".join([name, title, *means, *apart]) + " |")
     return "\n".join(lines)
 

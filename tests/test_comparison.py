@@ -122,6 +122,9 @@ def test_prompts_are_read_but_for_pauses_and_short_ones(tmp_path):
 def test_methods_are_chosen_by_their_names_in_the_table(one_thread):
     task = small(TASKS["tabular: wines"], 178)
     assert sorted(comparison.compare(task, 1, 2, only=["momentum mixup"])) == ["NT-Xent", "momentum mixup"]
+    untrained = comparison.compare(task, 1, 2, only=["raw features"])
+    assert list(untrained) == ["raw features"]
+    assert comparison.table({"wines": untrained}, 2).endswith(" |  |  |")
     with pytest.raises(SystemExit, match="no method is called other"):
         comparison.compare(task, 1, 2, only=["other"])
 
@@ -170,7 +173,7 @@ def test_a_comparison_goes_on_from_its_records(tmp_path, monkeypatch, one_thread
     path = tmp_path / "records.jsonl"
 
     def compare(seeds):
-        return comparison.compare(task, 1, 2, "wines", ["raw features"], seeds, comparison.Records(path))
+        return comparison.compare(task, 1, 2, "wines", ["raw features", "NT-Xent"], seeds, comparison.Records(path))
 
     first = compare(1)
     lines = path.read_text().splitlines()
