@@ -176,9 +176,10 @@ STUDIES = {
         ),
         budgets=("fashion",),
     ),
+    # The references are those that the held-out images chose, as results/representations/teacher/README.md says.
     "teacher": Study(
         "A teacher that saw more pixels",
-        "one-hot-batch",
+        "decoupled",
         (
             "one-hot-batch",
             "decoupled",
@@ -188,6 +189,13 @@ STUDIES = {
             "imagenet-supcon",
             "alone-imagenet",
         ),
+        budgets=("teacher",),
+        primary=("imagenet-labels", "linear"),
+    ),
+    "teacher-rivals": Study(
+        "Other ways to use the teacher",
+        "imagenet-clusters",
+        ("imagenet-clusters", "imagenet-labels", "imagenet-regression"),
         budgets=("teacher",),
     ),
     "long": Study(
