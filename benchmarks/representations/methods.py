@@ -155,7 +155,7 @@ def _told(summary: str, build: Callable[[Tensor], Objective], features: str) -> 
 
 
 def _alone(name: str) -> Method:
-    return Method(f"{FEATURE_WORDS[name]} themselves, untrained", _nothing, 0, features=name, trains=False)
+    return Method(f"untrained: {FEATURE_WORDS[name]}", _nothing, 0, features=name, trains=False)
 
 
 def _nothing(setup: Setup) -> Objective:
