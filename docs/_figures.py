@@ -111,9 +111,11 @@ def labels(budget: str, method: str) -> Callable[[list[str]], Figure]:
     """Purity and label mass over the runs that the results report: the mean, and the range of the seeds."""
 
     def figure(colours: list[str]) -> Figure:
+        lines = (RECORDS / budget / "records.jsonl").read_text().splitlines()
         runs = [
-            json.loads(path.read_text())["labels"]
-            for path in sorted((RECORDS / budget).glob(f"{method}-seed*"))
+            record["labels"]
+            for record in map(json.loads, lines)
+            if record["method"] == method and not record.get("held_out")
         ]
         for row in (row for run in runs for row in run):
             row["purity"] = row["same"] / (row["same"] + row["other"])

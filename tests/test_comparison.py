@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.io import wavfile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -120,16 +121,71 @@ def test_prompts_are_read_but_for_pauses_and_short_ones(tmp_path):
 
 def test_methods_are_chosen_by_their_names_in_the_table(one_thread):
     task = small(TASKS["tabular: wines"], 178)
-    assert list(comparison.compare(task, 1, 2, only=["momentum mixup"])) == ["NT-Xent", "momentum mixup"]
+    assert sorted(comparison.compare(task, 1, 2, only=["momentum mixup"])) == ["NT-Xent", "momentum mixup"]
+    untrained = comparison.compare(task, 1, 2, only=["raw features"])
+    assert list(untrained) == ["raw features"]
+    assert comparison.table({"wines": untrained}, 2).endswith(" |  |  |")
     with pytest.raises(SystemExit, match="no method is called other"):
         comparison.compare(task, 1, 2, only=["other"])
 
 
 def test_the_table_pairs_folds_with_ntxent():
     results = {"data": {"NT-Xent": [(50.0, 60.0), (52.0, 60.0)], "other": [(53.0, 61.0), (55.0, 61.0)]}}
-    assert comparison.table(results).splitlines()[-1] == (
+    assert comparison.table(results, 2).splitlines()[-1] == (
         "| data | other | 54.00 | 61.00 | +3.00 (+3.00 to +3.00) | +1.00 (+1.00 to +1.00) |"
     )
+
+
+def test_intervals_know_that_folds_share_training_samples():
+    """Nadeau and Bengio (2003): with K folds, the variance of the mean is (1/n + 1/(K - 1)) / (1/n) times as large."""
+    generator = np.random.default_rng(0)
+    for folds, seeds, wider in ((None, 5, 1.0), (5, 1, 1.5), (5, 5, (25 * (1 / 25 + 1 / 4)) ** 0.5), (2, 1, 3**0.5)):
+        differences = generator.normal(1.0, 2.0, (folds or 1) * seeds)
+        low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        mean, margin = comparison.interval(differences, folds)
+        assert mean == pytest.approx((low + high) / 2)
+        assert margin == pytest.approx(wider * (high - low) / 2)
+
+
+def test_supcon_is_that_of_pytorch_metric_learning():
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason='pip install "slr-plugin[dev]"')
+    projections, numbers = torch.randn(2, 6, 5), torch.tensor([4, 4, 0, 1, 0, 0])
+    theirs = losses.SupConLoss(comparison.TEMPERATURE)(torch.cat(list(projections)), numbers.repeat(2))
+    torch.testing.assert_close(comparison.supcon(projections, numbers), theirs)
+
+
+def test_what_is_known_has_its_rivals():
+    task = small(TASKS["tabular: wines"], 178)
+    task = task._replace(estimators={"sums": torch.randn(178, 3), "the number": torch.eye(178)})
+    names = comparison.methods(task)
+    assert {"sums", "alone sums", "predict sums", "beside sums", "the number", "supcon the number"} < set(names)
+    assert not {"supcon sums", "alone the number"} & set(names)
+    part = comparison.folds(task, 3)[0]
+    alone = comparison.run("alone sums", task, *part, comparison.Settings(0.03), steps=1)
+    assert alone == comparison.judge(task.estimators["sums"], task.classes, *part)
+    beside = comparison.train("beside sums", task, part[0], comparison.Settings(0.03), 3)
+    labels = comparison.train("sums", task, part[0], comparison.Settings(0.03), 3)
+    torch.testing.assert_close(beside.state_dict(), labels.state_dict())
+
+
+def test_a_comparison_goes_on_from_its_records(tmp_path, monkeypatch, one_thread):
+    task = small(TASKS["tabular: wines"], 178)
+    path = tmp_path / "records.jsonl"
+
+    def compare(seeds):
+        return comparison.compare(task, 1, 2, "wines", ["raw features", "NT-Xent"], seeds, comparison.Records(path))
+
+    first = compare(1)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 4
+    second = compare(2)
+    assert path.read_text().splitlines()[:4] == lines
+    assert {title: scores[:2] for title, scores in second.items()} == first
+    assert second["NT-Xent"][2:] != first["NT-Xent"]
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    assert compare(2) == second
+    monkeypatch.setattr(comparison, "run", None)
+    assert compare(2) == second
 
 
 def test_compares_and_draws(tmp_path, monkeypatch, capsys, one_thread):

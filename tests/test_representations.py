@@ -42,6 +42,16 @@ def images(folder):
     return data.load(folder, SMOKE, torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def imagenet(monkeypatch):
+    """The colours of the quarters of an image, in the place of a network's features."""
+
+    def quarters(images):
+        return F.adaptive_avg_pool2d(images.pixels.float(), 2).flatten(1)
+
+    monkeypatch.setattr(features, "imagenet", quarters)
+
+
 def draw(rows=6, dim=5):
     generator = torch.Generator().manual_seed(0)
     out0, out1, mixed = torch.randn(3, rows, dim, dtype=torch.float64, generator=generator)
@@ -201,6 +211,69 @@ def test_alike_images_of_byol_share_a_target(bootstrap):
     torch.testing.assert_close(targets[2:], unit[2:])
 
 
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4, 5], [0, 1, 1, 2, 0, 1], [3, 3, 3, 3, 3, 0]])
+def test_supcon_is_that_of_pytorch_metric_learning(groups):
+    metric = pytest.importorskip("pytorch_metric_learning.losses", reason='pip install "slr-plugin[dev]"')
+    out0, out1, *_ = draw()
+    out1.requires_grad_()
+    ids = torch.tensor(groups)
+    loss = baselines.SupConLoss(0.1)(out0, out1, ids)
+    theirs = metric.SupConLoss(0.1)(torch.cat([out0, out1]), ids.repeat(2))
+    torch.testing.assert_close(loss, theirs)
+    ours, expected = (torch.autograd.grad(value, (out0, out1)) for value in (loss, theirs))
+    torch.testing.assert_close(ours, expected)
+    if groups == sorted(set(groups)):  # each image alone
+        torch.testing.assert_close(loss, lightly.loss.NTXentLoss(0.1)(out0, out1))
+
+
+@pytest.fixture
+def linear_network():
+    """A network of one layer, and a batch of the images 3 and 1 of four."""
+    torch.manual_seed(0)
+    views = torch.randn(2, 2, 6)
+    return torch.nn.Linear(6, objectives.DIM), data.Batch(*views, None, torch.zeros(2), torch.tensor([3, 1]))
+
+
+def test_both_views_are_told_what_is_known(linear_network):
+    online, batch = linear_network
+    known = torch.randn(4, 7)
+    regressed, classified = objectives.Regressed(known), objectives.Classified(known.softmax(1))
+    cosines, entropies = [], []
+    for view in (batch.query, batch.key):
+        for row, image in zip(view, (3, 1), strict=True):
+            cosines.append(F.cosine_similarity(regressed.predictor(online(row)), known[image], dim=0))
+            entropies.append(-(known[image].softmax(0) * classified.classifier(online(row)).log_softmax(0)).sum())
+    torch.testing.assert_close(regressed(online, batch), 1 - torch.stack(cosines).mean())
+    torch.testing.assert_close(classified(online, batch), torch.stack(entropies).mean())
+
+
+def test_images_of_a_group_are_found_by_their_number(linear_network):
+    online, batch = linear_network
+    loss = baselines.SupConLoss(0.1)
+    grouped = objectives.Grouped(loss, torch.tensor([5, 6, 7, 6]))
+    expected = loss(online(batch.query), online(batch.key), torch.tensor([6, 6]))
+    torch.testing.assert_close(grouped(online, batch), expected)
+
+
+def test_clusters_are_those_of_the_cosine():
+    centres = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    rows = centres.repeat(5, 1) * torch.rand(15, 1) * 100 + 0.01 * torch.randn(15, 2)
+    numbers = features.clusters(rows, 3)
+    assert sorted(numbers[:3].tolist()) == [0, 1, 2]
+    assert torch.equal(numbers, numbers[:3].repeat(5))
+
+
+def test_what_is_fitted_is_fitted_to_the_training_images(images, tmp_path):
+    train_images, test_images = images
+    for name in ("pixels", "gradients", "guesses", "imagenet"):
+        table = features.known(name, test_images, tmp_path, train_images)
+        half = data.Images(*(part[:32] for part in test_images[:2]), name="half")
+        torch.testing.assert_close(features.known(name, half, tmp_path, train_images), table[:32])
+        if name != "guesses":
+            mean = features.known(name, train_images, tmp_path).mean(0)
+            torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-3)
+
+
 def test_the_decoupled_loss_is_lightlys():
     (out0, out1, *_), (other0, other1, *_) = draw(), draw()
     out1.requires_grad_(), other1.requires_grad_()
@@ -213,6 +286,11 @@ def test_the_decoupled_loss_is_lightlys():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains(name, images, tmp_path):
     record = training.train(name, 0, SMOKE, *images, tmp_path)
+    json.dumps(record)
+    if not METHODS[name].trains:
+        assert 0 <= record["knn"] <= 100
+        assert 50 < record["linear"] <= 100
+        return
     assert record["epochs"] == round(2 * METHODS[name].stretch)
     assert all(np.isfinite(row["loss"]) for row in record["curve"])
     assert 0 <= record["knn"] <= 100
@@ -233,16 +311,52 @@ def test_every_method_trains(name, images, tmp_path):
             "decoupled",
             "eliminate",
             "attract",
+            "supcon",
+            "guesses",
+            "imagenet",
         )
     )
-    one_hot &= not name.endswith(("p+q", "sane", "gradients")) and "whole" not in name
+    one_hot &= not name.endswith(("p+q", "sane", "gradients", "imagenet-labels")) and "whole" not in name
     assert soft_labels != one_hot
-    json.dumps(record)
+
+
+def test_an_encoder_in_bfloat16(images, tmp_path):
+    record = training.train("one-hot-batch", 0, replace(SMOKE, half=True), *images, tmp_path)
+    other = training.train("one-hot-batch", 0, SMOKE, *images, tmp_path)
+    assert record["curve"][-1]["loss"] != other["curve"][-1]["loss"]
+    assert record["curve"][-1]["loss"] == pytest.approx(other["curve"][-1]["loss"], rel=0.1)
 
 
 def test_a_single_learning_rate_needs_no_tuning(tmp_path):
     assert harness.best_rate("sane", (0.06,), tmp_path) == 0.06
     assert harness.best_rate("sane", (), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "further"),
+    [({0.03: 40, 0.1: 50}, 0.3333), ({0.03: 50, 0.1: 40}, 0.009), ({0.03: 40, 0.1: 50, 0.3333: 45}, None)],
+)
+def test_rates_go_on_while_the_best_is_at_an_end(accuracies, further):
+    runs = {rate: [{"knn": value, "linear": value}] for rate, value in accuracies.items()}
+    assert harness.further_rate(runs) == further
+
+
+def test_a_budget_that_widens_finds_a_best_rate_between_others(folder, tmp_path, monkeypatch):
+    accuracy = {0.03: 40.0, 0.1: 50.0, 0.3333: 60.0, 1.111: 55.0}
+    made = []
+
+    def instead(runs, start, pool):
+        for one in runs:
+            made.append(one)
+            score = accuracy[one.rate] if one.rate else 1.0
+            yield one, {"method": one.method, "seed": one.seed, "rate": one.rate, "knn": score, "linear": score}
+
+    monkeypatch.setattr(harness, "_in_processes", instead)
+    for _ in range(2):  # the second time there is nothing to do
+        harness.run(["moco", "alone-gradients"], 2, "teacher", folder, "cpu", 1, tmp_path / "a", tmp_path / "b")
+    assert [one.rate for one in made if one.held_out] == [0.03, 0.1, 0.3333, 1.111]
+    final = [harness.Run("moco", 0, 0.3333), harness.Run("alone-gradients", 0), harness.Run("moco", 1, 0.3333)]
+    assert [one for one in made if not one.held_out] == final
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -271,7 +385,7 @@ def test_recorded_steps_train_as_others_do(name, folder, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_recorded_runs_share_a_gpu(folder, tmp_path):
     harness.run(["one-hot", "sane"], 2, "smoke", folder, "cuda", 3, tmp_path / "results", tmp_path / "views")
-    assert len(list((tmp_path / "results").glob("*.json"))) == 4
+    assert len(harness.read(tmp_path / "results")) == 4
 
 
 def test_a_run_repeats(images, tmp_path):
@@ -324,7 +438,7 @@ def test_views_are_random_and_belong_to_their_images(tmp_path):
 @pytest.mark.parametrize("percent", [25, 50, 75])
 def test_guessed_classes_are_right_for_so_many_of_the_pairs(percent):
     classes = torch.arange(10).repeat(500)
-    guesses = features.FEATURES[f"classes-{percent}"](data.Images(torch.empty(0), classes)).argmax(1)
+    guesses = features.FEATURES[f"classes-{percent}"](*[data.Images(torch.empty(0), classes)] * 2).argmax(1)
     pairs = torch.combinations(torch.arange(len(classes)))[::7]
     alike = pairs[guesses[pairs[:, 0]] == guesses[pairs[:, 1]]]
     assert (classes[alike[:, 0]] == classes[alike[:, 1]]).float().mean() == pytest.approx(percent / 100, abs=0.02)
@@ -337,7 +451,7 @@ def test_copies_of_an_image_differ_and_lie_together(folder):
     assert len(images) == SMOKE.train_images
     assert torch.equal(images.classes, originals.classes.repeat_interleave(4))
     assert len(images.pixels.flatten(1).unique(dim=0)) == len(images)
-    known = F.normalize(features.FEATURES["copies"](images))
+    known = F.normalize(features.FEATURES["copies"](images, images))
     same = torch.arange(24).repeat_interleave(4)
     torch.testing.assert_close(known @ known.T, (same[:, None] == same).float(), rtol=0, atol=0.3)
     assert torch.equal(known[0], known[3])
@@ -346,13 +460,13 @@ def test_copies_of_an_image_differ_and_lie_together(folder):
 def test_the_harness_runs_what_is_missing(folder, tmp_path, capsys):
     def run(methods, seeds):
         harness.run(methods, seeds, "smoke", folder, "cpu", 1, tmp_path / "smoke", tmp_path / "views")
-        return {path.name: path.read_text() for path in (tmp_path / "smoke").glob("*")}
+        return (tmp_path / "smoke" / "records.jsonl").read_text().splitlines()
 
     first = run(["moco"], 1)
-    assert list(first) == ["moco-seed0.json"]
-    second = run(["moco", "p"], 2)
-    assert sorted(second) == ["moco-seed0.json", "moco-seed1.json", "p-seed0.json", "p-seed1.json"]
-    assert second["moco-seed0.json"] == first["moco-seed0.json"]
+    second = run(["moco", "p", "alone-gradients"], 2)
+    assert second[:1] == first
+    runs = [(record["method"], record["seed"]) for record in map(json.loads, second)]
+    assert runs == [("moco", 0), ("p", 0), ("alone-gradients", 0), ("moco", 1), ("p", 1)]
     found = harness.records(tmp_path / "smoke")
     assert found["p"][1]["seed"] == 1
     text = report.write(tmp_path / "smoke")
@@ -371,6 +485,16 @@ def test_tables_pair_by_seed():
     assert f"| +2.50 ({low:+.2f} to {high:+.2f}) | +5.00 ({2 * low:+.2f} to {2 * high:+.2f}) | 1.75 |" in table
     assert "41.00 ± 1.00" in table
     assert "92.5 / 93.9" in table
+
+
+def test_what_is_not_trained_is_paired_with_every_seed_and_the_primary_comparison_is_marked():
+    runs = {seed: {"knn": value, "linear": 2 * value} for seed, value in enumerate((40.0, 42.0, 41.0))}
+    found = {"one-hot": runs, "p+q": runs, "alone-gradients": {0: {"knn": 43.0, "linear": 82.0}}}
+    study = report.STUDIES["estimators"]._replace(primary=("p+q", "linear"))
+    lines = {line.split(":")[0]: line for line in report.table(study, found).splitlines()}
+    low, high = stats.ttest_1samp([3.0, 1.0, 2.0], 0).confidence_interval(0.95)
+    assert f" |  | 43.00 | 82.00 | +2.00 ({low:+.2f} to {high:+.2f}) | +0.00 (" in lines["| alone-gradients"]
+    assert "| +0.00 (+0.00 to +0.00) | **+0.00 (+0.00 to +0.00)** |" in lines["| p+q"]
 
 
 def test_equal_compute_is_equal():

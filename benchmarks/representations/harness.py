@@ -1,4 +1,4 @@
-"""Runs what is missing, one JSON file per run, and then draws the tables."""
+"""Runs what is missing, one line of a file per run, and then draws the tables."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import Images, load
+from benchmarks.representations.methods import METHODS
 from benchmarks.representations.training import finished, training
 
 Record = dict[str, Any]
@@ -31,19 +32,13 @@ class Run(NamedTuple):
     rate: float | None = None  # None: the preset's
     held_out: bool = False  # evaluated on held-out training images, to choose the rate
 
-    def path(self, results: Path) -> Path:
-        """Where its record lies."""
-        if self.held_out:
-            return results / "held-out" / f"{self.method}-rate{self.rate}-seed{self.seed}.json"
-        return results / f"{self.method}-seed{self.seed}.json"
-
-    def is_done(self, results: Path) -> bool:
+    def is_done(self, found: Sequence[Record]) -> bool:
         """Whether there is a record, at this learning rate."""
-        path = self.path(results)
-        return path.exists() and (self.rate is None or _read(path)["rate"] == self.rate)
+        mine = (self.method, self.seed, self.held_out)
+        return any(_key(record) == mine and self.rate in (None, record.get("rate")) for record in found)
 
 
-TUNING_SEEDS = 2  # by whose mean a learning rate is chosen
+FILE = "records.jsonl"  # of a budget's folder, a line for each run
 
 
 def run(
@@ -55,28 +50,56 @@ def run(
     was best on held-out training images. ``jobs`` runs go on at a time: on CPUs each in a process of its own, on a GPU
     each on a stream of its own. All methods of a seed come before the next seed.
     """
-    rates = BUDGETS[budget].rates
+    spent = BUDGETS[budget]
+    trained = [method for method in methods if METHODS[method].trains]
     start = functools.partial(_start, budget=budget, data=data, device=device, cache=cache)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         go = _in_processes if device == "cpu" else functools.partial(_on_streams, jobs=jobs)
 
         def finish(wanted: Sequence[Run]) -> None:
-            missing = [one for one in wanted if not one.is_done(results)]
+            found = read(results)
+            missing = [one for one in wanted if not one.is_done(found)]
             for one, record in tqdm(go(missing, start, pool), total=len(missing), unit="run"):
-                _write(one.path(results), record)
+                _append(results, record | ({"held_out": True} if one.held_out else {}))
                 tqdm.write(f"{one}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")
 
-        if len(rates) > 1:
-            finish([Run(*triple, held_out=True) for triple in itertools.product(methods, range(TUNING_SEEDS), rates)])
-        best = {method: best_rate(method, rates, results) for method in methods}
-        finish([Run(method, seed, best[method]) for seed in range(seeds) for method in methods])
+        wanted = list(itertools.product(trained, spent.rates)) if len(spent.rates) > 1 else []
+        while wanted:
+            finish([Run(method, seed, rate, True) for method, rate in wanted for seed in range(spent.tuning_seeds)])
+            further = ((method, further_rate(tuning(results)[method])) for method in trained if spent.widens)
+            wanted = [(method, rate) for method, rate in further if rate]
+        best = {method: best_rate(method, spent.rates, results) for method in trained}
+        finish(
+            [
+                Run(method, seed, best.get(method))
+                for seed in range(seeds)
+                for method in methods
+                if seed == 0 or method in trained
+            ]
+        )
+
+
+def read(results: Path) -> list[Record]:
+    """All records of a budget's folder, of a run that was repeated the last."""
+    path = results / FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _key(record: Record) -> tuple[str, int, bool]:
+    return record["method"], record["seed"], record.get("held_out", False)
+
+
+def _append(results: Path, record: Record) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    with (results / FILE).open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def tuning(results: Path) -> dict[str, dict[float, list[Record]]]:
     """The runs on held-out images: method, learning rate, records."""
     found: dict[str, dict[float, list[Record]]] = {}
-    for path in sorted((results / "held-out").glob("*-seed*.json")):
-        record = _read(path)
+    for record in sorted((record for record in read(results) if record.get("held_out")), key=_key):
         found.setdefault(record["method"], {}).setdefault(record["rate"], []).append(record)
     return found
 
@@ -85,13 +108,7 @@ def best_rate(method: str, rates: Sequence[float], results: Path) -> float | Non
     """The learning rate with the best mean of kNN and linear accuracy on held-out training images."""
     if len(rates) < 2:
         return rates[0] if rates else None
-
-    return best(
-        {
-            rate: [_read(Run(method, seed, rate, held_out=True).path(results)) for seed in range(TUNING_SEEDS)]
-            for rate in rates
-        }
-    )
+    return best(tuning(results)[method])
 
 
 def best(runs: Mapping[float, Sequence[Record]]) -> float:
@@ -99,9 +116,13 @@ def best(runs: Mapping[float, Sequence[Record]]) -> float:
     return max(runs, key=lambda rate: sum(run["knn"] + run["linear"] for run in runs[rate]) / len(runs[rate]))
 
 
-def _read(path: Path) -> Record:
-    record: Record = json.loads(path.read_text())
-    return record
+def further_rate(runs: Mapping[float, Sequence[Record]]) -> float | None:
+    """The next learning rate beyond the best one, if this is the largest or the smallest; None otherwise."""
+    rates, chosen = sorted(runs), best(runs)
+    factor = rates[1] / rates[0]
+    if chosen == rates[-1]:
+        return round(chosen * factor, 4)
+    return round(chosen / factor, 4) if chosen == rates[0] else None
 
 
 def _in_processes(runs: Sequence[Run], start: Start, pool: Executor) -> Iterator[tuple[Run, Record]]:
@@ -130,8 +151,7 @@ def _on_streams(runs: Sequence[Run], start: Start, pool: Executor, jobs: int) ->
 def records(results: Path) -> dict[str, dict[int, Record]]:
     """All finished runs: method, seed, record."""
     found: dict[str, dict[int, Record]] = {}
-    for path in sorted(results.glob("*-seed*.json")):
-        record = _read(path)
+    for record in sorted((record for record in read(results) if not record.get("held_out")), key=_key):
         found.setdefault(record["method"], {})[record["seed"]] = record
     return found
 
@@ -145,13 +165,6 @@ def _start(
 
 def _exhaust(start: Start, one: Run) -> Record:
     return finished(start(one))
-
-
-def _write(path: Path, record: Record) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
 
 
 @functools.cache

@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightly.loss
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks.representations import baselines
-from benchmarks.representations.features import LABELLED, PURITIES, TOLD
+from benchmarks.representations.features import LABELLED, PURITIES, TOLD, clusters
 from benchmarks.representations.objectives import (
     DIM,
     Bootstrap,
+    Classified,
+    Grouped,
     Momentum,
     NearestNeighbour,
     Objective,
     Oracle,
     Plain,
+    Regressed,
     Setup,
     Siamese,
     Supervised,
@@ -34,6 +38,7 @@ MIXED = 2 * TRAINED + FORWARD
 TWO_VIEWS = 2 * TRAINED
 BOOTSTRAP = TWO_VIEWS + 2 * FORWARD
 COLD = 0.1  # lightly's temperature for DCL, half the paper's
+CLUSTERS = 100  # of a teacher's features
 
 STRONG = ("query", "key", "strong")
 WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in ReSSL and SCE
@@ -42,6 +47,7 @@ WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in 
 FEATURE_WORDS = {
     "pixels": "pixels",
     "gradients": "histograms of gradients",
+    "imagenet": "a network that was trained on ImageNet and sees 96 pixels",
     "guesses": f"the guesses of a classifier of these, from {LABELLED} labelled images",
     "classes": "the classes",
     **{f"classes-{percent}": f"classes that are right for {percent} % of the pairs" for percent in PURITIES},
@@ -58,6 +64,7 @@ class Method:
     views: tuple[str, ...] = ("query", "key")  # see benchmarks.representations.data
     stretch: float = 1.0  # trains so many times the budget's epochs
     features: str = ""  # of benchmarks.representations.features: what labels are estimated from; "": the positives
+    trains: bool = True  # otherwise these features themselves are judged
     teacher: str = ""  # or of a network that this method trained before, with the same seed, views and learning rate
 
 
@@ -137,6 +144,28 @@ def _both(summary: str, criterion: Callable[[Setup], nn.Module], mixed: bool = F
     )
 
 
+def _told(summary: str, build: Callable[[Tensor], Objective], features: str) -> Method:
+    """Both views are trained on what is known of the images, (n, e)."""
+
+    def told(setup: Setup) -> Objective:
+        assert setup.estimators is not None
+        return build(setup.estimators)
+
+    return Method(summary, told, TWO_VIEWS, features=features)
+
+
+def _alone(name: str) -> Method:
+    return Method(f"untrained: {FEATURE_WORDS[name]}", _nothing, 0, features=name, trains=False)
+
+
+def _nothing(setup: Setup) -> Objective:
+    raise TypeError("nothing is trained")
+
+
+def _cluster_targets(known: Tensor) -> Tensor:
+    return F.one_hot(clusters(known, CLUSTERS)).float()
+
+
 def _moco(summary: str, temperature: float = CIFAR10.temperature, **options: Any) -> Method:
     return _method(summary, lambda setup: lightly.loss.NTXentLoss(temperature, setup.queue), mixed=False, **options)
 
@@ -209,6 +238,33 @@ METHODS: dict[str, Method] = {
         f"whole-{name}": _slr(f"all of the label, from {text}", False, WHOLE, features=name)
         for name, text in FEATURE_WORDS.items()
     },
+    # The rivals that use the same knowledge, and the knowledge itself.
+    **{f"alone-{name}": _alone(name) for name in ("gradients", "guesses", "imagenet")},
+    "guesses-cross-entropy": _told("cross-entropy with these guesses", Classified, "guesses"),
+    **{
+        f"supcon-{name}": _told(
+            f"SupCon, 0.1, the groups are {text}",
+            lambda known: Grouped(baselines.SupConLoss(COLD), known.argmax(1)),
+            name,
+        )
+        for name, text in (("guesses", "the guessed classes"), ("classes", "the classes"))
+    },
+    "imagenet-labels": _both(
+        "NT-Xent, 0.1, all of the label from the teacher, tau' 0.1",
+        _slr_loss(WHOLE_BATCH | {"sharpening": 0.1}),
+        features="imagenet",
+    ),
+    "imagenet-regression": _told("the teacher's features are predicted", Regressed, "imagenet"),
+    "imagenet-clusters": _told(
+        f"cross-entropy with {CLUSTERS} clusters of the teacher's features",
+        lambda known: Classified(_cluster_targets(known)),
+        "imagenet",
+    ),
+    "imagenet-supcon": _told(
+        "SupCon, 0.1, the groups are these clusters",
+        lambda known: Grouped(baselines.SupConLoss(COLD), clusters(known, CLUSTERS)),
+        "imagenet",
+    ),
     **{
         f"half-{name}": _slr(
             f"half of the label, from {FEATURE_WORDS[name]}", False, WHOLE | {"refined_weight": 0.5}, features=name

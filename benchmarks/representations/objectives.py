@@ -31,12 +31,13 @@ class Network(nn.Module):
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()
+        self.budget = budget
         self.encoder = budget.encoder().to(memory_format=torch.channels_last)
         self.head = MoCoProjectionHead(budget.feature_dim, HIDDEN, DIM, num_layers=3, batch_norm=False)
 
     def features(self, images: Tensor) -> Tensor:
         """(s, feature_dim) in float32."""
-        with precision(images.device):
+        with precision(images.device, self.budget):
             features = self.encoder(images)
         return features.float()
 
@@ -267,6 +268,63 @@ class Bootstrap(Objective):
     def after_step(self, online: Network) -> None:
         """Exponential moving average of the parameters."""
         update_momentum(online, self.target, m=EMA_MOMENTUM)
+
+
+class Classified(Objective):
+    """A classifier behind the projection of both views, told what each image is said to be.
+
+    Args:
+        targets: (n, c) of all images, rows of sum 1.
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        super().__init__()
+        self.criterion = nn.CrossEntropyLoss()
+        self.targets = targets
+        self.classifier = nn.Linear(DIM, targets.shape[1])
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """The mean cross-entropy of both views."""
+        targets = self.targets[batch.index]
+        return sum(self.criterion(self.classifier(online(view)), targets) for view in (batch.query, batch.key)) / 2
+
+
+class Regressed(Objective):
+    """Both views predict known features of the image, as their cosine has it.
+
+    Args:
+        known: (n, e) of all images, of mean 0.
+    """
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.criterion = nn.CosineSimilarity()
+        self.known = known
+        self.predictor = nn.Linear(DIM, known.shape[1])
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """One minus the mean cosine of both views."""
+        known = self.known[batch.index]
+        cosines = [self.criterion(self.predictor(online(view)), known) for view in (batch.query, batch.key)]
+        return 1 - torch.cat(cosines).mean()
+
+
+class Grouped(Objective):
+    """Both views, told which images belong together.
+
+    Args:
+        criterion: called with both projections and the groups (s,).
+        groups: (n,) of all images.
+    """
+
+    def __init__(self, criterion: nn.Module, groups: Tensor) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.groups = groups
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """The loss of both views."""
+        return self.criterion(online(batch.query), online(batch.key), self.groups[batch.index])
 
 
 class Supervised(Objective):

@@ -30,6 +30,7 @@ class Study(NamedTuple):
     methods: tuple[str, ...]
     paper: Mapping[str, str] = {}
     budgets: tuple[str, ...] = ("cpu", "gpu", "smoke")  # that it is run with
+    primary: tuple[str, str] | None = None  # method and measure of the comparison that was to decide, before it was run
 
 
 STUDIES = {
@@ -154,6 +155,8 @@ STUDIES = {
             "eliminate",
             "attract",
             "whole-classes",
+            "alone-gradients",
+            "alone-guesses",
         ),
         budgets=("fashion",),
     ),
@@ -168,8 +171,32 @@ STUDIES = {
             "simclr-cold-sharp-gradients",
             "simclr-cold-whole-guesses",
             "simclr-cold-whole-classes",
+            "alone-gradients",
+            "alone-guesses",
         ),
         budgets=("fashion",),
+    ),
+    # The references are those that the held-out images chose, as results/representations/teacher/README.md says.
+    "teacher": Study(
+        "A teacher that saw more pixels",
+        "decoupled",
+        (
+            "one-hot-batch",
+            "decoupled",
+            "imagenet-labels",
+            "imagenet-clusters",
+            "imagenet-regression",
+            "imagenet-supcon",
+            "alone-imagenet",
+        ),
+        budgets=("teacher",),
+        primary=("imagenet-labels", "linear"),
+    ),
+    "teacher-rivals": Study(
+        "Other ways to use the teacher",
+        "imagenet-clusters",
+        ("imagenet-clusters", "imagenet-labels", "imagenet-regression"),
+        budgets=("teacher",),
     ),
     "long": Study(
         "Long trainings",
@@ -219,16 +246,18 @@ def table(study: Study, records: Records) -> str:
     lines = ["| " + " | ".join(header + ["paper's kNN / linear"] * bool(study.paper)) + " |"]
     lines.append("|---|" + "--:|" * (lines[0].count("|") - 2))
     for method in present:
-        runs = records[method]
-        cells = [f"{method}: {METHODS[method].summary}", str(len(runs))]
+        runs, trains = records[method], METHODS[method].trains
+        cells = [f"{method}: {METHODS[method].summary}", str(len(runs)) if trains else ""]
         cells += [spread([run[measure] for run in runs.values()]) for measure in MEASURES]
+        if not trains:  # the same for every seed of the others
+            runs = dict.fromkeys(reference, runs[0])
         paired = sorted(set(runs) & set(reference))
         if method == study.reference or not paired:
             cells += ["", ""]
         else:
-            cells += [
-                interval([runs[seed][measure] - reference[seed][measure] for seed in paired]) for measure in MEASURES
-            ]
+            for measure in MEASURES:
+                cell = interval([runs[seed][measure] - reference[seed][measure] for seed in paired])
+                cells.append(f"**{cell}**" if (method, measure) == study.primary else cell)
         cells.append(f"{cost(method):.2f}")
         cells += [study.paper.get(method, "")] * bool(study.paper)
         lines.append("| " + " | ".join(cells) + " |")
@@ -265,7 +294,7 @@ def label_table(methods: Sequence[str], records: Records) -> str:
         "|---|" + "--:|" * 10,
     ]
     for method in methods:
-        if runs := [run["labels"][-1] for run in records.get(method, {}).values() if run["labels"]]:
+        if runs := [run["labels"][-1] for run in records.get(method, {}).values() if run.get("labels")]:
             last = {name: float(np.mean([_label(run, name) for run in runs])) for name in LABELS}
             if last["own"] == 1:
                 continue

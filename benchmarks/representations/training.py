@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from benchmarks.machine import machine
 from benchmarks.representations.budgets import Budget
 from benchmarks.representations.data import Batch, Images, minibatches, normalize
-from benchmarks.representations.features import FEATURES
+from benchmarks.representations.features import known
 from benchmarks.representations.methods import METHODS
 from benchmarks.representations.objectives import DIM, Network, Setup
 from benchmarks.representations.recorded import Recorded
@@ -84,7 +84,12 @@ def training(
     """
     method = METHODS[name]
     device = train_images.pixels.device
-    estimators = FEATURES[method.features](train_images) if method.features else None
+    estimators = known(method.features, train_images, cache) if method.features else None
+    if not method.trains:
+        described = known(method.features, test_images, cache, train_images)
+        features = Features(estimators, train_images.classes), Features(described, test_images.classes)
+        judged = {"knn": knn_accuracy(*features), "linear": (yield from _classified(features, probes))}
+        return {"method": name, "seed": seed, "rate": None, "epochs": 0, "passes": 0} | judged | _circumstances(device)
     if method.teacher:
         teachers: list[Network] = []
         yield from training(
@@ -152,12 +157,24 @@ def training(
                 labels.append({"epoch": epoch, **{key: value.item() for key, value in quality._asdict().items()}})
     observe(online)
     linear = yield from _classified(features, probes)
-    return record | {
-        "knn": curve[-1]["knn"],
-        "linear": linear,
-        "seconds": round(seconds, 1) if device.type == "cpu" else None,  # of the steps: without views and evaluation
-        "curve": curve,
-        "labels": labels,
+    return (
+        record
+        | {
+            "knn": curve[-1]["knn"],
+            "linear": linear,
+            "seconds": round(seconds, 1)
+            if device.type == "cpu"
+            else None,  # of the steps: without views and evaluation
+            "curve": curve,
+            "labels": labels,
+        }
+        | _circumstances(device)
+    )
+
+
+def _circumstances(device: torch.device) -> dict[str, Any]:
+    """What a record says of where and when."""
+    return {
         "machine": machine(device.type),
         "torch": torch.__version__,
         "lightly": lightly.__version__,
