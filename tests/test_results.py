@@ -81,7 +81,7 @@ def recorded():
     [
         "RESULTS.md",
         "results/representations/README.md",
-        pytest.param("README.md", marks=pytest.mark.xfail(reason="its intervals of folds are not corrected yet")),
+        "README.md",
     ],
 )
 def test_every_interval_and_accuracy_is_that_of_the_records(document):
