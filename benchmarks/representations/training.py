@@ -107,7 +107,7 @@ def training(
     mixing = torch.Generator(device).manual_seed(seed)
     objective = method.build(Setup((budget.queue_size, DIM), epochs * batches, mixing, estimators)).to(device)
     objective.start(online)
-    monitor = LabelMonitor(objective.criterion) if hasattr(objective.criterion, "labels") else None
+    monitor = LabelMonitor(objective.criterion) if hasattr(objective.criterion, "labelled_keys") else None
 
     parameters = [*online.parameters(), *(p for p in objective.parameters() if p.requires_grad)]
     rate = rate or CIFAR10.learning_rate * budget.batch_size / CIFAR10.batch_size
