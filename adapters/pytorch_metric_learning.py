@@ -49,8 +49,8 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
     pickled losses and printed ones say SLRLoss.
 
     Args:
-        temperature, memory_bank_size, gather_distributed, sharpening, confidence, refined_weight, in_batch_keys,
-            same_group: as in :class:`slr_plugin.SLRLoss`.
+        temperature: as in :class:`slr_plugin.SLRLoss`, and so are ``memory_bank_size``, ``gather_distributed``,
+            ``sharpening``, ``confidence``, ``refined_weight``, ``in_batch_keys`` and ``same_group``.
         **kwargs: those of BaseMetricLossFunction: ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer`` (of
             the regulariser alone: the loss is one number), ``collect_stats``, and as ``distance`` CosineSimilarity,
             which it is anyway.

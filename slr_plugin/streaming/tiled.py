@@ -139,10 +139,11 @@ class Tiling:
         torch.addmm(logits, self.rows[tile.rows], tile.block.T, beta=0, alpha=self.plan.scale / LN2, out=logits)
         if self.plan.hidden is not None and tile.keys.start < len(self.sources[0].keys):  # further sources hide nothing
             column = self.plan.hidden[tile.rows] - tile.keys.start
-            place = column + torch.arange(0, height * width, width, device=column.device)[:, None]
-            spare = len(tile.memory) - 1  # takes what is hidden in other tiles
-            place = place.where((column >= 0) & (column < width), spare)
-            tile.memory.index_fill_(0, place.flatten(), -torch.inf)
+            inside = (column >= 0) & (column < width)
+            if column.device.type != "cpu" or bool(inside.any()):  # asking an accelerator would wait for it
+                place = column + torch.arange(0, height * width, width, device=column.device)[:, None]
+                spare = len(tile.memory) - 1  # takes what is hidden in other tiles
+                tile.memory.index_fill_(0, place.where(inside, spare).flatten(), -torch.inf)
         if self.plan.row_groups is not None and self.plan.key_groups is not None:
             rows, keys = self.plan.row_groups[tile.rows], self.plan.key_groups[tile.keys]
             if rows.device.type != "cpu" or bool(torch.isin(keys, rows).any()):  # few tiles hold two of one group
@@ -183,8 +184,8 @@ def keys_backward(
     r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' statistics (r,), finite, and their values u (r, v)."""
     tiling = Tiling(rows, [Source(keys, keys)], plan)
     shift = reference[:, None]
-    # What all weights of a row are divided by is taken from its value once, where no weight can overflow.
-    values = row_values * (-offset[:, None]).exp() * ((-shift).exp2() if tiling.bounded else 1.0)
+    factor = (-offset[:, None]).exp()  # which all weights of a row have, and no tile needs
+    values = row_values * (factor * (-shift).exp2() if tiling.bounded else factor)
 
     def add_rows(tiles: Iterator[Tile]) -> Tensor:
         gradient = values.new_zeros(len(keys), values.shape[1])
