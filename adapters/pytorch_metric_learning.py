@@ -175,7 +175,7 @@ class _LossByLabels(slr_plugin.SLRLoss):
             return key_set
         keys, labels, first = key_set.keys[key_set.batch_count :], of_call.labels, 0
         if len(keys) > len(labels):  # gathered
-            labels, first = distributed.gather(labels), distributed.rank() * len(labels)
+            labels, first = distributed.gather(labels, "labels"), distributed.rank() * len(labels)
         known = labels >= 0
         return key_set._replace(
             keys=keys,

@@ -22,16 +22,19 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather(local: Tensor) -> Tensor:
+def gather(local: Tensor, name: str | None = None) -> Tensor:
     """Concatenate (s, d) of every process to (world_size * s, d), in the order of ranks.
 
     The gradient of a row is the sum of the gradients that all processes have for it, so that DDP's mean over processes
     gives the gradient of the mean loss.
 
-    All processes bring equally many rows, see :func:`check_alike`.
+    All processes bring equally many rows. What is gathered before the loss compares its arguments comes with a name,
+    and is compared here, on the CPU alone, since an accelerator would wait: see :func:`check_alike`.
     """
     if world_size() == 1:
         return local
+    if name is not None and local.device.type == "cpu":
+        check_alike(local.device, **{name: local})
     gathered: Tensor = _Gather.apply(local)
     return gathered
 

@@ -143,9 +143,11 @@ def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]
     }
 
 
-def uneven(rank: int, memory_bank_size: int | tuple[int, int], in_batch_keys: bool) -> str:
+def uneven(rank: int, memory_bank_size: int | tuple[int, int], in_batch_keys: bool, watched: bool = False) -> str:
     """The message that a last batch of unequal size raises, or what else happened."""
     criterion = SLRLoss(0.2, memory_bank_size, True, in_batch_keys=in_batch_keys)
+    if watched:
+        LabelMonitor(criterion)
     before = copy.deepcopy(criterion.state_dict())
     features = torch.randn(3 + rank, 4, requires_grad=True)
     try:
@@ -174,7 +176,7 @@ def run(rank: int, folder: Path, world: int) -> None:
     tiled.SHARED_PAIRS = 1  # with two threads, every pass is shared
     results = {name: train(scenario, rank, world) for name, scenario in SCENARIOS.items()}
     messages = [uneven(rank, size, in_batch_keys) for size in ((8, 4), 8) for in_batch_keys in (True, False)]
-    results |= {"uneven": [*messages, uneven(rank, 0, True)]}
+    results |= {"uneven": [*messages, uneven(rank, 0, True), uneven(rank, (8, 4), True, watched=True)]}
     results |= {"alone": {name: alone(rank, name) for name in ("negatives", "groups", "estimator")}}
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()

@@ -119,7 +119,7 @@ class LabelMonitor:
                 f"the classes announced have shape {tuple(local.shape)}, the criterion's batch {len(out0)} rows; "
                 "announce one class per query, -1 where it is unknown"
             )
-        self._classes = gather(local) if criterion.gather_distributed else local
+        self._classes = gather(local, "out0") if criterion.gather_distributed else local
         self._step, self._pointer = criterion.step.clone(), criterion.memory_bank.bank_ptr.clone()
         if measures:
             key_set, labels = criterion.labelled_keys(*args, **kwargs)
