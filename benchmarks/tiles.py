@@ -22,8 +22,7 @@ from tqdm import tqdm
 from benchmarks.contenders import Size
 from benchmarks.loss import seconds
 from benchmarks.machine import machine, publish
-from slr_plugin.streaming import tiled
-from slr_plugin.streaming.stats import Plan, Source
+from slr_plugin.streaming import Pass, tiled
 
 SIZES = {f"queue {queue:,}": Size(256, queue, 128) for queue in (4096, 65536)}
 SIZES |= {f"two views of {rows:,}": Size(rows, 0, 128) for rows in (2048, 8192)}
@@ -45,14 +44,15 @@ def passes(backend: ModuleType, size: Size, device: str) -> Passes:
 
     if size.queue:
         rows, keys, queue = draw(3 * size.rows), draw(size.rows), draw(size.queue)
-        plan = Plan(None, None, None, SCALE, SCALE, False, 0)
-        return {"forward": lambda: backend.forward(rows, [Source(keys, keys), Source(queue, queue)], plan)}
+        given = Pass(rows, keys, queue, scale=SCALE, bound=SCALE)
+        return {"forward": lambda: backend.forward(given)}
     rows = draw(2 * size.rows)
-    plan = Plan(torch.arange(len(rows), device=device)[:, None], None, None, SCALE, SCALE, True, 0)
-    stats = tiled.forward(rows, [Source(rows, rows)], plan)
+    hidden = torch.arange(len(rows), device=device)[:, None]
+    given = Pass(rows, rows, hidden=hidden, scale=SCALE, bound=SCALE, symmetric=True)
+    stats = tiled.forward(given)
     return {
-        "forward": lambda: backend.forward(rows, [Source(rows, rows)], plan),
-        "backward": lambda: backend.keys_backward(rows, rows, stats.reference, stats.offset, rows, plan),
+        "forward": lambda: backend.forward(given),
+        "backward": lambda: backend.keys_backward(given, stats.reference, stats.offset, rows),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slr_plugin._torch_internals import check_plain, no_autocast
+from slr_plugin._torch_internals import check_plain
 from slr_plugin.checks import check_float_tensor
 from slr_plugin.mixup import Mix, check_mix
 
@@ -26,10 +26,8 @@ class UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """(r, d) rows, of which one of length 0 stays 0, and one whose length overflows is not a number."""
-        length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
-        length.nan_to_num_(nan=math.nan, posinf=math.nan)
-        unit: Tensor = rows / length
+        """(r, d) rows, of which one of length 0 stays 0."""
+        unit, length = _divided(rows)
         ctx.save_for_backward(unit, length)
         return unit
 
@@ -43,8 +41,19 @@ class UnitRows(torch.autograd.Function):
         return gradient
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (r, d) divided by their lengths."""
+    unit: Tensor = UnitRows.apply(rows) if rows.requires_grad else _divided(rows)[0]
+    return unit
+
+
+def _divided(rows: Tensor) -> tuple[Tensor, Tensor]:
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
+    return rows / length, length
+
+
 class Features(NamedTuple):
-    """Unit rows of one dtype: float64 if queries or positives have it, else float32."""
+    """Features of a call, of any length and one dtype: float64 if queries or positives have it, else float32."""
 
     queries: Tensor  # (s, d)
     positives: Tensor  # (s, d)
@@ -91,16 +100,19 @@ def checked_features(
     if groups is not None:
         groups = checked_groups("groups", groups, size, queries.device)
     dtype = torch.promote_types(torch.promote_types(queries.dtype, positives.dtype), torch.float32)
-    with no_autocast(queries.device):
-        return Features(
-            UnitRows.apply(queries.to(dtype)),
-            UnitRows.apply(positives.to(dtype)),
-            [UnitRows.apply(crop.to(dtype)) for crop in crops],
-            mixes,
-            None if negatives is None else UnitRows.apply(negatives.to(dtype)),
-            None if estimator is None else UnitRows.apply(estimator.detach().to(dtype)),
-            groups,
-        )
+
+    def converted(x: Tensor) -> Tensor:
+        return x if x.dtype == dtype else x.to(dtype)
+
+    return Features(
+        converted(queries),
+        converted(positives),
+        [converted(crop) for crop in crops],
+        mixes,
+        None if negatives is None else converted(negatives),
+        None if estimator is None else converted(estimator.detach()),
+        groups,
+    )
 
 
 def checked_groups(name: str, groups: Any, size: int, device: torch.device) -> Tensor:
@@ -178,7 +190,7 @@ def _check_features(name: str, value: Any) -> None:
 
 def warn_if_not_finite(loss: Tensor, features: Features, names: Sequence[str] = VIEWS, stacklevel: int = 3) -> None:
     """Name the argument and the rows that make a loss not finite, on the CPU, where reading does not wait."""
-    if torch.compiler.is_compiling() or loss.device.type != "cpu" or loss.isfinite():
+    if torch.compiler.is_compiling() or loss.device.type != "cpu" or math.isfinite(loss.item()):
         return
     crops = {f"mixed[{i}]": crop for i, crop in enumerate(features.crops)}
     others = {"negatives": features.negatives, "estimator": features.estimator}

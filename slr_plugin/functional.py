@@ -101,14 +101,6 @@ def slr_loss(
     if symmetric and queue is not None:
         raise ValueError("symmetric=True compares both views with both and takes no queue: pass queue=None")
     symmetric = queue is None if symmetric is None else symmetric
-    key_set = build_key_set(
-        features,
-        None if queue is None else queue.detach(),
-        in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
-        symmetric=symmetric,
-        queue_groups=queue_groups,
-        ignores_group=check_setting("same_group", same_group) == "ignored",
-    )
     if callable(confidence):
         raise TypeError("confidence must be a number here, since a function counts no steps: pass schedule(step)")
     confidence = check_setting("confidence", confidence)
@@ -120,6 +112,14 @@ def slr_loss(
         refines=confidence > 0,
     )
     with no_autocast(queries.device):
+        key_set = build_key_set(
+            features,
+            None if queue is None else queue.detach(),
+            in_batch_keys=check_setting("in_batch_keys", in_batch_keys),
+            symmetric=symmetric,
+            queue_groups=queue_groups,
+            ignores_group=check_setting("same_group", same_group) == "ignored",
+        )
         loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     warn_if_alone(key_set, loss, stacklevel=3)
     warn_if_not_finite(loss, features, names)

@@ -25,7 +25,7 @@ class GroupLabels(NamedTuple):
     """The labels y0 that are known."""
 
     targets: Tensor  # (r, d), the means over the keys of each row's group
-    share: Tensor  # (r,) or (1,), the weight of the positive, 1 / |G|
+    share: Tensor | float  # (r,) the weight of the positive, 1 / |G|
 
 
 def group_labels(key_set: KeySet) -> GroupLabels:
@@ -35,7 +35,7 @@ def group_labels(key_set: KeySet) -> GroupLabels:
     """
     rows, positives, groups, key_groups = key_set.rows, key_set.positives, key_set.groups, key_set.key_groups
     if groups is None or key_groups is None or key_set.ignores_group:
-        return GroupLabels(positives, rows.new_ones(1))
+        return GroupLabels(positives, 1.0)
     ids, size = groups.sort().values, len(groups)
 
     def places(of: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slr_plugin._inputs import Features
+from slr_plugin._inputs import Features, unit_rows
 
 
 class KeySet(NamedTuple):
-    """Rows and the keys that they see. All features have unit length.
+    """Rows and the keys that they see. All features have unit length, and gradients are those of rows and keys.
 
     The columns of every dense matrix, such as labels, are ``keys`` and then ``queue``; where the positives are not
     among ``keys``, the positive of each row stands before them.
@@ -43,14 +43,10 @@ class KeySet(NamedTuple):
         """Whether both views are rows: row i and row i + r/2 are of one sample, and positives of each other."""
         return self.self_index is not None
 
-    def key_count(self) -> int:
-        """The number of keys, at least that of any row."""
-        return 1 + len(self.keys) + (0 if self.queue is None else len(self.queue))
-
     def hidden(self) -> Tensor | None:
         """The keys (r, h) that the pass leaves out: each row's positive, and the row itself."""
         indices = [index for index in (self.positive_index, self.self_index) if index is not None]
-        return torch.stack(indices, dim=1) if indices else None
+        return torch.stack(indices, dim=1) if len(indices) > 1 else indices[0][:, None] if indices else None
 
     def for_mixed(self) -> KeySet:
         """The key set that mixed queries see and their labels spread over: of both views, the second ones."""
@@ -170,20 +166,22 @@ def build_key_set(
     positive_index: Tensor | None
     self_index: Tensor | None
     if symmetric:
-        rows = batch = torch.cat([queries, positives])
+        rows = batch = unit_rows(torch.cat([queries, positives]))
         if gather:
-            batch = torch.cat(gather(torch.cat([queries, positives], dim=1)).chunk(2, dim=1))  # one exchange
+            batch = torch.cat(gather(torch.cat(rows.chunk(2), dim=1)).chunk(2, dim=1))  # one exchange
         views, first_views = 2, len(batch) // 2
-        positives, to_enqueue = torch.cat([positives, queries]), batch[first_views:]
-        positive_index = torch.cat([index + first_views, index])
+        positives, to_enqueue = rows.roll(len(queries), 0), batch[first_views:]
         self_index = torch.cat([index, index + first_views])
+        positive_index = self_index.roll(len(queries))
     else:
+        rows, positives = unit_rows(queries), unit_rows(positives)
         batch = gather(positives if in_batch_keys else positives.detach()) if gather else positives
-        rows, to_enqueue, views = queries, batch, 1
+        to_enqueue, views = batch, 1
         positive_index, self_index = index if in_batch_keys else None, None
     sees_batch = symmetric or in_batch_keys
     keys = [batch] if sees_batch else []
     if negatives is not None:
+        negatives = unit_rows(negatives)
         keys.append(gather(negatives) if gather else negatives)
 
     groups = to_enqueue_groups = key_groups = features.groups

@@ -153,9 +153,9 @@ class SLRLoss(HasState):
         refuse_export()
         features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
         updates = self._updates(out0, update)
-        key_set = self._key_set(features)
-        settings = self._settings(key_set.rows.dtype)
         with no_autocast(out0.device):
+            key_set = self._key_set(features)
+            settings = self._settings(key_set.rows.dtype)
             loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
         self._confidence = settings.confidence
         warn_if_alone(key_set, loss, stacklevel=5)  # the caller of the module
@@ -209,8 +209,8 @@ class SLRLoss(HasState):
     ) -> tuple[KeySet, Tensor]:
         """The keys that the labels of a call spread over, and the labels, dense; arguments as in :meth:`forward`."""
         features = checked_features(out0, out1, *args, **kwargs)
-        key_set = self._key_set(features).for_mixed() if features.mixes else self._key_set(features)
         with no_autocast(out0.device):
+            key_set = self._key_set(features).for_mixed() if features.mixes else self._key_set(features)
             return key_set, dense.labels(key_set, self._settings(key_set.rows.dtype))
 
     def extra_repr(self) -> str:

@@ -48,6 +48,7 @@ class KeyQueue(nn.Module):
                 raise ValueError("estimator_dim is the width of a second queue: set memory_bank_size, or leave it out")
         self.generation = 0
         self._is_shared = False
+        self.knows_groups = False  # whether any key has had a group; else their ids are not written
         # Without a queue the buffers are empty and not saved, as in NTXentLoss(memory_bank_size=0).
         persistent = self.size > 0
         self.register_buffer("bank", _random_keys(self.size, dim), persistent=persistent)
@@ -128,20 +129,24 @@ class KeyQueue(nn.Module):
         Returns:
             A bool tensor (): whether the batch was accepted; or would be, by a queue of size 0.
         """
-        accepted = keys.float().sum().abs() < torch.inf  # true just if all are finite, since they have unit length
-        if estimators is not None:
-            accepted = accepted & (estimators.float().sum().abs() < torch.inf)
+        total = keys.sum() if estimators is None else keys.sum() + estimators.sum()
+        difference = total - total
+        accepted = difference == difference  # is 0 where all are finite, and not a number elsewhere
         if not self.size:
             return accepted
         accepted = accepted.to(self.bank.device)
         newest = min(len(keys), self.size)
-        start = self.bank_ptr + (len(keys) - newest)
+        start = self.bank_ptr + (len(keys) - newest) if newest < len(keys) else self.bank_ptr
         places = (start + torch.arange(newest, device=self.bank.device)) % self.size
-        groups = self.groups.new_full((1,), -1).expand(len(keys)) if groups is None else groups
+        self.knows_groups |= groups is not None
+        if groups is None and self.knows_groups:
+            groups = self.groups.new_full((len(keys),), -1)
         for ring, rows in ((self.bank, keys), (self.estimator_bank, estimators), (self.groups, groups)):
             if ring is not None and rows is not None:
-                ring.index_copy_(0, places, torch.where(accepted, rows[-newest:].to(ring), ring[places]))
-        self.bank_ptr.add_(len(keys) * accepted).remainder_(self.size)
+                ring.index_copy_(
+                    0, places, torch.where(accepted, rows[-newest:].to(ring), ring.index_select(0, places))
+                )
+        self.bank_ptr.add_(accepted.long(), alpha=len(keys)).remainder_(self.size)
         return accepted
 
     def extra_repr(self) -> str:
@@ -185,6 +190,7 @@ class KeyQueue(nn.Module):
         unexpected: Any,
         errors: Any,
     ) -> None:
+        self.knows_groups = True
         refusal = self.refusal(state_dict, prefix)
         if refusal:
             errors.append(refusal)

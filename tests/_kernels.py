@@ -11,11 +11,10 @@ from unittest import mock
 
 import torch
 import triton
-from _streaming import plan_of
 from triton.runtime.jit import KernelInterface
 
 from slr_plugin.streaming import triton as backend
-from slr_plugin.streaming.stats import Source
+from slr_plugin.streaming.stats import Pass
 
 
 class Launch(NamedTuple):
@@ -80,11 +79,14 @@ def compiled(launch, capability):
 def launches_of(dim):
     """Of a pass over batch and queue, one where two keys are hidden, and its backward."""
     rows, keys, queue = torch.zeros(3, 512, dim)
-    plans = [plan_of(torch.zeros(len(rows), hidden, dtype=torch.long), 5.0, 5.0) for hidden in (1, 2)]
+    first, second = (
+        Pass(rows, keys, table, hidden=torch.zeros(len(rows), hidden, dtype=torch.long), scale=5.0, bound=5.0)
+        for table, hidden in ((queue, 1), (None, 2))
+    )
     with recorded_launches() as launches:
-        backend.forward(rows, [Source(keys, keys), Source(queue, queue)], plans[0])
-        stats = backend.forward(rows, [Source(keys, keys)], plans[1])
-        backend.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plans[1])
+        backend.forward(first)
+        stats = backend.forward(second)
+        backend.keys_backward(second, stats.reference, stats.offset, stats.mean)
     return launches
 
 

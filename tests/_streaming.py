@@ -4,8 +4,6 @@ import math
 
 import torch
 
-from slr_plugin.streaming.stats import Plan
-
 # Of 9 rows: some see all of 14 keys, one sees all but two.
 HIDDEN = torch.tensor([[2, -1], [3, -1], [4, -1], [5, 0], [1, 9], [2, 10], [-1, 11], [-1, 12], [-1, 13]])
 
@@ -16,19 +14,14 @@ def hidden_for(rows):
 
 
 def dense(rows, keys, queue, scale, hidden=HIDDEN, values=None, queue_values=None):
-    """Log-sum-exp, largest weight and mean, with the weights of the mean as constants."""
-    every = torch.cat([keys, queue.detach()])
+    """Log-sum-exp, largest weight, mean, and all weights."""
+    every = torch.cat([keys, queue])
     logits = scale * (rows @ every.T)
     for row, unseen in enumerate([] if hidden is None else hidden.tolist()):
         logits[row, [key for key in unseen if key >= 0]] = -torch.inf
-    weights = logits.softmax(1).detach()
+    weights = logits.softmax(1)
     averaged = every if values is None else torch.cat([values, queue_values])
-    return logits.logsumexp(1), weights.amax(1), weights @ averaged
-
-
-def plan_of(hidden=None, scale=1.0, bound=math.inf):
-    """What a backend is told of a pass without groups."""
-    return Plan(hidden, None, None, scale, bound, symmetric=False, chunk=0)
+    return logits.logsumexp(1), weights.amax(1), weights @ averaged, weights
 
 
 def parts(stats):

@@ -483,27 +483,11 @@ def test_bad_negatives_and_estimators_are_refused(bad, argument, kind):
     )
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_features_whose_length_overflows_are_not_finite(which):
-    criterion = SLRLoss(0.2, (8, 4))
-    before = criterion.memory_bank.bank.clone()
-    views = list(torch.randn(2, 3, 4))
-    views[which] = 1e20 * views[which]
-    loss = criterion(views[0].requires_grad_(), views[1])
-    loss.backward()
-    assert not loss.isfinite()
-    assert not views[0].grad.isfinite().all()
-    if which == 1:
-        assert torch.equal(criterion.memory_bank.bank, before)
-        assert criterion.step == 0
-
-
 @pytest.mark.parametrize("size", [(8, 4), 0])
-@pytest.mark.parametrize("value", [1e20, torch.nan])
-def test_estimators_that_are_not_finite_or_overflow_change_nothing(value, size):
+def test_estimators_that_are_not_finite_change_nothing(size):
     criterion = SLRLoss(0.2, size, estimator_dim=5 if size else None)
     before = {name: state.clone() for name, state in criterion.state_dict().items()}
-    loss = criterion(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), estimator=torch.full((3, 5), value))
+    loss = criterion(torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), estimator=torch.full((3, 5), torch.nan))
     assert loss.isnan()
     for name, state in criterion.state_dict().items():
         assert torch.equal(state, before[name])

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from _streaming import plan_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss
-from slr_plugin.streaming import tiled
-from slr_plugin.streaming.stats import Source
+from slr_plugin.streaming import Pass, tiled
 
 aten = torch.ops.aten
 SETTINGS = {"sharpening": 0.7, "confidence": CosineConfidence(0.5, 2.0, total_steps=4)}
@@ -41,13 +39,14 @@ def test_a_step_stays_on_the_device(confidence, size, mixed, pretended_gpu):
 
 @pytest.mark.parametrize("bound", [5.0, 100.0])
 @pytest.mark.parametrize("size", [300, 0])
-def test_so_does_the_pass_inside_the_operator(size, bound, pretended_gpu):
+def test_so_does_the_pass(size, bound, pretended_gpu):
     with pretended_gpu, torch.no_grad():
         rows, keys, queue = (torch.empty(n, 16, device="cuda") for n in (24, 8, size))
-        plan = plan_of(torch.empty(24, 1, dtype=torch.long, device="cuda"), 5.0, bound)
+        hidden = torch.empty(24, 1, dtype=torch.long, device="cuda")
+        given = Pass(rows, keys, queue, hidden=hidden, scale=5.0, bound=bound)
         with OnTheDevice():
-            stats = tiled.forward(rows, [Source(keys, keys), Source(queue, queue)], plan)
-            gradient = tiled.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)
+            stats = tiled.forward(given)
+            gradient = tiled.keys_backward(given, stats.reference, stats.offset, stats.mean)
     assert gradient.device.type == "cuda"
 
 

@@ -8,11 +8,9 @@ from _intra_op import intra_op_threads
 from _pairwise import pairwise
 from _streaming import HIDDEN, dense, parts
 
-from slr_plugin.streaming import softmax_stats, tiled
-from slr_plugin.streaming.op import resolve
+from slr_plugin.streaming import Pass, keys_gradient, softmax_stats, tiled
 
-BOUNDS = pytest.mark.parametrize("bound", [math.inf, 20.0])
-CHUNK_SIZES = (None, 1, 5, 8, 100)  # of 14 and 11 keys; None chooses 6 here
+CHUNK_SIZES = (0, 1, 5, 8, 100)  # of 14 and 11 keys; 0 chooses 6 here
 THREADS = (1, 2, 5)
 
 
@@ -28,49 +26,38 @@ def threads(request, monkeypatch):
 
 def tensors(rows=9, keys=14, queue=11, dim=3):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(n, dim, dtype=torch.float64, generator=generator).requires_grad_() for n in (rows, keys, queue)]
+    return [torch.randn(n, dim, dtype=torch.float64, generator=generator) for n in (rows, keys, queue)]
 
 
-def assert_same_gradients(outputs, expected, leaves):
-    """Of one random combination of log-sum-exp and mean."""
-    weights = [torch.randn_like(expected[0]), torch.randn_like(expected[2])]
-    ours, theirs = (
-        torch.autograd.grad((out[0] * weights[0]).sum() + (out[2] * weights[1]).sum(), leaves)
-        for out in (outputs, expected)
-    )
-    for got, want in zip(ours, theirs, strict=True):
+def assert_equals(given, expected):
+    """Statistics, and the gradient of the keys for random values of the rows."""
+    stats = softmax_stats(given)
+    for got, want in zip(parts(stats), expected[:3], strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    row_values = torch.randn(len(given.rows), 4, dtype=torch.float64)
+    gradient = expected[3][:, : len(given.keys)].T @ row_values
+    torch.testing.assert_close(keys_gradient(given, stats, row_values), gradient, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("chunk_size", "bound", "scale"), pairwise(CHUNK_SIZES, (math.inf, 20.0), (1.0, 2.5, -2.0)))
-def test_equals_the_dense_formulas_with_gradients(chunk_size, bound, scale, threads, monkeypatch):
+@pytest.mark.parametrize(("chunk", "bound", "scale"), pairwise(CHUNK_SIZES, (math.inf, 20.0), (1.0, 2.5, -2.0)))
+def test_equals_the_dense_formulas(chunk, bound, scale, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 6))
     rows, keys, queue = tensors()
-    stats = softmax_stats(rows, keys, queue, hidden=HIDDEN, scale=scale, bound=bound, chunk_size=chunk_size)
-    expected = dense(rows, keys, queue, scale)
-    for got, want in zip(parts(stats), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    assert_same_gradients(parts(stats), expected, (rows, keys))
+    given = Pass(rows, keys, queue, hidden=HIDDEN, scale=scale, bound=bound, chunk=chunk)
+    assert_equals(given, dense(rows, keys, queue, scale))
 
 
 @pytest.mark.parametrize(
-    ("chunk_size", "bound", "width", "threads"),
+    ("chunk", "bound", "width", "threads"),
     pairwise(CHUNK_SIZES, (math.inf, 20.0), (1, 3, 5), THREADS),
     indirect=["threads"],
 )
-def test_averages_values_that_are_not_the_keys(chunk_size, bound, width, threads, monkeypatch):
+def test_averages_values_that_are_not_the_keys(chunk, bound, width, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 6))
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=width)
-    options = {"values": values, "queue_values": queue_values, "hidden": HIDDEN}
-    stats = softmax_stats(rows, keys, queue, **options, bound=bound, chunk_size=chunk_size)
-    expected = dense(rows, keys, queue, 1.0, values=values, queue_values=queue_values.detach())
-    for got, want in zip(parts(stats), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    assert not stats.offset.requires_grad  # the weights are constants
-    weight = torch.randn_like(expected[2])
-    ours, theirs = (torch.autograd.grad((mean * weight).sum(), values)[0] for mean in (stats.mean, expected[2]))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    given = Pass(rows, keys, queue, values, queue_values, hidden=HIDDEN, bound=bound, chunk=chunk)
+    assert_equals(given, dense(rows, keys, queue, 1.0, values=values, queue_values=queue_values))
 
 
 SYMMETRIC = [
@@ -85,18 +72,10 @@ def test_rows_that_are_the_keys_say_the_same_by_half_the_logits(hidden, values, 
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 4))
     rows = tensors(rows=12)[0]
     averaged = tensors(rows=12, dim=5)[0] if values else None
-
-    def results(symmetric):
-        stats = softmax_stats(rows, rows, values=averaged, scale=2.5, bound=20.0, hidden=hidden, symmetric=symmetric)
-        generator = torch.Generator().manual_seed(1)
-        fields = parts(stats)
-        total = sum(
-            (field * torch.randn(field.shape, dtype=torch.float64, generator=generator)).sum() for field in fields
-        )
-        return [*fields, *torch.autograd.grad(total, rows if averaged is None else averaged)]
-
-    for got, want in zip(results(True), results(False), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    given = Pass(rows, rows, values=averaged, scale=2.5, bound=20.0, hidden=hidden, symmetric=True)
+    nothing = rows[:0]
+    of_nothing = None if averaged is None else averaged[:0]
+    assert_equals(given, dense(rows, rows, nothing, 2.5, hidden, averaged, of_nothing))
 
 
 def logits_computed(profile, dim):
@@ -109,23 +88,12 @@ def logits_computed(profile, dim):
 def test_half_the_tiles_are_computed_where_they_are_enough(symmetric, share, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 4))
     rows = tensors(rows=12)[0]
+    given = Pass(rows, rows, hidden=SYMMETRIC[0], bound=20.0, symmetric=symmetric)
     with torch.profiler.profile(record_shapes=True) as forward:
-        stats = softmax_stats(rows, rows, hidden=SYMMETRIC[0], bound=20.0, symmetric=symmetric)
+        stats = softmax_stats(given)
     with torch.profiler.profile(record_shapes=True) as backward:
-        stats.offset.sum().backward()
+        keys_gradient(given, stats, rows)
     assert logits_computed(forward, 3) == logits_computed(backward, 3) == share * 12 * 12
-
-
-@BOUNDS
-def test_gradcheck_of_the_log_sum_exp(bound):
-    rows, keys, queue = tensors(rows=4, keys=5, queue=3)
-    hidden = torch.tensor([[1], [2], [-1], [4]])
-
-    def logsumexp(rows, keys):
-        stats = softmax_stats(rows, keys, queue, hidden=hidden, bound=bound, chunk_size=2)
-        return parts(stats)[0]
-
-    assert torch.autograd.gradcheck(logsumexp, (rows, keys))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised and handled inside opcheck
@@ -133,31 +101,28 @@ def test_gradcheck_of_the_log_sum_exp(bound):
 def test_opcheck(apart):
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=5) if apart else (None, None, None)
-    plan = {"hidden": HIDDEN, "row_groups": None, "key_groups": None, "scale": 1.0, "bound": math.inf}
-    plan |= {"symmetric": False, "chunk": 4, "backend": "tiled"}
-    constants = None if queue_values is None else queue_values.detach(), True
-    leaves = (rows.detach(), keys.detach()) if apart else (rows, keys)
-    operator = torch.ops.slr_plugin.softmax_stats.default
-    torch.library.opcheck(operator, (*leaves, queue.detach(), values, *constants), plan)
+    given = Pass(rows, keys, queue, values, queue_values, hidden=HIDDEN, chunk=4)
+    torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, (*given, "tiled", True))
+    stats = softmax_stats(given)
+    rest = stats.reference, stats.offset, stats.mean, "tiled"
+    torch.library.opcheck(torch.ops.slr_plugin.keys_gradient.default, (*given, *rest))
 
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0])
 def test_a_row_without_keys_is_empty_not_nan(bound, threads):
-    rows = torch.randn(2, 3, requires_grad=True)
-    keys = torch.randn(1, 3, requires_grad=True)
-    stats = softmax_stats(rows, keys, bound=bound, hidden=torch.tensor([[0], [-1]]))
+    rows, keys = torch.randn(2, 3), torch.randn(1, 3)
+    given = Pass(rows, keys, bound=bound, hidden=torch.tensor([[0], [-1]]))
+    stats = softmax_stats(given)
     assert stats.offset[0] == -torch.inf
     assert stats.max_weight[0] == 0
     assert torch.equal(stats.mean[0], torch.zeros(3))
-    torch.logaddexp(stats.logsumexp_minus(torch.zeros(2)), torch.zeros(2)).sum().backward()
-    assert torch.equal(rows.grad[0], torch.zeros(3))
-    assert keys.grad.isfinite().all()
+    assert keys_gradient(given, stats, torch.tensor([[0.0], [1.0]])).isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_extreme_logits_stay_finite_and_exact(scale):
-    rows, keys, queue = (tensor.detach().float() * scale for tensor in tensors())
-    stats = softmax_stats(rows, keys, queue, hidden=HIDDEN, chunk_size=3)
+    rows, keys, queue = (tensor.float() * scale for tensor in tensors())
+    stats = softmax_stats(Pass(rows, keys, queue, hidden=HIDDEN, chunk=3))
     expected = dense(rows.double(), keys.double(), queue.double(), 1.0)
     torch.testing.assert_close(parts(stats)[0].double(), expected[0], rtol=1e-5, atol=1e-5)
     assert stats.mean.isfinite().all()
@@ -166,14 +131,15 @@ def test_extreme_logits_stay_finite_and_exact(scale):
 def test_no_rows_by_keys_matrix_is_allocated():
     rows, keys, queue = torch.randn(64, 8), torch.randn(64, 8), torch.randn(20000, 8)
     with torch.profiler.profile(profile_memory=True) as profile:
-        softmax_stats(rows, keys, queue)
+        softmax_stats(Pass(rows, keys, queue))
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= queue.numel() * queue.element_size()
 
 
 def test_the_backend_is_an_argument():
-    rows, keys, queue = tensors()
-    torch.testing.assert_close(softmax_stats(rows, keys, queue, backend="tiled"), softmax_stats(rows, keys, queue))
+    given = Pass(*tensors())
+    torch.testing.assert_close(softmax_stats(given, "tiled"), softmax_stats(given))
     with pytest.raises(ValueError, match="backend must be"):
-        softmax_stats(rows, keys, queue, backend="cuda")
-    assert resolve("triton", rows, 3, 1) == "triton"
+        softmax_stats(given, "cuda")
+    with pytest.raises(ValueError, match="at most 256 dimensions"):
+        softmax_stats(Pass(*tensors(dim=300)), "triton")

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from _pairwise import pairwise
-from _streaming import dense, hidden_for, parts, plan_of
+from _streaming import dense, hidden_for, parts
 from test_oracle import MODES, SETTINGS, assert_equals_oracle, batch_of, settings_of
 
-from slr_plugin.streaming import op, softmax_stats, tiled
+from slr_plugin.streaming import Pass, keys_gradient, op, softmax_stats, tiled
 from slr_plugin.streaming.op import resolve
-from slr_plugin.streaming.stats import Source
 
 pytest.importorskip("triton")
 from _kernels import recorded_launches
@@ -39,14 +38,9 @@ def exact_products(monkeypatch):
         monkeypatch.setattr(kernels, "QUEUE_NUMBERS_AT_MEDIUM", "float32")
 
 
-def stats_of(*tensors, **options):
-    return softmax_stats(*tensors, backend="triton", **options)
-
-
 def tensors(rows, keys, queue, dim):
     generator = torch.Generator().manual_seed(0)
-    made = (torch.randn(n, dim, generator=generator).to(DEVICE) / dim**0.5 for n in (rows, keys, queue))
-    return [tensor.requires_grad_() for tensor in made]
+    return [torch.randn(n, dim, generator=generator).to(DEVICE) / dim**0.5 for n in (rows, keys, queue)]
 
 
 # The last has three blocks of rows, three of keys, and three splits of the queue.
@@ -54,40 +48,26 @@ def tensors(rows, keys, queue, dim):
     ("sizes", "scale", "width"),
     pairwise([(9, 14, 11, 3), (9, 14, 0, 64), (33, 40, 1, 200), (260, 90, 300, 20)], [3.0, -2.0], [None, 5, 40]),
 )
-def test_equals_the_dense_formulas_with_gradients(sizes, scale, width):
+def test_equals_the_dense_formulas_with_the_gradient_of_the_keys(sizes, scale, width):
     rows, keys, queue, dim = sizes
-    inputs = tensors(rows, keys, queue, dim)
-    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    apart = [] if width is None else [tensor.detach() for tensor in tensors(rows, keys, queue, width)[1:]]
-    doubles_apart = [tensor.double() for tensor in apart]
-    hidden = hidden_for(rows)
-    if apart:
-        apart[0].requires_grad_()
-        doubles_apart[0].requires_grad_()
-    names = dict(zip(("values", "queue_values"), apart, strict=False))
-    single = parts(stats_of(*inputs[:2], inputs[2].detach(), hidden=hidden.to(DEVICE), scale=scale, **names))
-    exact = dense(*doubles, scale, hidden, *doubles_apart)
-    for got, want in zip(single, exact, strict=True):
+    inputs, hidden = tensors(rows, keys, queue, dim), hidden_for(rows).to(DEVICE)
+    apart = [] if width is None else tensors(rows, keys, queue, width)[1:]
+    given = Pass(*inputs, *apart, hidden=hidden, scale=scale)
+    stats = softmax_stats(given, "triton")
+    exact = dense(*(x.double() for x in inputs), scale, hidden, *(x.double() for x in apart))
+    for got, want in zip(parts(stats), exact[:3], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE)
-    weights = [torch.randn_like(exact[0]) * (not apart), torch.randn_like(exact[2])]
-    ours, theirs = (
-        torch.autograd.grad(
-            (outputs[0] * weights[0].to(outputs[0])).sum() + (outputs[2] * weights[1].to(outputs[2])).sum(), leaves
-        )
-        for outputs, leaves in (
-            (single, apart[:1] or inputs[:2]),
-            (exact, doubles_apart[:1] or doubles[:2]),
-        )
-    )
-    for got, want in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
+    row_values = torch.randn(rows, dim, device=DEVICE)
+    want = exact[3][:, :keys].T @ row_values.double()
+    got = keys_gradient(given, stats, row_values, "triton").double()
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE * max(1.0, want.abs().max().item()))
 
 
 @pytest.mark.skipif(GPU, reason="the oracle's tolerance is that of float32 products")
 @pytest.mark.parametrize("mode", MODES)
 def test_value_and_gradients_of_the_loss_equal_the_equations(mode, monkeypatch):
     monkeypatch.setattr(
-        op, "resolve", lambda backend, rows, *args: "triton" if rows.dtype == torch.float32 else "tiled"
+        op, "resolve", lambda backend, given: "triton" if given.rows.dtype == torch.float32 else "tiled"
     )
     batch = batch_of(mode, 5, 3, dtype=torch.float32)
     for settings in random.Random(mode).sample(SETTINGS, 6):
@@ -96,18 +76,18 @@ def test_value_and_gradients_of_the_loss_equal_the_equations(mode, monkeypatch):
 
 def test_a_row_without_keys_is_empty_not_nan():
     rows, keys, _ = tensors(2, 1, 0, 3)
-    stats = stats_of(rows, keys, hidden=torch.tensor([[0], [-1]], device=DEVICE))
+    given = Pass(rows, keys, hidden=torch.tensor([[0], [-1]], device=DEVICE))
+    stats = softmax_stats(given, "triton")
     assert stats.offset[0] == -torch.inf
     assert stats.max_weight[0] == 0
     assert torch.equal(stats.mean[0], torch.zeros_like(rows[0]))
-    torch.logaddexp(parts(stats)[0], torch.zeros_like(stats.offset)).sum().backward()
-    assert torch.equal(rows.grad[0], torch.zeros_like(rows[0]))
-    assert keys.grad.isfinite().all()
+    values = torch.tensor([[0.0], [1.0]], device=DEVICE)
+    assert keys_gradient(given, stats, values, "triton").isfinite().all()
 
 
 def test_without_any_key():
     rows, keys, _ = tensors(2, 0, 0, 3)
-    stats = stats_of(rows, keys)
+    stats = softmax_stats(Pass(rows, keys), "triton")
     assert (stats.offset == -torch.inf).all()
     assert (stats.max_weight == 0).all()
     assert (stats.mean == 0).all()
@@ -115,23 +95,21 @@ def test_without_any_key():
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_extreme_logits_stay_finite_and_exact(scale):
-    rows, keys, queue = (tensor.detach() * scale for tensor in tensors(9, 14, 40, 4))
-    stats = stats_of(rows, keys, queue, hidden=hidden_for(9).to(DEVICE))
+    rows, keys, queue = (tensor * scale for tensor in tensors(9, 14, 40, 4))
+    stats = softmax_stats(Pass(rows, keys, queue, hidden=hidden_for(9).to(DEVICE)), "triton")
     expected = dense(rows.double(), keys.double(), queue.double(), 1.0)
     torch.testing.assert_close(parts(stats)[0].double(), expected[0], rtol=TOLERANCE, atol=TOLERANCE)
     assert stats.mean.isfinite().all()
 
 
 def test_not_a_number_is_seen():
-    rows, keys, queue = (tensor.detach() for tensor in tensors(3, 4, 5, 4))
+    rows, keys, queue = tensors(3, 4, 5, 4)
     queue[2, 1] = torch.nan
-    rows.requires_grad_()
-    keys.requires_grad_()
-    stats = stats_of(rows, keys, queue)
+    given = Pass(rows, keys, queue)
+    stats = softmax_stats(given, "triton")
     assert stats.offset.isnan().all()
-    stats.offset.sum().backward()
-    assert rows.grad.isnan().all()
-    assert keys.grad.isnan().all()
+    assert stats.mean.isnan().all()
+    assert keys_gradient(given, stats, rows, "triton").isnan().all()
 
 
 def rounded(x, bits):
@@ -169,9 +147,9 @@ def multiply_as_a_gpu(monkeypatch, precision):
 @pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
 def test_rounding_costs_no_more_than_in_dense_products(precision, bits, monkeypatch):
     multiply_as_a_gpu(monkeypatch, precision)
-    rows, keys, queue = (torch.nn.functional.normalize(tensor.detach(), dim=1) for tensor in tensors(64, 0, 2000, 128))
-    ours = parts(stats_of(rows, keys, queue, scale=5.0))
-    exact = dense(rows.double(), keys.double(), queue.double(), 5.0, hidden=None)
+    rows, keys, queue = (torch.nn.functional.normalize(tensor, dim=1) for tensor in tensors(64, 0, 2000, 128))
+    ours = parts(softmax_stats(Pass(rows, keys, queue, scale=5.0), "triton"))
+    exact = dense(rows.double(), keys.double(), queue.double(), 5.0, hidden=None)[:3]
     logits = rough(5 * rows, bits) @ rough(queue, bits).T
     weights = logits.softmax(1)
     products = logits.logsumexp(1), weights.amax(1), rough(weights, bits) @ rough(queue, bits)
@@ -183,25 +161,23 @@ def test_rounding_costs_no_more_than_in_dense_products(precision, bits, monkeypa
 @pytest.mark.skipif(GPU, reason="rounds as a GPU would")
 def test_nor_in_the_gradient_of_the_keys(monkeypatch):
     multiply_as_a_gpu(monkeypatch, "high")
-    rows, keys, _ = (
-        torch.nn.functional.normalize(tensor.detach().abs(), dim=1) for tensor in tensors(2000, 64, 0, 128)
-    )
-    stats_of(rows, keys.requires_grad_(), scale=5.0).offset.sum().backward()
-    weights = (5 * rows.double() @ keys.detach().double().T).softmax(1)
-    exact = weights.T @ (5 * rows.double())
-    logits = rough(5 * rows, 10) @ rough(keys.detach(), 10).T
+    rows, keys, _ = (torch.nn.functional.normalize(tensor.abs(), dim=1) for tensor in tensors(2000, 64, 0, 128))
+    given = Pass(rows, keys, scale=5.0)
+    ours = keys_gradient(given, softmax_stats(given, "triton"), 5 * rows, "triton")
+    exact = (5 * rows.double() @ keys.double().T).softmax(1).T @ (5 * rows.double())
+    logits = rough(5 * rows, 10) @ rough(keys, 10).T
     product = rough(logits.softmax(1), 10).T @ rough(5 * rows, 10)
-    error, dense_error = (keys.grad - exact).norm(), (product - exact).norm()
+    error, dense_error = (ours - exact).norm(), (product - exact).norm()
     assert 1e-6 < error <= 1.25 * dense_error
 
 
 def test_only_the_queue_is_met_in_half_precision(monkeypatch):
     monkeypatch.undo()
-    rows, keys, queue = (tensor.detach() for tensor in tensors(4, 4, 40, 16))
+    rows, keys, queue = tensors(4, 4, 40, 16)
     with recorded_launches() as launches:
         for precision in ("high", "medium"):
             monkeypatch.setattr("torch.get_float32_matmul_precision", lambda precision=precision: precision)
-            kernels.forward(rows, [Source(keys, keys), Source(queue, queue)], plan_of(bound=5.0))
+            kernels.forward(Pass(rows, keys, queue, bound=5.0))
     assert [launch.constants["NUMBERS"] for launch in launches] == ["tf32", "tf32", "tf32", "bf16"]
 
 
@@ -241,10 +217,10 @@ def many_processors(monkeypatch, pretended_gpu):
 @pytest.mark.parametrize("backend", [kernels, tiled])
 def test_a_pass_does_not_wait_for_the_gpu(backend, queue, many_processors):
     rows, keys, table = (torch.empty(n, 128, device="cuda") for n in (768, 256, queue))
-    sources = [Source(keys, keys), *([Source(table, table)] if queue else [])]
-    plan = plan_of(torch.empty(768, 1, dtype=torch.long, device="cuda"), 5.0, 5.0)
-    stats = backend.forward(rows, sources, plan)
-    gradient = backend.keys_backward(rows, keys, stats.reference, stats.offset, stats.mean, plan)
+    hidden = torch.empty(768, 1, dtype=torch.long, device="cuda")
+    given = Pass(rows, keys, table if queue else None, hidden=hidden, scale=5.0, bound=5.0)
+    stats = backend.forward(given)
+    gradient = backend.keys_backward(given, stats.reference, stats.offset, stats.mean)
     assert gradient.shape == keys.shape
     assert gradient.device.type == "cuda"
     grids = [(6, 8), *([(6, 10)] if queue else []), (8,)] if backend is kernels else []
@@ -259,21 +235,32 @@ def test_a_pass_does_not_wait_for_the_gpu(backend, queue, many_processors):
 def test_keys_are_split_until_the_processors_are_busy(blocks, splits, many_processors):
     tile = kernels.FORWARD[128]
     rows, keys = (torch.empty(n, 128, device="cuda") for n in (blocks * tile.rows, 132 * tile.keys))
-    kernels.forward(rows, [Source(keys, keys)], plan_of())
+    kernels.forward(Pass(rows, keys))
     assert [launch.grid for launch in many_processors] == [(blocks, splits)]
 
 
 # --- when the kernels are used
 
 
+GROUPS = {"row_groups": torch.zeros(2, dtype=torch.long), "key_groups": torch.zeros(2, dtype=torch.long)}
+
+
 def test_the_tiled_pass_stays_the_rule(monkeypatch, pretended_gpu):
-    def asked(dtype=torch.float32, dim=128, chunk=None, device="cuda", precision="high"):
+    def asked(dtype=torch.float32, dim=128, device="cuda", precision="high", **options):
         monkeypatch.setattr("torch.get_float32_matmul_precision", lambda: precision)
         with pretended_gpu:
-            return resolve(None, torch.empty(2, dim, dtype=dtype, device=device), dim, chunk)
+            rows = torch.empty(2, dim, dtype=dtype, device=device)
+            return resolve(None, Pass(rows, rows, **options))
 
     assert asked() == "tiled"
     monkeypatch.setattr(op, "DEFAULT_BACKEND", "triton")
     assert asked() == asked(precision="medium") == "triton"
-    for odd in ({"dtype": torch.float64}, {"dim": 257}, {"chunk": 1024}, {"device": "cpu"}, {"precision": "highest"}):
+    for odd in (
+        {"dtype": torch.float64},
+        {"dim": 257},
+        {"chunk": 1024},
+        {"device": "cpu"},
+        {"precision": "highest"},
+        GROUPS,
+    ):
         assert asked(**odd) == "tiled", odd

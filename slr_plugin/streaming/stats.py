@@ -10,8 +10,9 @@ For rows :math:`r_i`, keys :math:`b_k` with values :math:`v_k`, a scale :math:`c
     a_i = \sum_{k \in V_i} s_{ik} v_k .
 
 This is attention with its statistics; the values are usually the keys themselves. Online softmax gathers the sums tile
-by tile, so memory is O(rows * d + one tile) and no ``rows x K`` matrix exists. The gradient of the log-sum-exp needs
-nothing more: :math:`\partial \ell_i / \partial r_i = c\, a_i` where the values are the keys.
+by tile, so memory is O(rows * d + one tile) and no ``rows x K`` matrix exists. Gradients need nothing more: that of the
+log-sum-exp for a row is :math:`\partial \ell_i / \partial r_i = c\, a_i` where the values are the keys, and a key gets
+:math:`\sum_i s_{ik} u_i`, from vectors :math:`u_i` of the rows.
 """
 
 from __future__ import annotations
@@ -32,16 +33,30 @@ class Source(NamedTuple):
     values: Tensor  # (n, v), often the keys themselves
 
 
-class Plan(NamedTuple):
-    """How the backends compute a pass; the arguments of ``softmax_stats``."""
+class Pass(NamedTuple):
+    """Rows, and the keys that they are compared with."""
 
-    hidden: Tensor | None  # (r, h) int64, and the next two: see softmax_stats
-    row_groups: Tensor | None
-    key_groups: Tensor | None
-    scale: float
-    bound: float
-    symmetric: bool
-    chunk: int  # 0: chosen by device
+    rows: Tensor  # (r, d) float32 or float64
+    keys: Tensor  # (b, d) of the same dtype and device; b may be 0
+    queue: Tensor | None = None  # (n, d) further keys, numbered after ``keys``; any float dtype, any device
+    values: Tensor | None = None  # (b, v), what is averaged, where that is not the keys
+    queue_values: Tensor | None = None  # (n, v), likewise for ``queue``
+    hidden: Tensor | None = None  # (r, h) int64, the numbers of the ``keys`` that each row does not see; -1 for none
+    row_groups: Tensor | None = None  # (r,) ids: a row does not see the keys with its own one, unless it is negative
+    key_groups: Tensor | None = None  # (b + n,) of the keys and then the queue
+    scale: float = 1.0  # the factor c
+    bound: float = math.inf  # no logit is larger in magnitude; a small bound saves the running maximum
+    symmetric: bool = False  # the keys are the rows and the hidden pairs symmetric: half of the logits are enough
+    chunk: int = 0  # keys per tile; 0 chooses by device
+
+    # Methods, since torch.compile cannot trace a property of a tuple in torch 2.4.
+
+    def sources(self) -> list[Source]:
+        """The keys as they come, one or two tables, so that the queue is neither copied nor converted as a whole."""
+        first = Source(self.keys, self.keys if self.values is None else self.values)
+        if self.queue is None:
+            return [first]
+        return [first, Source(self.queue, self.queue if self.queue_values is None else self.queue_values)]
 
 
 class SoftmaxStats(NamedTuple):
@@ -51,14 +66,14 @@ class SoftmaxStats(NamedTuple):
     :math:`(\rho_i - x) + (\ell_i - \rho_i)` keeps digits that :math:`\ell_i - x` loses.
     """
 
-    reference: Tensor  # (r,) rho in bits (rho / ln 2), as the backends have it; without gradient
-    offset: Tensor  # (r,) l - rho, with the gradient of l; -inf where a row sees no key
-    max_weight: Tensor  # (r,) m, without gradient; 0 where a row sees no key
+    reference: Tensor  # (r,) rho in bits (rho / ln 2), as the backends have it
+    offset: Tensor  # (r,) l - rho; -inf where a row sees no key
+    max_weight: Tensor  # (r,) m; 0 where a row sees no key
     mean: Tensor  # (r, v) a; 0 where a row sees no key
 
     def logsumexp_minus(self, logit: Tensor) -> Tensor:
         """The log-sum-exp minus a logit (r,): large numbers are subtracted first."""
-        return (self.reference * LN2 - logit) + self.offset
+        return self.offset - torch.sub(logit, self.reference, alpha=LN2)
 
     def roll(self, count: int) -> SoftmaxStats:
         """The statistics with every row ``count`` further on, the last ones first."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin.streaming import threads
-from slr_plugin.streaming.stats import LN2, Plan, SoftmaxStats, Source
+from slr_plugin.streaming.stats import LN2, Pass, SoftmaxStats, Source
 
 T = TypeVar("T")
 
@@ -35,6 +35,8 @@ LEAST_WIDTH, LEAST_PAIRS = 256, 2**17  # of a tile, however many workers there a
 # A pass over at least so many pairs of rows and keys is shared. Handing it over costs up to 8 ms, while the threads of
 # torch's last operation still spin.
 SHARED_PAIRS = 2**23
+# Columns beside a tile's keys, of which the first takes what is hidden in other tiles; so many keep rows aligned.
+SPARE, LARGEST = 16, 2**63 - 1
 # Logits of at most so many bits need no running maximum: their weights stay below 2^32, and float32 reaches 2^127.
 SAFE_BITS = 32
 
@@ -42,42 +44,43 @@ SAFE_BITS = 32
 class Sums(NamedTuple):
     """What a pass knows of its rows so far, relative to 2^shift."""
 
-    shift: Tensor  # (r, 1) the largest logit seen; 0 where logits are bounded
-    total: Tensor  # (r, 1) the sum of weights
-    largest: Tensor  # (r, 1) the largest weight
-    mean: Tensor  # (r, v) the sum of weighted values
+    shift: Tensor | None  # (r, 1) the largest logit seen; None where logits are bounded, which is 0
+    table: Tensor  # (r, v + 2): the sum of weighted values, the sum of weights, the largest weight
 
     def at(self, rows: slice) -> Sums:
         """The sums of some rows, as views."""
-        return Sums(*(x[rows] for x in self))
+        return Sums(None if self.shift is None else self.shift[rows], self.table[rows])
 
-    def add(self, weights: Tensor, values: Tensor) -> None:
-        """Accumulate one block of keys: weights (rows, keys), values (keys, v)."""
-        self.total.add_(weights.sum(1, keepdim=True))
-        torch.maximum(self.largest, weights.amax(1, keepdim=True), out=self.largest)
-        self.mean.addmm_(weights, values)
+    def add(self, logits: Tensor, values: Tensor) -> Tensor:
+        """Accumulate one block of keys: logits (rows, keys), which become the weights, and values (keys, v)."""
+        if self.shift is not None:
+            previous = self.shift.clone()
+            torch.maximum(previous, logits.amax(1, keepdim=True), out=self.shift)
+            shift = _finite(self.shift)  # of a row that saw no key so far: 2^(-inf - 0) = 0
+            logits.sub_(shift)
+            self.table.mul_((previous - shift).exp2_())
+        weights = logits.exp2_()
+        self.add_weights(weights, values)
+        return weights
 
-    def rescale(self, logits: Tensor) -> None:
-        """Raise the shift to the largest of ``logits``, which are made relative to it, as are the sums."""
-        previous = self.shift.clone()
-        torch.maximum(previous, logits.amax(1, keepdim=True), out=self.shift)
-        shift = _finite(self.shift)  # of a row that saw no key so far: 2^(-inf - 0) = 0
-        logits.sub_(shift)
-        decay = (previous - shift).exp2_()
-        for sums in (self.total, self.largest, self.mean):
-            sums.mul_(decay)
+    def add_weights(self, weights: Tensor, values: Tensor) -> None:
+        """Accumulate weights (rows, keys) that are relative to the shift already."""
+        width = values.shape[1]
+        self.table[:, :width].addmm_(weights, values)
+        self.table[:, width].add_(weights.sum(1))
+        largest = self.table[:, width + 1]
+        torch.maximum(largest, weights.amax(1), out=largest)
 
     def merge(self, other: Sums) -> Sums:
         """The sums over the keys of both, in this one's memory."""
-        shift = torch.maximum(self.shift, other.shift)
-        for sums in (self, other):
-            decay = (sums.shift - _finite(shift)).exp2_()
-            for x in (sums.total, sums.largest, sums.mean):
-                x.mul_(decay)
-        self.total.add_(other.total)
-        torch.maximum(self.largest, other.largest, out=self.largest)
-        self.mean.add_(other.mean)
-        return self._replace(shift=shift)
+        shift = self.shift
+        if self.shift is not None and other.shift is not None:
+            shift = torch.maximum(self.shift, other.shift)
+            self.table.mul_((self.shift - _finite(shift)).exp2_())
+            other.table.mul_((other.shift - _finite(shift)).exp2_())
+        largest = torch.maximum(self.table[:, -1], other.table[:, -1])
+        self.table.add_(other.table)[:, -1] = largest
+        return Sums(shift, self.table)
 
 
 class Tile(NamedTuple):
@@ -87,26 +90,27 @@ class Tile(NamedTuple):
     keys: slice  # by their number among all keys
     block: Tensor  # the keys (w, d), on the device and in the dtype of the rows
     values: Tensor  # (w, v)
-    memory: Tensor  # as many numbers as the largest tile has pairs, and a spare one
+    memory: Tensor  # for the largest tile, with ``SPARE`` further columns
 
 
 class Tiling:
     """Cuts a pass into tiles and goes through them, alone or with several workers."""
 
-    def __init__(self, rows: Tensor, sources: Sequence[Source], plan: Plan) -> None:
+    def __init__(self, given: Pass) -> None:
+        rows, sources = given.rows, given.sources()
         on_cpu = rows.device.type == "cpu"
         count, total = len(rows), sum(len(source.keys) for source in sources)
         height, width = CPU_TILE if on_cpu else ACCELERATOR_TILE
-        if len(sources) > 1 and total <= min(width, plan.chunk or width):
+        if len(sources) > 1 and total <= min(width, given.chunk or width):
             sources = [_one_source(sources, rows)]  # one tile in place of two, of some seven operations each
-        self.rows, self.sources, self.plan = rows, sources, plan
-        self.bounded = plan.bound / LN2 <= SAFE_BITS
-        self.mirrored = plan.symmetric and self.bounded and not plan.chunk
+        self.given, self.sources = given, sources
+        self.bounded = given.bound / LN2 <= SAFE_BITS
+        self.mirrored = given.symmetric and self.bounded and not given.chunk
         self.workers = torch.get_num_threads() if on_cpu and count * total >= SHARED_PAIRS else 1
         if self.workers > 1:  # their tiles together stay in the cache, and are enough for all
             least = 0 if self.mirrored else LEAST_PAIRS // min(height, count)
             width = max(LEAST_WIDTH, least, width // self.workers)
-        width = min(height, width) if self.mirrored else plan.chunk or width
+        width = min(height, width) if self.mirrored else given.chunk or width
         self.height = max(1, min(width if self.mirrored else height, count))
         self.width = max(1, min(width, max(len(source.keys) for source in sources)))
         firsts = itertools.accumulate((len(source.keys) for source in sources), initial=0)
@@ -126,66 +130,61 @@ class Tiling:
         return compute(self._tiles(worker))
 
     def _tiles(self, worker: int) -> Iterator[Tile]:
-        memory = self.rows.new_empty(self.height * self.width + 1)
+        rows = self.given.rows
+        memory = rows.new_empty(self.height * (self.width + SPARE))
         for source, first, here, there in self.cuts[worker :: self.workers]:
-            block = source.keys[there].to(self.rows)
-            values = block if source.values is source.keys else source.values[there].to(self.rows)
+            block = source.keys[there].to(rows)
+            values = block if source.values is source.keys else source.values[there].to(rows)
             yield Tile(here, slice(first + there.start, first + there.stop), block, values, memory)
 
     def logits(self, tile: Tile) -> Tensor:
         """The logits of a tile in bits, in its memory; minus infinity where hidden."""
-        height, width = tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
-        logits = tile.memory[: height * width].view(height, width)
-        torch.addmm(logits, self.rows[tile.rows], tile.block.T, beta=0, alpha=self.plan.scale / LN2, out=logits)
-        if self.plan.hidden is not None and tile.keys.start < len(self.sources[0].keys):  # further sources hide nothing
-            column = self.plan.hidden[tile.rows] - tile.keys.start
-            inside = (column >= 0) & (column < width)
-            if column.device.type != "cpu" or bool(inside.any()):  # asking an accelerator would wait for it
-                place = column + torch.arange(0, height * width, width, device=column.device)[:, None]
-                spare = len(tile.memory) - 1  # takes what is hidden in other tiles
-                tile.memory.index_fill_(0, place.where(inside, spare).flatten(), -torch.inf)
-        if self.plan.row_groups is not None and self.plan.key_groups is not None:
-            rows, keys = self.plan.row_groups[tile.rows], self.plan.key_groups[tile.keys]
+        given, height, width = self.given, tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
+        table = tile.memory[: height * (width + SPARE)].view(height, width + SPARE)
+        logits = table[:, :width]
+        torch.addmm(logits, given.rows[tile.rows], tile.block.T, beta=0, alpha=given.scale / LN2, out=logits)
+        if given.hidden is not None and tile.keys.start < len(given.keys):  # the queue's keys are not hidden
+            column = (given.hidden[tile.rows] - tile.keys.start).bitwise_and_(LARGEST)  # negative ones become large
+            table.scatter_(1, column.clamp_(max=width), -torch.inf)
+        if given.row_groups is not None and given.key_groups is not None:
+            rows, keys = given.row_groups[tile.rows], given.key_groups[tile.keys]
             if rows.device.type != "cpu" or bool(torch.isin(keys, rows).any()):  # few tiles hold two of one group
                 logits.masked_fill_((rows[:, None] == keys) & (rows[:, None] >= 0), -torch.inf)
         return logits
 
 
-def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats:
-    """Compute the statistics of (r, d) rows over all keys of all sources."""
-    tiling = Tiling(rows, sources, plan)
+def forward(given: Pass) -> SoftmaxStats:
+    """Compute the statistics of all rows over all keys."""
+    tiling, rows = Tiling(given), given.rows
+    width = tiling.sources[0].values.shape[1]
 
     def add_keys(tiles: Iterator[Tile]) -> Sums:
-        zeros = [rows.new_zeros(len(rows), width) for width in (1, 1, 1, sources[0].values.shape[1])]
-        sums = Sums(*zeros) if tiling.bounded else Sums(zeros[0].fill_(-torch.inf), *zeros[1:])
+        shift = None if tiling.bounded else rows.new_full((len(rows), 1), -torch.inf)
+        sums = Sums(shift, rows.new_zeros(len(rows), width + 2))
         for tile in tiles:
-            logits, own = tiling.logits(tile), sums.at(tile.rows)
-            if not tiling.bounded:
-                own.rescale(logits)
-            weights = logits.exp2_()
-            own.add(weights, tile.values)
+            weights = sums.at(tile.rows).add(tiling.logits(tile), tile.values)
             if tiling.mirrored and tile.rows != tile.keys:
-                sums.at(tile.keys).add(weights.T, sources[0].values[tile.rows])
+                sums.at(tile.keys).add_weights(weights.T, tiling.sources[0].values[tile.rows])
         return sums
 
-    sums = functools.reduce(Sums.merge, tiling.run(add_keys))
-    total, bound = sums.total, plan.bound
-    if tiling.bounded:
+    shift, table = functools.reduce(Sums.merge, tiling.run(add_keys))
+    total, bound = table[:, width], given.bound
+    if shift is None:
         reference, offset = torch.full_like(total, bound / LN2), (total * math.exp(-bound)).log_()
     else:
-        reference, offset = _finite(sums.shift), total.log()
-    total = total.masked_fill(total == 0, 1.0)
-    return SoftmaxStats(reference[:, 0], offset[:, 0], (sums.largest / total)[:, 0], sums.mean.div_(total))
+        reference, offset = _finite(shift[:, 0]), total.log()
+    total = total.clamp(min=torch.finfo(total.dtype).tiny)  # of a row that sees no key, whose sums are 0
+    return SoftmaxStats(reference, offset, table[:, width + 1] / total, table[:, :width] / total[:, None])
 
 
-def keys_backward(
-    rows: Tensor, keys: Tensor, reference: Tensor, offset: Tensor, row_values: Tensor, plan: Plan
-) -> Tensor:
+def keys_backward(given: Pass, reference: Tensor, offset: Tensor, row_values: Tensor) -> Tensor:
     r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' statistics (r,), finite, and their values u (r, v)."""
-    tiling = Tiling(rows, [Source(keys, keys)], plan)
-    shift = reference[:, None]
-    factor = (-offset[:, None]).exp()  # which all weights of a row have, and no tile needs
-    values = row_values * (factor * (-shift).exp2() if tiling.bounded else factor)
+    tiling = Tiling(given._replace(queue=None, values=None, queue_values=None))
+    keys, shift = given.keys, reference[:, None]
+    factor = torch.exp(-offset)  # which all weights of a row have, and no tile needs
+    if tiling.bounded:
+        factor.mul_(math.exp(-given.bound))
+    values = row_values * factor[:, None]
 
     def add_rows(tiles: Iterator[Tile]) -> Tensor:
         gradient = values.new_zeros(len(keys), values.shape[1])

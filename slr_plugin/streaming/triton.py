@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slr_plugin.streaming.stats import LN2, Plan, SoftmaxStats, Source
+from slr_plugin.streaming.stats import LN2, Pass, SoftmaxStats, Source
 
 # The numbers of a product's factors: "tf32", "bf16", or "float32", which is exact in the interpreter and only there.
 BATCH_NUMBERS, QUEUE_NUMBERS_AT_MEDIUM = "tf32", "bf16"
@@ -187,13 +187,14 @@ def _keys_backward_kernel(
     _store(gradient, key, value_column, width, sums, VALUE_DIM)
 
 
-def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats:
-    """Compute the statistics of (r, d) rows over all keys of all sources; d at most 256.
+def forward(given: Pass) -> SoftmaxStats:
+    """Compute the statistics of all rows over all keys; d at most 256.
 
-    The plan's ``bound`` and ``symmetric`` would save nothing here, and ``chunk`` is ignored.
+    ``bound`` and ``symmetric`` would save nothing here, and ``chunk`` is ignored.
     """
-    rows, (count, dim), value_dim = rows.contiguous(), rows.shape, sources[0].values.shape[1]
-    masked_keys, (tile, sizes) = _masked_keys(rows, plan), _sizes(FORWARD, dim, value_dim)
+    rows, sources = given.rows.contiguous(), given.sources()
+    (count, dim), value_dim = rows.shape, sources[0].values.shape[1]
+    masked_keys, (tile, sizes) = _masked_keys(given), _sizes(FORWARD, dim, value_dim)
     tables = list(_split_sources(rows, sources, tile))
     found = sum(table.parts for table in tables)
     largest = rows.new_full((max(found, 1), count), -torch.inf)
@@ -214,7 +215,7 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
                 len(table.keys),
                 table.first,
                 table.span,
-                plan.scale / LN2,
+                given.scale / LN2,
                 SLOTS=len(masked_keys),
                 NUMBERS=table.numbers,
                 APART=table.values is not table.keys,
@@ -224,12 +225,11 @@ def forward(rows: Tensor, sources: Sequence[Source], plan: Plan) -> SoftmaxStats
     return _joined(largest, total, sums)
 
 
-def keys_backward(
-    rows: Tensor, keys: Tensor, reference: Tensor, offset: Tensor, row_values: Tensor, plan: Plan
-) -> Tensor:
+def keys_backward(given: Pass, reference: Tensor, offset: Tensor, row_values: Tensor) -> Tensor:
     r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' statistics (r,), finite, and their values u (r, v)."""
-    rows, keys, (count, dim), value_dim = rows.contiguous(), keys.contiguous(), rows.shape, row_values.shape[1]
-    masked_keys, (tile, sizes) = _masked_keys(rows, plan), _sizes(BACKWARD, dim, value_dim)
+    rows, keys = given.rows.contiguous(), given.keys.contiguous()
+    (count, dim), value_dim = rows.shape, row_values.shape[1]
+    masked_keys, (tile, sizes) = _masked_keys(given), _sizes(BACKWARD, dim, value_dim)
     values = row_values * (-offset[:, None]).exp()
     gradient = rows.new_zeros(len(keys), value_dim)
     if not len(keys):
@@ -244,7 +244,7 @@ def keys_backward(
             gradient,
             count,
             len(keys),
-            plan.scale / LN2,
+            given.scale / LN2,
             SLOTS=len(masked_keys),
             NUMBERS=BATCH_NUMBERS,
             **sizes,
@@ -308,8 +308,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _masked_keys(rows: Tensor, plan: Plan) -> Tensor:
+def _masked_keys(given: Pass) -> Tensor:
     """For each row the keys that it does not see, (slots, r) int32; -1 where there is none."""
-    if plan.hidden is None:
-        return rows.new_empty(0, len(rows), dtype=torch.int32)
-    return plan.hidden.T.to(torch.int32).contiguous()
+    if given.hidden is None:
+        return given.rows.new_empty(0, len(given.rows), dtype=torch.int32)
+    return given.hidden.T.to(torch.int32).contiguous()
