@@ -39,16 +39,6 @@ def is_in_reentrant_checkpoint() -> bool:
     return node is not None and "CheckpointFunction" in type(node()).__name__
 
 
-def refuse_export() -> None:
-    """Raise where ``torch.export`` traces the call; a torch before 2.7 does not tell."""
-    is_exporting = getattr(torch.compiler, "is_exporting", None)
-    if is_exporting is not None and is_exporting():
-        raise RuntimeError(
-            "SLRLoss cannot be exported: an exported program would not advance its queue and schedule; export the "
-            "encoder, and call the loss outside"
-        )
-
-
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Compute in the dtypes of the tensors, on devices with autocast and without."""
     if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):  # which torch 2.4 cannot trace

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from slr_plugin import dense
 from slr_plugin._inputs import Features, checked_features, warn_if_not_finite
-from slr_plugin._torch_internals import no_autocast, refuse_export
+from slr_plugin._torch_internals import no_autocast
 from slr_plugin.distributed import broadcast, check_alike, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
@@ -150,7 +150,6 @@ class SLRLoss(HasState):
             RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing makes the call
                 again after the queue or the schedule moved on.
         """
-        refuse_export()
         features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
         updates = self._updates(out0, update)
         with no_autocast(out0.device):
@@ -225,12 +224,6 @@ class SLRLoss(HasState):
         """The keys of a call. Gathering may raise, and comes before the queue changes."""
         bank, size = self.memory_bank, len(features.queries)
         bank.check(features.positives, features.estimator)
-        if self.step.is_meta and not features.queries.is_meta:
-            raise RuntimeError(
-                "the loss is on the meta device, which holds no values: call criterion.to_empty(device=...)"
-            )
-        if features.queries.is_meta and not self.step.is_meta:
-            raise RuntimeError("the features are on the meta device, the loss is not: call criterion.to('meta')")
         gathers = self.gather_distributed and world_size() > 1
         device = features.queries.device
         if gathers and not torch.compiler.is_compiling() and (device.type == "cpu" or not self._compared):

@@ -82,10 +82,6 @@ class KeyQueue(nn.Module):
                 f"estimator must have shape (s, {width}), as estimator_dim says, got "
                 f"{None if estimators is None else tuple(estimators.shape)}"
             )
-        if self.bank.is_meta and not features.is_meta:
-            raise RuntimeError(
-                "the queue is on the meta device, which holds no values: call criterion.to_empty(device=...)"
-            )
 
     def set_dim(self, dim: int) -> None:
         """Fill a queue whose dimension was left open with random keys of dimension ``dim``."""
@@ -152,14 +148,6 @@ class KeyQueue(nn.Module):
     def extra_repr(self) -> str:
         """The size, for print(module)."""
         return f"size={self.size}, dim={self.dim or 'from the first batch'}" if self.size else "no queue"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeyQueue:
-        """Move or convert the buffers; those that leave the meta device, where they had no values, start afresh."""
-        had_values = not self.bank.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not had_values and not self.bank.is_meta:
-            self.reset_parameters()
-        return self
 
     def refusal(self, state_dict: Mapping[str, Any], prefix: str) -> str:
         """Say why a checkpoint's queue cannot be loaded; "" if it can."""

@@ -46,8 +46,6 @@ class HasSettings(nn.Module):
     symmetric: bool
     same_group: str
     chunk_size: int | None
-    _mu: Tensor | None = None  # a confidence that is a number: torch.compile compiles anew for new Python numbers
-    _refines = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting, here and wherever it is assigned later."""
@@ -58,22 +56,17 @@ class HasSettings(nn.Module):
                     "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
                     "directions call one loss per direction"
                 )
-            if name == "temperature" and isinstance(value, Tensor) and value.is_leaf and value.requires_grad:
-                _warn_unless_parameter(value)
+            is_leaf = name == "temperature" and isinstance(value, Tensor) and value.is_leaf and value.requires_grad
+            if is_leaf and not isinstance(value, nn.Parameter):
+                warnings.warn(
+                    "temperature asks for a gradient and is no torch.nn.Parameter, so parameters() does not have it "
+                    "and no optimizer steps it: pass torch.nn.Parameter(temperature)",
+                    stacklevel=3,
+                )
             # A parameter or module that had this name; torch takes no number in its place.
             self._parameters.pop(name, None)
             self._modules.pop(name, None)
-            if name == "confidence":
-                with torch.inference_mode(False):
-                    self._mu = None if callable(value) else torch.tensor(value, dtype=torch.float64, device="cpu")
-                self._refines = callable(value) or value > 0
         super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: a temperature computed from a parameter as the value that it has."""
-        temperature = self.temperature
-        computed = isinstance(temperature, Tensor) and not temperature.is_leaf
-        return self.__dict__ | ({"temperature": temperature.detach()} if computed else {})  # type: ignore[union-attr]
 
     def settings_at(self, step: Tensor, dtype: torch.dtype, repeatable: bool = True) -> Settings:
         """Return the settings of a call at a step () of the schedule, for features of a dtype."""
@@ -84,25 +77,10 @@ class HasSettings(nn.Module):
             mu = check_confidence(f"confidence({int(step)})", self.confidence(int(step)))
             mu = torch.tensor(mu, dtype=torch.float64, device="cpu")
         else:
-            mu = self._mu if torch.compiler.is_compiling() and self._mu is not None else self.confidence
+            mu = self.confidence
+        refines = callable(self.confidence) or self.confidence > 0
         temperature = as_scalar(self.temperature, dtype)
-        if isinstance(temperature, Tensor) and temperature.is_meta and not step.is_meta:
-            raise RuntimeError(
-                "temperature is on the meta device, which holds no value: assign criterion.temperature a number or a "
-                "tensor that has one"
-            )
-        return Settings(
-            temperature, self.sharpening, self.refined_weight, mu, self._refines, self.chunk_size, repeatable
-        )
-
-
-def _warn_unless_parameter(temperature: Tensor) -> None:
-    if not isinstance(temperature, nn.Parameter):
-        warnings.warn(
-            "temperature asks for a gradient and is no torch.nn.Parameter, so parameters() does not have it and no "
-            "optimizer steps it: pass torch.nn.Parameter(temperature)",
-            stacklevel=4,
-        )
+        return Settings(temperature, self.sharpening, self.refined_weight, mu, refines, self.chunk_size, repeatable)
 
 
 def as_scalar(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:

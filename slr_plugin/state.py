@@ -48,7 +48,7 @@ class HasState(HasSettings):
         """Start again: a fresh random queue, and step 0.
 
         To be called after ``to_empty``; from the meta device it is called by itself. A temperature that is a parameter
-        has lost its value there and is not a number: assign it again.
+        has lost its value there: assign it again.
         """
         self.memory_bank.reset_parameters()
         self.step.zero_()
@@ -88,10 +88,7 @@ class HasState(HasSettings):
         had_values = not self.step.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not had_values and not self.step.is_meta:
-            with torch.no_grad():
-                self.step.zero_()
-                if isinstance(self.temperature, torch.nn.Parameter):
-                    self.temperature.fill_(torch.nan)  # until it is assigned again
+            self.reset_parameters()
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
