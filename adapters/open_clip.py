@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slr_plugin import SLRLoss, distributed
+from slr_plugin import SLRLoss, distributed, functional
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.settings import Confidence
 
@@ -46,7 +46,8 @@ class SLRClipLoss(nn.Module):
 
     Attributes:
         criteria: the :class:`slr_plugin.SLRLoss` of each direction, ``"image_to_text"`` and ``"text_to_image"``. Their
-            settings may be assigned; their temperature is that of the last call.
+            settings may be assigned; their temperature is that of the last call. On one process, at ``confidence=0``
+            and without a queue, both directions are computed in one pass, which leaves these alone.
 
     Raises:
         ValueError: an argument is out of range; ``use_horovod``.
@@ -136,6 +137,10 @@ class SLRClipLoss(nn.Module):
         if several and not self.local_loss and isinstance(logit_scale, Tensor):
             logit_scale = _mean_over_processes(logit_scale)  # of its gradients: the value is the same everywhere
         temperature = 1 / (_at_least_float32(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale)
+        plain = not several and all(c.confidence == 0 and not len(c.memory_bank) for c in self.criteria.values())
+        if plain:  # both directions in one pass
+            loss = functional.clip_loss(image_features, text_features, temperature=temperature, groups=groups)
+            return {"contrastive_loss": loss} if output_dict else loss
         losses = []
         for criterion, rows, keys in zip(self.criteria.values(), (images, texts), (text_keys, image_keys), strict=True):
             criterion.temperature = temperature

@@ -1,4 +1,4 @@
-"""The loss as a pure function: no module, no state, nothing advances."""
+"""The losses as pure functions: no module, no state, nothing advances."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from slr_plugin._inputs import checked_features, checked_groups, warn_if_not_finite
 from slr_plugin._torch_internals import no_autocast
 from slr_plugin.checks import check_flag, check_float_tensor
-from slr_plugin.key_sets import build_key_set, warn_if_alone
+from slr_plugin.key_sets import build_cross_key_set, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.settings import Settings, as_scalar, check_setting
@@ -120,5 +120,43 @@ def slr_loss(
         )
         loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     warn_if_alone(key_set, loss, stacklevel=3)
+    warn_if_not_finite(loss, features, names)
+    return loss
+
+
+def clip_loss(
+    images: Tensor, texts: Tensor, *, temperature: float | Tensor = 0.07, groups: Tensor | None = None
+) -> Tensor:
+    """Compute CLIP's loss, without the matrix of pairs.
+
+    ::
+
+        loss = (CE(images against texts) + CE(texts against images)) / 2
+
+    Both directions share their logits: one pass for the value, one for the gradient.
+
+    Args:
+        images: (s, d) trained features; normalised here, as the texts are.
+        texts: (s, d), row i belongs to image i.
+        temperature: τ, a number or a tensor with one value, which gets its gradient; one over CLIP's scale.
+        groups: (s,) int64, which pairs belong together, such as the number of the image of which there are several
+            captions; negative: alone. A label is uniform over the texts, or images, of the group.
+
+    Returns:
+        A scalar, float64 if images or texts are, else float32.
+
+    Raises:
+        ValueError: shapes, devices or numbers do not fit.
+        TypeError: an argument has the wrong type.
+
+    >>> round(clip_loss(torch.eye(2), torch.eye(2), temperature=1.0).item(), 4)  # log(1 + 1/e)
+    0.3133
+    """
+    names = ("images", "texts")
+    features = checked_features(images, texts, groups=groups, names=names)
+    temperature = as_scalar(check_setting("temperature", temperature), features.queries.dtype)
+    with no_autocast(images.device):
+        settings = Settings(temperature, sharpening=1.0, refined_weight=1.0, confidence=0.0, refines=False)
+        loss = slr_objective(build_cross_key_set(features), [], [], settings)[0]
     warn_if_not_finite(loss, features, names)
     return loss

@@ -36,6 +36,7 @@ class KeySet(NamedTuple):
     key_groups: Tensor | None = None  # (K,) of ``keys`` and then ``queue``
     groups_to_enqueue: Tensor | None = None  # (S,)
     ignores_group: bool = False  # whether rows do not see other keys of their group; else those are positives too
+    cross: bool = False  # both views are rows and see the other view's keys only, as images see texts
 
     # Methods, since torch.compile cannot trace a property of a tuple in torch 2.4.
 
@@ -206,6 +207,26 @@ def build_key_set(
         key_groups=key_groups,
         groups_to_enqueue=to_enqueue_groups,
         ignores_group=ignores_group,
+    )
+
+
+def build_cross_key_set(features: Features) -> KeySet:
+    """Build the key set of images and texts: both are rows, and each sees the keys of the other kind only."""
+    size = len(features.queries)
+    rows = unit_rows(torch.cat([features.queries, features.positives]))
+    groups = None if features.groups is None else features.groups.repeat(2)
+    return KeySet(
+        rows,
+        rows.roll(size, 0),
+        keys=rows,
+        queue=None,
+        positive_index=torch.arange(2 * size, device=rows.device).roll(size),
+        self_index=None,
+        batch_count=2 * size,
+        keys_to_enqueue=rows[size:],
+        groups=groups,
+        key_groups=groups,
+        cross=True,
     )
 
 

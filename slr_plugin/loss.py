@@ -224,6 +224,11 @@ class SLRLoss(HasState):
         """The keys of a call. Gathering may raise, and comes before the queue changes."""
         bank, size = self.memory_bank, len(features.queries)
         bank.check(features.positives, features.estimator)
+        if features.queries.is_meta is not (self.step.is_meta or (bank.bank.is_meta and len(bank) > 0)):
+            raise RuntimeError(
+                "the loss or the features are on the meta device, which holds no values: call "
+                "criterion.to_empty(device=...), or criterion.to('meta') for features without values"
+            )
         gathers = self.gather_distributed and world_size() > 1
         device = features.queries.device
         if gathers and not torch.compiler.is_compiling() and (device.type == "cpu" or not self._compared):

@@ -53,7 +53,7 @@ from slr_plugin.key_sets import KeySet
 from slr_plugin.mixup import Mix
 from slr_plugin.refinery import Labels
 from slr_plugin.settings import Settings
-from slr_plugin.streaming import Pass, keys_gradient, softmax_stats
+from slr_plugin.streaming import Pass, keys_gradient, softmax_stats, symmetric_gradient
 
 
 def slr_objective(
@@ -142,6 +142,9 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
     temperature, sharpening = settings.temperature, settings.sharpening
     inverse = 1 / temperature if isinstance(temperature, Tensor) else rows.new_full((), 1 / temperature)
     refines, both_views = settings.refines, labelled.has_both_views()
+    # Rows that are the keys, and whose labels are no means over the softmax: one pass gives the value, and one both
+    # parts of the gradient, that of the rows and that of the keys.
+    plain = key_set.keys is rows and mixed is None and not refines
 
     # Passes, as few as the keys allow. The positives estimate the labels. Divided by tau', they have the logits of
     # tau tau' at the temperature tau and join the pass; where both views are rows, they are in it already.
@@ -152,7 +155,7 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         further["estimators"] = labelled.positives if sharpening == 1 else labelled.positives / sharpening
     longest = 1 / sharpening if joins else 1.0
     if labelled is key_set:
-        first = second = _Comparison(key_set, {"rows": rows} | further, temperature, settings, longest)
+        first = second = _Comparison(key_set, {"rows": rows} | further, temperature, settings, longest, plain=plain)
     else:
         first = _Comparison(key_set, {"rows": rows}, temperature, settings)
         second = _Comparison(labelled, further, temperature, settings, longest)
@@ -193,7 +196,12 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
     # The softmax's mean of the keys, minus the target.
     pull = inverse * ((1.0 if mixed is None else 1 - share) / len(rows))
     others = torch.sigmoid(margin)  # the softmax's weight on the keys besides the positive
-    of_row = torch.lerp(positives, of_rows.mean, others[:, None]).sub_(target).mul_(pull)
+    both = None
+    if plain:
+        both = symmetric_gradient(first.given, first.stats, pull * others)
+        of_row = (positives * (1 - others)[:, None]).sub_(target).mul_(pull)
+    else:
+        of_row = torch.lerp(positives, of_rows.mean, others[:, None]).sub_(target).mul_(pull)
     of_temperature, of_mixed_row = None, torch.zeros_like(rows[:0])
     if mixed is not None:
         push = inverse * (share / len(mixed))
@@ -202,14 +210,16 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         of_temperature = -inverse * _dot(rows, of_row).sum()
         if mixed is not None:
             of_temperature -= inverse * _dot(mixed, of_mixed_row).sum()
+        if both is not None:  # which has the part of the rows twice, once as that of the keys
+            of_temperature -= inverse * _dot(rows, both).sum() / 2
     if not of_keys_too:
         return loss, labels, Gradients(of_row, of_mixed_row, temperature=of_temperature)
 
     # Of the keys: as the softmax's, and through the targets, which are means of them. Were the positive the target of
     # every row, it would get - sigma_i f_i; labels move some of that from the positive to other keys.
     moved, size = rows * (pull * others)[:, None], len(refined)
-    first.send("rows", moved)
     of_positive, of_refined = -moved, rows * (-share * pull)
+    first.send("rows", moved)
     if mixed is not None:
         second.send("mixed", mixed * push)
         of_refined = torch.zeros_like(refined)
@@ -229,7 +239,7 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         of_positive -= of_known
         if labelled is key_set:
             of_known += of_known_of_labelled
-    of_keys = first.keys_gradient()
+    of_keys = first.keys_gradient() if both is None else both
     start = len(of_keys) - len(labelled.keys)
     if second is not first:
         of_keys[start:] += second.keys_gradient()
@@ -254,6 +264,7 @@ class _Comparison:
         settings: Settings,
         longest: float = 1.0,
         values: KeySet | None = None,
+        plain: bool = False,
     ) -> None:
         """Compute the statistics.
 
@@ -265,10 +276,16 @@ class _Comparison:
             settings: the numbers.
             longest: the length that no row exceeds.
             values: what is averaged in the place of the keys: those of this key set.
+            plain: whether means of the keys are not needed.
         """
         self.sizes = {name: len(block) for name, block in blocks.items()}
         rows = torch.cat(list(blocks.values())) if len(blocks) > 1 else next(iter(blocks.values()))
         scale, bound = 1.0, math.inf
+        on_cpu = (
+            isinstance(temperature, Tensor) and temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+        )
+        if isinstance(temperature, Tensor) and on_cpu:
+            temperature = temperature.item()  # elsewhere reading it would wait
         if isinstance(temperature, Tensor):
             rows = rows / temperature
         else:
@@ -278,7 +295,7 @@ class _Comparison:
             rows,
             key_set.keys,
             key_set.queue,
-            values=None if values is None else values.keys,
+            values=key_set.keys[:, :0] if plain else None if values is None else values.keys,
             queue_values=None if values is None else values.queue,
             hidden=self._by_block(key_set.hidden()),
             row_groups=self._by_block(groups),
@@ -287,6 +304,7 @@ class _Comparison:
             bound=bound,
             # The keys are the rows: half of the logits are then enough.
             symmetric=key_set.queue is None and key_set.keys is key_set.rows and rows is key_set.rows,
+            cross=key_set.cross,
             chunk=settings.chunk_size or 0,
         )
         self.stats = softmax_stats(self.given, repeatable=settings.repeatable)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import pickle
 import warnings
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from _oracle import one_thread  # noqa: F401
 from torch.nn.functional import normalize
 
-from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss, dense
+from slr_plugin import Mix, MomentumMixup, SLRLoss, dense
 from slr_plugin.diagnostics import LabelMonitor
 from slr_plugin.functional import slr_loss
 
@@ -23,19 +22,6 @@ def views(size=6, dim=8, dtype=torch.float32, seed=0):
 
 
 # ------------------------------------------------------------------------------------------- state that programs copy
-
-
-@SIZES
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_loss_with_a_computed_temperature_is_copied_with_its_value(duplicate, size):
-    scale = torch.nn.Parameter(torch.tensor(1.6))
-    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(8, 8), "loss": SLRLoss(0.2, size)})
-    model["loss"].temperature = 1 / scale.exp()
-    model["loss"](*views()).backward()
-    twin = duplicate(model)["loss"]
-    assert not twin.temperature.requires_grad
-    assert twin.temperature == model["loss"].temperature
-    assert model["loss"].temperature.requires_grad  # the original keeps its graph
 
 
 def test_copies_of_a_watched_loss_and_of_a_mixup_go_their_own_way():
@@ -146,17 +132,6 @@ def test_the_entropy_of_a_label_is_at_most_that_of_a_uniform_one(size):
 
 
 # --------------------------------------------------------------------------------------------------------- programs
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("options", [{}, {"memory_bank_size": (16, 8)}, {"confidence": CosineConfidence(0.0, 5.0, 4)}])
-def test_an_export_is_refused_by_name(options, strict):
-    if not hasattr(torch.compiler, "is_exporting"):
-        pytest.skip("this torch does not tell that it exports")
-    criterion = SLRLoss(0.2, **options)
-    with pytest.raises(Exception, match="SLRLoss cannot be exported"):
-        torch.export.export(criterion, tuple(view.detach() for view in views()), strict=strict)
-    criterion(*views())
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

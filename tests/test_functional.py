@@ -9,7 +9,7 @@ from _oracle import one_thread as one_thread
 from test_oracle import ESTIMATOR_MODES, MODES, SOFT, assert_close, batch_of, settings_of
 
 from slr_plugin import Mix, dense
-from slr_plugin.functional import slr_loss
+from slr_plugin.functional import clip_loss, slr_loss
 
 FUNCTIONAL_MODES = [mode for mode in MODES if mode not in ESTIMATOR_MODES]  # which need a second queue
 
@@ -115,3 +115,32 @@ def test_an_empty_queue_is_none():
     queries, positives = torch.randn(2, 3, 4)
     with pytest.raises(ValueError, match="pass negatives"):
         slr_loss(queries, positives, torch.empty(0, 4), in_batch_keys=False)
+
+
+def dense_clip_loss(images, texts, temperature, groups):
+    """Both cross-entropies with the labels of the groups, written out."""
+    images, texts = (torch.nn.functional.normalize(x, dim=1) for x in (images, texts))
+    logits = images @ texts.T / temperature
+    same = (groups[:, None] == groups) & (groups >= 0) | torch.eye(len(groups), dtype=torch.bool)
+    labels = same.double() / same.sum(1, keepdim=True)
+    return sum(-(labels * table.log_softmax(1)).sum(1).mean() for table in (logits, logits.T)) / 2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.01])  # logits with and without a running maximum
+@pytest.mark.parametrize("groups", [None, [0, 3, -1, 3, -1, 3, 0]])
+def test_the_clip_loss_equals_its_dense_form_with_all_gradients(groups, temperature):
+    ids = torch.full((7,), -1) if groups is None else torch.tensor(groups)
+    images, texts = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    leaves = images, texts, torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    ours = clip_loss(images, texts, temperature=leaves[2], groups=None if groups is None else ids)
+    theirs = dense_clip_loss(*leaves, ids)
+    torch.testing.assert_close(ours, theirs)
+    for got, want in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_clip_loss_compiles_without_a_break():
+    views = [torch.randn(6, 4, requires_grad=True) for _ in range(2)]
+    compiled = torch.compile(clip_loss, fullgraph=True, backend="aot_eager")
+    got, want = (torch.autograd.grad(f(*views, groups=torch.arange(6) % 2), views)[0] for f in (compiled, clip_loss))
+    torch.testing.assert_close(got, want)

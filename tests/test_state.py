@@ -281,16 +281,6 @@ def test_a_checkpointed_call_without_update_sees_the_queue_of_its_forward_or_rai
             loss.backward()
 
 
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_a_learnable_temperature_that_leaves_the_meta_device_is_no_number_until_it_is_assigned(shape):
-    criterion = SLRLoss(torch.nn.Parameter(torch.full(shape, 0.2)), (8, 4))
-    criterion.to("meta").to_empty(device="cpu")
-    views = torch.randn(2, 3, 4)
-    assert criterion(*views).isnan()
-    criterion.temperature = torch.nn.Parameter(torch.full(shape, 0.2))
-    assert criterion(*views).isfinite()
-
-
 def test_a_reset_leaves_a_temperature_that_is_no_parameter_to_its_owner():
     temperature = torch.tensor(0.2)
     criterion = SLRLoss(temperature)
@@ -305,17 +295,6 @@ def test_a_reset_under_a_default_device_without_values():
     with torch.device("meta"):
         criterion.reset_parameters()
     torch.testing.assert_close(criterion.memory_bank.bank.norm(dim=1), torch.ones(8))
-
-
-def test_a_temperature_that_never_had_a_value_is_no_number_or_an_error():
-    with torch.device("meta"):
-        criterion, parameter = SLRLoss(torch.tensor(0.2)), SLRLoss(torch.nn.Parameter(torch.tensor(0.2)))
-    views = torch.randn(2, 4, 4, requires_grad=True)
-    assert parameter.to_empty(device="cpu")(*views).isnan()
-    with pytest.raises(RuntimeError, match=r"temperature is on the meta device.*assign"):
-        criterion.to_empty(device="cpu")(*views)
-    criterion.temperature = 0.2
-    assert criterion(*views).isfinite()
 
 
 def test_a_confidence_that_is_a_module_can_be_replaced():

@@ -8,7 +8,7 @@ from _intra_op import intra_op_threads
 from _pairwise import pairwise
 from _streaming import HIDDEN, dense, parts
 
-from slr_plugin.streaming import Pass, keys_gradient, softmax_stats, tiled
+from slr_plugin.streaming import Pass, keys_gradient, softmax_stats, symmetric_gradient, tiled
 
 CHUNK_SIZES = (0, 1, 5, 8, 100)  # of 14 and 11 keys; 0 chooses 6 here
 THREADS = (1, 2, 5)
@@ -60,22 +60,33 @@ def test_averages_values_that_are_not_the_keys(chunk, bound, width, threads, mon
     assert_equals(given, dense(rows, keys, queue, 1.0, values=values, queue_values=queue_values))
 
 
-SYMMETRIC = [
-    torch.stack([torch.arange(12), torch.arange(12).roll(6)], dim=1),
-    None,
-]
+def other_half(rows):
+    """For each row those of its own half, which a pass across does not see."""
+    half = torch.arange(rows // 2)
+    return torch.cat([half.expand(rows // 2, -1), (half + rows // 2).expand(rows // 2, -1)])
 
 
-@pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("hidden", SYMMETRIC)
-def test_rows_that_are_the_keys_say_the_same_by_half_the_logits(hidden, values, threads, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "values", "bound", "threads"),
+    pairwise(["hidden", "all", "cross"], [None, 0, 5], [20.0, math.inf], THREADS),
+    indirect=["threads"],
+)
+def test_rows_that_are_the_keys_say_the_same_by_half_the_logits(kind, values, bound, threads, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 4))
     rows = tensors(rows=12)[0]
-    averaged = tensors(rows=12, dim=5)[0] if values else None
-    given = Pass(rows, rows, values=averaged, scale=2.5, bound=20.0, hidden=hidden, symmetric=True)
-    nothing = rows[:0]
-    of_nothing = None if averaged is None else averaged[:0]
-    assert_equals(given, dense(rows, rows, nothing, 2.5, hidden, averaged, of_nothing))
+    averaged = None if values is None else torch.randn(12, values, dtype=torch.float64)
+    hidden = torch.stack([torch.arange(12), torch.arange(12).roll(6)], dim=1) if kind == "hidden" else None
+    given = Pass(rows, rows, values=averaged, scale=2.5, bound=bound, hidden=hidden, symmetric=True)
+    given = given._replace(cross=kind == "cross")
+    unseen = other_half(12) if kind == "cross" else hidden
+    expected = dense(rows, rows, rows[:0], 2.5, unseen, averaged, None if averaged is None else averaged[:0])
+    if kind != "cross":
+        assert_equals(given, expected)
+    stats, weights = softmax_stats(given), torch.randn(12, dtype=torch.float64)
+    for got, want in zip(parts(stats), expected[:3], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    pairs = weights[:, None] * expected[3]
+    torch.testing.assert_close(symmetric_gradient(given, stats, weights), (pairs + pairs.T) @ rows)
 
 
 def logits_computed(profile, dim):
@@ -84,16 +95,19 @@ def logits_computed(profile, dim):
     return sum(first[0] * second[1] for _, first, second, *_ in products if first[1] == dim)
 
 
-@pytest.mark.parametrize(("symmetric", "share"), [(True, 6 / 9), (False, 1)])
-def test_half_the_tiles_are_computed_where_they_are_enough(symmetric, share, monkeypatch):
+@pytest.mark.parametrize(("kind", "share"), [({}, 1), ({"symmetric": True}, 6 / 9), ({"cross": True}, 1 / 4)])
+def test_half_the_tiles_are_computed_where_they_are_enough(kind, share, monkeypatch):
     monkeypatch.setattr(tiled, "CPU_TILE", (4, 4))
     rows = tensors(rows=12)[0]
-    given = Pass(rows, rows, hidden=SYMMETRIC[0], bound=20.0, symmetric=symmetric)
+    given = Pass(rows, rows, bound=20.0, symmetric=bool(kind), cross="cross" in kind)
     with torch.profiler.profile(record_shapes=True) as forward:
         stats = softmax_stats(given)
     with torch.profiler.profile(record_shapes=True) as backward:
-        keys_gradient(given, stats, rows)
-    assert logits_computed(forward, 3) == logits_computed(backward, 3) == share * 12 * 12
+        if kind:
+            symmetric_gradient(given, stats, stats.offset)
+        else:
+            keys_gradient(given, stats, rows)
+    assert logits_computed(forward, 3) == logits_computed(backward, 3) == pytest.approx(share * 12 * 12)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised and handled inside opcheck
@@ -106,6 +120,9 @@ def test_opcheck(apart):
     stats = softmax_stats(given)
     rest = stats.reference, stats.offset, stats.mean, "tiled"
     torch.library.opcheck(torch.ops.slr_plugin.keys_gradient.default, (*given, *rest))
+    square = Pass(rows, rows, symmetric=True)
+    rest = softmax_stats(square)[:2]
+    torch.library.opcheck(torch.ops.slr_plugin.symmetric_gradient.default, (*square, *rest, rest[0]))
 
 
 @pytest.mark.parametrize("bound", [math.inf, 20.0])

@@ -6,7 +6,8 @@
 
 from slr_plugin.streaming.op import keys_gradient as keys_gradient
 from slr_plugin.streaming.op import softmax_stats as softmax_stats
+from slr_plugin.streaming.op import symmetric_gradient as symmetric_gradient
 from slr_plugin.streaming.stats import Pass as Pass
 from slr_plugin.streaming.stats import SoftmaxStats as SoftmaxStats
 
-__all__ = ["Pass", "SoftmaxStats", "keys_gradient", "softmax_stats"]
+__all__ = ["Pass", "SoftmaxStats", "keys_gradient", "softmax_stats", "symmetric_gradient"]

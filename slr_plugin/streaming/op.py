@@ -1,4 +1,4 @@
-"""The streaming pass, and which backend computes it: forward, and the gradient of the keys.
+"""The streaming pass, and which backend computes it: forward, and the gradients of the keys.
 
 Neither records a gradient. Under ``torch.compile`` each is a ``torch.library`` operator, without a graph break.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin._torch_internals import is_recomputed, refuse_repetition
+from slr_plugin.streaming import tiled
 from slr_plugin.streaming.stats import Pass, SoftmaxStats
 
 BACKENDS = ("tiled", "triton")  # modules beside this one, with ``forward`` and ``keys_backward``
@@ -21,7 +22,7 @@ WIDEST_TRITON = 256  # dimensions that the registers of a GPU hold
 
 _PASS = (
     "Tensor rows, Tensor keys, Tensor? queue, Tensor? values, Tensor? queue_values, Tensor? hidden, "
-    "Tensor? row_groups, Tensor? key_groups, float scale, float bound, bool symmetric, SymInt chunk"
+    "Tensor? row_groups, Tensor? key_groups, float scale, float bound, bool symmetric, bool cross, SymInt chunk"
 )
 
 
@@ -57,6 +58,18 @@ def keys_gradient(given: Pass, stats: SoftmaxStats, row_values: Tensor, backend:
     return _backend(name).keys_backward(given, stats.reference, finite, row_values)  # type: ignore[no-any-return]
 
 
+def symmetric_gradient(given: Pass, stats: SoftmaxStats, weights: Tensor) -> Tensor:
+    r"""Compute :math:`\sum_k (w_i s_{ik} + w_k s_{ki}) r_k` (r, d) of a symmetric pass, for weights w (r,) of the rows.
+
+    It is what rows that are the keys get as both from :math:`\sum_i w_i \ell_i / c`. The forward pass can then do
+    without means: give it ``values`` (b, 0).
+    """
+    finite = stats.offset.clamp(min=-64.0)
+    if torch.compiler.is_compiling():
+        return _symmetric_gradient(*given, stats.reference, finite, weights)  # type: ignore[no-any-return]
+    return tiled.symmetric_gradient(given, stats.reference, finite, weights)
+
+
 def resolve(backend: str | None, given: Pass) -> str:
     """Choose the backend that computes a pass."""
     if backend not in (None, *BACKENDS):
@@ -69,7 +82,8 @@ def resolve(backend: str | None, given: Pass) -> str:
         return backend or "tiled"
     float32_on_gpu = rows.device.type == "cuda" and rows.dtype == torch.float32
     may_round = torch.get_float32_matmul_precision() != "highest"  # as the kernels do
-    fits = dim <= WIDEST_TRITON and not given.chunk and given.row_groups is None  # which the kernels do not compare
+    special = given.row_groups is not None or given.cross or not values.shape[1]  # which the kernels do not know
+    fits = dim <= WIDEST_TRITON and not given.chunk and not special
     return "triton" if float32_on_gpu and may_round and fits else "tiled"
 
 
@@ -96,6 +110,16 @@ def _keys_gradient(*args: Any) -> Tensor:
     return gradient
 
 
+@torch.library.custom_op(
+    "slr_plugin::symmetric_gradient",
+    mutates_args=(),
+    schema=f"({_PASS}, Tensor reference, Tensor offset, Tensor weights) -> Tensor",
+)
+def _symmetric_gradient(*args: Any) -> Tensor:
+    *given, reference, offset, weights = args
+    return tiled.symmetric_gradient(Pass(*given), reference, offset, weights)
+
+
 @_softmax_stats.register_fake
 def _(*args: Any) -> Any:
     given = Pass(*args[:-2])
@@ -108,6 +132,11 @@ def _(*args: Any) -> Tensor:
     keys, row_values = args[1], args[-2]
     gradient: Tensor = row_values.new_empty(keys.shape[0], row_values.shape[1])
     return gradient
+
+
+@_symmetric_gradient.register_fake
+def _(*args: Any) -> Tensor:
+    return torch.empty_like(args[0])
 
 
 def _backend(name: str) -> ModuleType:

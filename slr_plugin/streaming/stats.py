@@ -47,6 +47,7 @@ class Pass(NamedTuple):
     scale: float = 1.0  # the factor c
     bound: float = math.inf  # no logit is larger in magnitude; a small bound saves the running maximum
     symmetric: bool = False  # the keys are the rows and the hidden pairs symmetric: half of the logits are enough
+    cross: bool = False  # symmetric, and rows see the keys of the other half only
     chunk: int = 0  # keys per tile; 0 chooses by device
 
     # Methods, since torch.compile cannot trace a property of a tuple in torch 2.4.

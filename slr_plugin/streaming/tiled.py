@@ -4,7 +4,8 @@ Logits are kept in bits, :math:`c \langle r_i, b_k \rangle / \ln 2`: as exact, a
 time of its ``exp`` on the CPU. The factor rides on the matrix product for nothing.
 
 A running maximum prevents overflow; it is left out where logits are known to be small (``bound``). Where the keys
-are the rows, the logits are a symmetric matrix: a tile then serves its mirror image too, and half the tiles are enough.
+are the rows, the logits are a symmetric matrix: a tile then serves its mirror image too, and half the tiles are enough;
+a quarter where rows see the other half of the rows only, as images see texts.
 
 On a CPU a large pass is shared: worker i of n takes every n-th tile into sums of its own, and the sums are merged in
 the order of the workers. Results are therefore deterministic for a number of threads.
@@ -51,25 +52,20 @@ class Sums(NamedTuple):
         """The sums of some rows, as views."""
         return Sums(None if self.shift is None else self.shift[rows], self.table[rows])
 
-    def add(self, logits: Tensor, values: Tensor) -> Tensor:
-        """Accumulate one block of keys: logits (rows, keys), which become the weights, and values (keys, v)."""
+    def add(self, logits: Tensor, values: Tensor) -> None:
+        """Accumulate one block of keys: logits (rows, keys), which are overwritten, and values (keys, v)."""
+        width = values.shape[1]
         if self.shift is not None:
             previous = self.shift.clone()
             torch.maximum(previous, logits.amax(1, keepdim=True), out=self.shift)
             shift = _finite(self.shift)  # of a row that saw no key so far: 2^(-inf - 0) = 0
             logits.sub_(shift)
             self.table.mul_((previous - shift).exp2_())
-        weights = logits.exp2_()
-        self.add_weights(weights, values)
-        return weights
-
-    def add_weights(self, weights: Tensor, values: Tensor) -> None:
-        """Accumulate weights (rows, keys) that are relative to the shift already."""
-        width = values.shape[1]
-        self.table[:, :width].addmm_(weights, values)
-        self.table[:, width].add_(weights.sum(1))
+            logits.exp2_()
+        self.table[:, :width].addmm_(logits, values)
+        self.table[:, width].add_(logits.sum(1))
         largest = self.table[:, width + 1]
-        torch.maximum(largest, weights.amax(1), out=largest)
+        torch.maximum(largest, logits.amax(1), out=largest)
 
     def merge(self, other: Sums) -> Sums:
         """The sums over the keys of both, in this one's memory."""
@@ -105,20 +101,21 @@ class Tiling:
             sources = [_one_source(sources, rows)]  # one tile in place of two, of some seven operations each
         self.given, self.sources = given, sources
         self.bounded = given.bound / LN2 <= SAFE_BITS
-        self.mirrored = given.symmetric and self.bounded and not given.chunk
+        self.mirrored = given.symmetric and (given.cross or not given.chunk)
         self.workers = torch.get_num_threads() if on_cpu and count * total >= SHARED_PAIRS else 1
         if self.workers > 1:  # their tiles together stay in the cache, and are enough for all
             least = 0 if self.mirrored else LEAST_PAIRS // min(height, count)
             width = max(LEAST_WIDTH, least, width // self.workers)
-        width = min(height, width) if self.mirrored else given.chunk or width
+        half = count // 2 if given.cross else 0
+        width = min(height, given.chunk or width, half or width) if self.mirrored else given.chunk or width
         self.height = max(1, min(width if self.mirrored else height, count))
         self.width = max(1, min(width, max(len(source.keys) for source in sources)))
         firsts = itertools.accumulate((len(source.keys) for source in sources), initial=0)
         self.cuts = [
             (source, first, here, there)
             for source, first in zip(sources, firsts, strict=False)
-            for there in _slices(len(source.keys), self.width)
-            for here in _slices(count, self.height)
+            for there in _slices(half, len(source.keys), self.width)
+            for here in _slices(0, half or count, self.height)
             if not self.mirrored or here.start <= there.start
         ]
 
@@ -152,6 +149,13 @@ class Tiling:
                 logits.masked_fill_((rows[:, None] == keys) & (rows[:, None] >= 0), -torch.inf)
         return logits
 
+    def weights(self, logits: Tensor, shift: Tensor | None, keep: bool = False) -> Tensor:
+        """Powers of two of logits minus a shift (rows, 1), in their memory unless that is kept."""
+        if shift is not None:
+            # At most 1, where rounding says otherwise.
+            logits = (logits - shift if keep else logits.sub_(shift)).clamp_(max=0.0)
+        return logits.exp2_()
+
 
 def forward(given: Pass) -> SoftmaxStats:
     """Compute the statistics of all rows over all keys."""
@@ -162,9 +166,14 @@ def forward(given: Pass) -> SoftmaxStats:
         shift = None if tiling.bounded else rows.new_full((len(rows), 1), -torch.inf)
         sums = Sums(shift, rows.new_zeros(len(rows), width + 2))
         for tile in tiles:
-            weights = sums.at(tile.rows).add(tiling.logits(tile), tile.values)
-            if tiling.mirrored and tile.rows != tile.keys:
-                sums.at(tile.keys).add_weights(weights.T, tiling.sources[0].values[tile.rows])
+            logits = tiling.logits(tile)
+            if tiling.bounded:
+                logits.exp2_()  # the weights of the rows, and of the mirrored ones
+            mirror = tiling.mirrored and tile.rows != tile.keys
+            copy = logits if tiling.bounded or not mirror else logits.clone()
+            sums.at(tile.rows).add(logits, tile.values)
+            if mirror:
+                sums.at(tile.keys).add(copy.T, tiling.sources[0].values[tile.rows])
         return sums
 
     shift, table = functools.reduce(Sums.merge, tiling.run(add_keys))
@@ -189,16 +198,42 @@ def keys_backward(given: Pass, reference: Tensor, offset: Tensor, row_values: Te
     def add_rows(tiles: Iterator[Tile]) -> Tensor:
         gradient = values.new_zeros(len(keys), values.shape[1])
         for tile in tiles:
-            weights = tiling.logits(tile)
-            if not tiling.bounded:
-                weights.sub_(shift[tile.rows]).clamp_(max=0.0)  # at most 1, where rounding says otherwise
-            weights.exp2_()
+            logits = tiling.logits(tile)
+            mirror = tiling.mirrored and tile.rows != tile.keys
+            weights = tiling.weights(logits, None if tiling.bounded else shift[tile.rows], keep=mirror)
             gradient[tile.keys].addmm_(weights.T, values[tile.rows])
-            if tiling.mirrored and tile.rows != tile.keys:
+            if mirror:
+                if not tiling.bounded:
+                    weights = tiling.weights(logits.T, shift[tile.keys]).T
                 gradient[tile.rows].addmm_(weights, values[tile.keys])
         return gradient
 
     return functools.reduce(Tensor.add_, tiling.run(add_rows))
+
+
+def symmetric_gradient(given: Pass, reference: Tensor, offset: Tensor, weights: Tensor) -> Tensor:
+    r"""Compute :math:`\sum_k (w_i s_{ik} + w_k s_{ki}) r_k` (r, d) of a symmetric pass, for weights w (r,) of the rows.
+
+    It is the gradient of :math:`\sum_i w_i \ell_i / c` with respect to rows that are the keys.
+    """
+    tiling, rows, shift = Tiling(given._replace(values=None)), given.rows, reference[:, None]
+    factor = (torch.exp(-offset) * (math.exp(-given.bound) if tiling.bounded else 1.0) * weights)[:, None]
+
+    def add_both(tiles: Iterator[Tile]) -> Tensor:
+        gradient = torch.zeros_like(rows)
+        for tile in tiles:
+            logits, here, there = tiling.logits(tile), tile.rows, tile.keys
+            if tiling.bounded:
+                pairs = logits.exp2_().mul_(factor[here] + factor[there].T)
+            else:
+                mirrored = tiling.weights(logits.T, shift[there], keep=True).mul_(factor[there])
+                pairs = tiling.weights(logits, shift[here]).mul_(factor[here]).add_(mirrored.T)
+            gradient[here].addmm_(pairs, rows[there])
+            if here != there:
+                gradient[there].addmm_(pairs.T, rows[here])
+        return gradient
+
+    return functools.reduce(Tensor.add_, tiling.run(add_both))
 
 
 def _one_source(sources: Sequence[Source], like: Tensor) -> Source:
@@ -209,8 +244,8 @@ def _one_source(sources: Sequence[Source], like: Tensor) -> Source:
     return Source(keys, torch.cat([source.values.to(like) for source in sources]))
 
 
-def _slices(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _slices(first: int, last: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
 
 
 def _finite(logits: Tensor) -> Tensor:
