@@ -38,6 +38,9 @@ test-neighbours: $(NEIGHBOURS)/.ready ## Run pytorch-metric-learning's (METRIC_L
 	PYTHONPATH=.ci SPT_CACHE_DIR=$(abspath $(NEIGHBOURS))/cache $(NEIGHBOURS)/bin/python -m pytest -p stable_pretraining_substitute -o addopts= -W default --pyargs stable_pretraining.tests.regression.test_methods
 	$(NEIGHBOURS)/bin/python -m pytest tests/test_pytorch_metric_learning.py tests/test_stable_pretraining.py tests/test_sentence_transformers.py tests/test_open_clip.py tests/test_neighbours.py tests/test_pages.py
 
+upstream: $(VENV)/.dev $(NEIGHBOURS)/.ready ## Apply upstream/*.patch to fresh clones and run their tests (CLONES=a folder of clones, PROJECTS="lightly" for some)
+	VENV=$(VENV) NEIGHBOURS=$(NEIGHBOURS) CLONES=$(CLONES) .ci/upstream $(PROJECTS)
+
 docs: $(VENV)/.dev ## Build the documentation into docs/_build/html, offline; a warning or a link that leads nowhere fails
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build/html
 
@@ -76,5 +79,5 @@ $(NEIGHBOURS)/.ready: pyproject.toml setup.cfg
 	$(NEIGHBOURS)/bin/pip install --quiet --editable ".[lightly,metric-learning,stable-pretraining,sentence-transformers,open-clip]" pytest accelerate selfeeg
 	touch $@
 
-.PHONY: help demo matrix test test-lightly test-solo test-neighbours docs lint bench wheel clean
+.PHONY: help demo matrix test test-lightly test-solo test-neighbours upstream docs lint bench wheel clean
 .DEFAULT_GOAL := help
