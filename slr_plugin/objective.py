@@ -68,9 +68,10 @@ def slr_objective(
         settings: the numbers.
     """
     mixed = unit_rows(torch.cat(list(crops)) if len(crops) > 1 else crops[0]) if crops else None
-    labelled = key_set.for_mixed() if crops else key_set  # what the refined labels spread over
+    apart = len(crops) > 0 and key_set.has_both_views()  # mixed queries then see other keys than the rows
+    labelled = key_set.for_mixed() if apart else key_set  # what the refined labels spread over
     known = group_labels(key_set)
-    known_of_labelled = known if labelled is key_set else group_labels(labelled)
+    known_of_labelled = group_labels(labelled) if apart else known
     has_groups = known.targets is not key_set.positives
     inputs = Gradients(
         key_set.rows,
@@ -78,12 +79,12 @@ def slr_objective(
         key_set.positives if key_set.positive_index is None else None,
         None if key_set.keys is key_set.rows else key_set.keys,
         known.targets if has_groups else None,
-        known_of_labelled.targets if has_groups and labelled is not key_set else None,
+        known_of_labelled.targets if has_groups and apart else None,
         settings.temperature if isinstance(settings.temperature, Tensor) else None,
     )
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     with torch.no_grad():
-        call = Call(key_set, labelled, mixed, mixes, known, known_of_labelled, settings)
+        call = Call(key_set, labelled, apart, mixed, mixes, known, known_of_labelled, settings)
         loss, labels, gradients = _evaluate(call, any(needed), key_set.keys is key_set.rows or any(needed[2:6]))
     if not any(needed):
         return loss, labels
@@ -95,7 +96,8 @@ class Call(NamedTuple):
     """What the loss is computed from."""
 
     key_set: KeySet
-    labelled: KeySet  # the keys of mixed queries and of their labels, or ``key_set``
+    labelled: KeySet  # the keys that refined labels spread over, and mixed queries see
+    apart: bool  # whether that is not ``key_set``
     mixed: Tensor | None
     mixes: Sequence[Mix]
     known: GroupLabels  # of ``key_set``, and of ``labelled``
@@ -137,7 +139,7 @@ class _WithGradients(torch.autograd.Function):
 
 def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Tensor, Labels, Gradients]:
     """The loss, its labels and its gradients."""
-    key_set, labelled, mixed, mixes, known, known_of_labelled, settings = call
+    key_set, labelled, apart, mixed, mixes, known, known_of_labelled, settings = call
     rows, positives, share = key_set.rows, key_set.positives, settings.refined_weight
     temperature, sharpening = settings.temperature, settings.sharpening
     inverse = 1 / temperature if isinstance(temperature, Tensor) else rows.new_full((), 1 / temperature)
@@ -148,20 +150,22 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
 
     # Passes, as few as the keys allow. The positives estimate the labels. Divided by tau', they have the logits of
     # tau tau' at the temperature tau and join the pass; where both views are rows, they are in it already.
-    estimating = labelled.estimator or labelled
-    joins = refines and estimating is labelled and not both_views
+    own = labelled.estimator is None
+    estimating = labelled if labelled.estimator is None else labelled.estimator
+    joins = refines and own and not both_views
     further = {} if mixed is None else {"mixed": mixed}
     if joins:
         further["estimators"] = labelled.positives if sharpening == 1 else labelled.positives / sharpening
     longest = 1 / sharpening if joins else 1.0
-    if labelled is key_set:
-        first = second = _Comparison(key_set, {"rows": rows} | further, temperature, settings, longest, plain=plain)
+    if not apart:
+        first = second = _Comparison(key_set, {"rows": rows, **further}, temperature, settings, longest, plain=plain)
     else:
         first = _Comparison(key_set, {"rows": rows}, temperature, settings)
         second = _Comparison(labelled, further, temperature, settings, longest)
     third, block = (second, "estimators") if joins else (first, "rows")
-    if refines and not joins and (estimating is not labelled or sharpening != 1):
-        values = None if estimating is labelled else labelled
+    alone = refines and not joins and (not own or sharpening != 1)
+    if alone:
+        values = None if own else labelled
         third = _Comparison(estimating, {"rows": estimating.rows}, temperature * sharpening, settings, values=values)
 
     # Labels, and the targets that they make.
@@ -171,7 +175,7 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         sharp = inverse if sharpening == 1 else inverse / sharpening
         positive_logit = _dot(estimating.positives, estimating.positives) * sharp
         # Means of other values say nothing of the estimators' logits, and labels of groups have another entropy.
-        tells_entropy = estimating is labelled and known.targets is positives
+        tells_entropy = own and known.targets is positives
         mean_logit = _dot(labelled.positives, stats.mean) * sharp if tells_entropy else None
         labels = refinery.estimate(stats, positive_logit, mean_logit, settings.confidence, known_of_labelled.share)
         refined = labels.targets(known_of_labelled.targets, labelled.positives, stats.mean)
@@ -237,13 +241,13 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         of_positive[:size] -= of_known_of_labelled
         of_known = rows * (-pull if mixed is not None else (share - 1) * pull)
         of_positive -= of_known
-        if labelled is key_set:
+        if not apart:
             of_known += of_known_of_labelled
     of_keys = first.keys_gradient() if both is None else both
     start = len(of_keys) - len(labelled.keys)
-    if second is not first:
+    if apart:
         of_keys[start:] += second.keys_gradient()
-    if third is not first and third is not second:
+    if alone:
         of_keys[start:] += third.keys_gradient()
     if key_set.positive_index is not None:
         of_keys.index_add_(0, key_set.positive_index, of_positive)
@@ -281,11 +285,6 @@ class _Comparison:
         self.sizes = {name: len(block) for name, block in blocks.items()}
         rows = torch.cat(list(blocks.values())) if len(blocks) > 1 else next(iter(blocks.values()))
         scale, bound = 1.0, math.inf
-        on_cpu = (
-            isinstance(temperature, Tensor) and temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-        )
-        if isinstance(temperature, Tensor) and on_cpu:
-            temperature = temperature.item()  # elsewhere reading it would wait
         if isinstance(temperature, Tensor):
             rows = rows / temperature
         else:
@@ -303,7 +302,7 @@ class _Comparison:
             scale=scale,
             bound=bound,
             # The keys are the rows: half of the logits are then enough.
-            symmetric=key_set.queue is None and key_set.keys is key_set.rows and rows is key_set.rows,
+            symmetric=key_set.queue is None and len(blocks) == 1 and blocks.get("rows") is key_set.keys,
             cross=key_set.cross,
             chunk=settings.chunk_size or 0,
         )

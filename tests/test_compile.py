@@ -186,3 +186,16 @@ def test_training_goes_on_after_a_compiled_call_in_inference_mode():
     criterion(queries, keys).backward()
     assert criterion.step == 2
     assert criterion.memory_bank.bank_ptr == 8
+
+
+@pytest.mark.parametrize("options", [{"confidence": 0.0}, {"confidence": 1.0}, {"memory_bank_size": (16, 8)}])
+def test_a_compiled_loss_with_a_learnable_temperature_has_the_eager_gradients(options):
+    eager = SLRLoss(torch.nn.Parameter(torch.tensor(0.2)), **options)
+    compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+    queries, keys = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+    gradients = []
+    for criterion in (compiled, eager):
+        criterion(queries, keys).backward()
+        gradients.append([queries.grad, keys.grad, criterion.temperature.grad])
+        queries.grad = keys.grad = None
+    torch.testing.assert_close(*gradients)

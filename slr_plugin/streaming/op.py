@@ -59,7 +59,7 @@ def keys_gradient(given: Pass, stats: SoftmaxStats, row_values: Tensor, backend:
 
 
 def symmetric_gradient(given: Pass, stats: SoftmaxStats, weights: Tensor) -> Tensor:
-    r"""Compute :math:`\sum_k (w_i s_{ik} + w_k s_{ki}) r_k` (r, d) of a symmetric pass, for weights w (r,) of the rows.
+    r"""Compute :math:`\sum_k (w_i s_{ik} + w_k s_{ki}) b_k` (r, d) of a symmetric pass, for weights w (r,) of the rows.
 
     It is what rows that are the keys get as both from :math:`\sum_i w_i \ell_i / c`. The forward pass can then do
     without means: give it ``values`` (b, 0).

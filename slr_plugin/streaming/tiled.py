@@ -212,15 +212,12 @@ def keys_backward(given: Pass, reference: Tensor, offset: Tensor, row_values: Te
 
 
 def symmetric_gradient(given: Pass, reference: Tensor, offset: Tensor, weights: Tensor) -> Tensor:
-    r"""Compute :math:`\sum_k (w_i s_{ik} + w_k s_{ki}) r_k` (r, d) of a symmetric pass, for weights w (r,) of the rows.
-
-    It is the gradient of :math:`\sum_i w_i \ell_i / c` with respect to rows that are the keys.
-    """
-    tiling, rows, shift = Tiling(given._replace(values=None)), given.rows, reference[:, None]
+    r"""Compute :math:`\sum_k (w_i s_{ik} + w_k s_{ki}) b_k` (r, d) of a symmetric pass, for weights w (r,)."""
+    tiling, keys, shift = Tiling(given._replace(values=None)), given.keys, reference[:, None]
     factor = (torch.exp(-offset) * (math.exp(-given.bound) if tiling.bounded else 1.0) * weights)[:, None]
 
     def add_both(tiles: Iterator[Tile]) -> Tensor:
-        gradient = torch.zeros_like(rows)
+        gradient = torch.zeros_like(keys)
         for tile in tiles:
             logits, here, there = tiling.logits(tile), tile.rows, tile.keys
             if tiling.bounded:
@@ -228,9 +225,9 @@ def symmetric_gradient(given: Pass, reference: Tensor, offset: Tensor, weights: 
             else:
                 mirrored = tiling.weights(logits.T, shift[there], keep=True).mul_(factor[there])
                 pairs = tiling.weights(logits, shift[here]).mul_(factor[here]).add_(mirrored.T)
-            gradient[here].addmm_(pairs, rows[there])
+            gradient[here].addmm_(pairs, keys[there])
             if here != there:
-                gradient[there].addmm_(pairs.T, rows[here])
+                gradient[there].addmm_(pairs.T, keys[here])
         return gradient
 
     return functools.reduce(Tensor.add_, tiling.run(add_both))
