@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         importlib.import_module(f"slr_plugin.adapters.lightly.{name}").main(arguments[1:])
         return
     script = load(Path(arguments[0]))
-    from slr_plugin.adapters.lightly.knowledge import read
+    from slr_plugin.adapters.knowledge import read
     from slr_plugin.adapters.lightly.methods import VARIANTS, register
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     options = vars(script.parser.parse_args(rest))
     methods = options.get("methods") or []
     try:
-        register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)], **read(**vars(files)))
+        register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)], **read("--", **vars(files)))
     except ValueError as error:
         script.parser.error(str(error))
     if unknown := [name for name in methods if name not in script.METHODS]:
