@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from slr_plugin.adapters._require import has_gpu, require
+from slr_plugin.adapters._require import require
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -61,8 +61,6 @@ def main(arguments: Sequence[str]) -> None:
     if unknown := [name for name in methods if name not in script.METHODS]:
         known = ", ".join({**script.METHODS, **VARIANTS})
         script.parser.error(f"--methods must be among {known}, got {', '.join(unknown)}")
-    if options.get("accelerator") in ("gpu", "cuda") and not has_gpu(options["accelerator"]):
-        script.parser.error("torch finds no GPU here; on a CPU add: --accelerator cpu --devices 1 --precision 32")
     script.main(**options)
 
 

@@ -12,8 +12,8 @@ image's group (without one: the most frequent class). It has no rows for the tes
 the training images, judged by the rest. With ``--test-estimator FILE.npy``, a row for each test image, features are
 judged on these.
 
-The same command again goes on where a training stopped. ``--output`` holds ``runs.jsonl``, ``table.md``,
-``compare.png``, and a folder for each run.
+The same command again goes on where a training stopped. ``--output`` holds ``runs.jsonl``, ``table.md``, and
+a folder for each run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Run = tuple[str, int, argparse.Namespace]  # what it trains, its seed, what the 
 
 
 def main(argv: Sequence[str] | None = None) -> list[Record]:
-    """Train what is missing, write records, table and figure; returns the records."""
+    """Train what is missing, write records and table; returns the records."""
     args, runs, data, tables = parse(argv)
     from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> list[Record]:
     for seed in range(args.seeds):
         records += alone(data, tables, runs[0][2], seed)
     print(write(records, args.output))
-    print(f"records, table and figure: {args.output}")
+    print(f"records and table: {args.output}")
     return records
 
 
@@ -153,24 +153,24 @@ def vote_of_groups(groups: Any, classes: Any, asked: Any) -> Any:
 
 
 def write(records: Sequence[Record], output: Path) -> str:
-    """Write records, table and figure; returns the table."""
+    """Write records and table; returns the table."""
     (output / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     text = table(records)
     (output / "table.md").write_text(text + "\n")
-    draw(records, output / "compare.png")
     return text
 
 
 def table(records: Sequence[Record]) -> str:
     """Means over the seeds with Student's 95 % intervals, and the difference, paired by seed."""
     lines = [f"| | seeds | {' | '.join(MEASURES.values())} |", "|---|--:|--:|--:|"]
-    for arm in arms(records):
-        seeds = len([record for record in records if record["arm"] == arm])
+    for arm in dict.fromkeys(record["arm"] for record in records):
         cells = [interval(values(records, arm, name).values()) for name in MEASURES]
-        lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
-    pairs = {name: [values(records, arm, name) for arm in (PLAIN, KNOWN)] for name in MEASURES}
-    seeds = len(pairs["knn"][0].keys() & pairs["knn"][1].keys())
-    cells = [interval([b[seed] - a[seed] for seed in a if seed in b], sign="+") for a, b in pairs.values()]
+        lines.append(f"| {arm} | {len(values(records, arm, 'knn'))} | {' | '.join(cells)} |")
+    cells = []
+    for name in MEASURES:
+        plain, known = (values(records, arm, name) for arm in (PLAIN, KNOWN))
+        cells.append(interval([known[seed] - plain[seed] for seed in plain if seed in known], sign="+"))
+    seeds = len(values(records, KNOWN, "knn"))
     return "\n".join([*lines, f"| difference, paired by seed | {seeds} | {' | '.join(cells)} |"])
 
 
@@ -184,31 +184,9 @@ def interval(numbers: Iterable[float], sign: str = "") -> str:
     return f"{mean:{sign}.2f} ({mean - margin:{sign}.2f} to {mean + margin:{sign}.2f})"
 
 
-def arms(records: Sequence[Record]) -> list[str]:
-    """What was measured, in the order of the table."""
-    return list(dict.fromkeys(record["arm"] for record in records))
-
-
 def values(records: Sequence[Record], arm: str, name: str) -> dict[int, float]:
     """A measure by seed, where there is one."""
     return {r["seed"]: r[name] for r in records if r["arm"] == arm and r[name] is not None}
-
-
-def draw(records: Sequence[Record], path: Path) -> None:
-    """A point for each run, and a bar at each mean."""
-    from matplotlib.figure import Figure
-
-    names = arms(records)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
-        for place, arm in enumerate(names):
-            column = list(values(records, arm, name).values())
-            axes.plot([place] * len(column), column, "o", color=f"C{place}", alpha=0.6)
-            if column:
-                axes.hlines(np.mean(column), place - 0.2, place + 0.2, color=f"C{place}")
-        axes.set_xticks(range(len(names)), [arm.replace(" ", "\n", 1) for arm in names])
-        axes.set(ylabel=label, xlim=(-0.5, len(names) - 0.5))
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
         super().on_load_checkpoint(checkpoint)
         now = self._settings()
-        before = {"same_group": "positive"} | checkpoint.get(_SETTINGS, now)  # which earlier versions had not
+        before = checkpoint.get(_SETTINGS, now)
         changed = [f"{name} from {before.get(name)} to {new}" for name, new in now.items() if before.get(name) != new]
         if changed:
             warnings.warn(
