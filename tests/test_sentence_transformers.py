@@ -207,7 +207,7 @@ def test_works_in_matryoshka(mini_batch_size, tmp_path):
 def test_matryoshka_and_a_queue_are_refused():
     model = static_model()
     matryoshka = MatryoshkaLoss(model, SelfLabelingRankingLoss(model, memory_bank_size=(16, DIM)), [8, 4])
-    with pytest.raises(ValueError, match="XXX"):
+    with pytest.raises(ValueError, match=r"out0 and out1 have shape \(4, 4\) but the queue has shape \(16, 8\)"):
         matryoshka(features(model, 2, 4), None)
 
 
