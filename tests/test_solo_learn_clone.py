@@ -95,7 +95,7 @@ def test_bad_settings_are_refused_when_the_method_is_built():
         build(method_kwargs={"kappa": 0})
     with pytest.raises(ValueError, match=r"unknown to sane; it takes .*sharpening"):
         build(method_kwargs={"sharpning": 0.5})
-    with pytest.raises(ValueError, match="two large crops, .*, got 3 and 0"):
+    with pytest.raises(ValueError, match=r"two large crops, .*, got 3 and 0"):
         build(data={"num_large_crops": 3})
 
 
