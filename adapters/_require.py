@@ -1,4 +1,4 @@
-"""What an adapter asks of the machine: frameworks, or the command that installs them, and perhaps a GPU."""
+"""What an adapter asks of the machine: frameworks, or the command that installs them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,3 @@ def require(extra: str, *modules: str) -> None:
 def install(extra: str) -> str:
     """The command that installs an extra, from the package index or from a clone."""
     return f'pip install "slr-plugin[{extra}]", or in a clone of slr-plugin: pip install ".[{extra}]"'
-
-
-def has_gpu(accelerator: str) -> bool:
-    """Whether torch finds what Lightning calls ``accelerator``: ``"gpu"``, ``"cuda"`` or ``"mps"``."""
-    import torch
-
-    return (accelerator in ("gpu", "cuda") and torch.cuda.is_available()) or (
-        accelerator in ("gpu", "mps") and torch.backends.mps.is_available()
-    )

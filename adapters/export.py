@@ -17,7 +17,6 @@ do on VOC and COCO, also set ``MODEL.BACKBONE.FREEZE_AT`` 0 and ``MODEL.RESNETS.
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import re
 import tarfile
@@ -28,13 +27,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slr_plugin.adapters._require import require
 
 _WRAPPERS = re.compile(r"^(_orig_mod\.)?module\.|_orig_mod\.")
 _SUFFIX = {"torchvision": ".safetensors", "detectron2": ".pkl"}
 _MOMENTUM = ("key_backbone.", "momentum_backbone.")  # of lightly, of solo-learn
+_RESNET = re.compile(r"(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01]))\.\w+")
 
 
 def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, Tensor]:
@@ -45,17 +45,15 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
 
     Raises:
         OSError: the file is not there or cannot be opened.
-        ValueError: it is no checkpoint, could run code, or has no backbone of dense tensors of real numbers.
+        ValueError: it is no checkpoint, could run code, or has no backbone.
     """
     state = _read_state(Path(checkpoint))
     prefixes = _MOMENTUM if momentum else ("backbone.",)
-    found = [(name.partition(".")[2], value) for name, value in state if name.startswith(prefixes)]
+    found = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(prefixes)}
     if not found:
-        beginnings = ", ".join(sorted({name.partition(".")[0] for name, _ in state})) or "nothing"
+        beginnings = ", ".join(sorted({name.partition(".")[0] for name in state})) or "nothing"
         raise ValueError(f"{checkpoint} has no keys {'* or '.join(prefixes)}*; its keys begin with: {beginnings}")
-    if len(dict(found)) < len(found):
-        raise ValueError(f"{checkpoint} has two backbones with the same names; leave one of them in its state_dict")
-    return _copy({name: value for name, value in found if name not in ("fc.weight", "fc.bias")}, str(checkpoint))
+    return _copy({name: value for name, value in found.items() if name not in ("fc.weight", "fc.bias")})
 
 
 def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
@@ -64,32 +62,36 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]
     ``num_batches_tracked`` is left out, as detectron2's frozen norms have none.
 
     Raises:
-        ValueError: another architecture, another stem than 7 x 7, or values other than floating point numbers.
+        ValueError: another architecture, or another stem than 7 x 7.
     """
-    names = _detectron2_names(state)
-    present = {name for name in state if not name.endswith(".num_batches_tracked")}
-    missing, foreign = sorted(names.keys() - present), sorted(present - names.keys())
-    if missing or foreign:
-        different = f"missing here: {missing[:3]}; not theirs: {foreign[:3]}"
-        raise ValueError(f"only torchvision's ResNets with basic or bottleneck blocks fit detectron2; {different}")
-    tensors = _copy({name: state[name] for name in names}, "the state")
-    stem = tuple(tensors["conv1.weight"].shape)
+    state = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
+    foreign = sorted(name for name in state if not _RESNET.fullmatch(name))
+    if foreign or "conv1.weight" not in state:
+        raise ValueError(
+            f"only torchvision's ResNets with basic or bottleneck blocks fit detectron2; not theirs: {foreign[:3]}"
+        )
+    stem = tuple(state["conv1.weight"].shape)
     if stem[2:] != (7, 7):
         raise ValueError(f"detectron2's stem is a 7 x 7 convolution, but conv1.weight, for small images, is {stem}")
-    if integers := [name for name, value in tensors.items() if not value.is_floating_point()]:
-        raise ValueError(f"{integers[0]} is {tensors[integers[0]].dtype}; detectron2 takes floating point numbers")
-    return {names[name]: value.float().numpy() for name, value in tensors.items()}
+    arrays = {}
+    for name, value in _copy(state).items():
+        place = name if name.startswith("layer") else f"stem.{name}"
+        place = re.sub(r"^layer(\d)", lambda layer: f"res{int(layer[1]) + 1}", place)
+        place = re.sub(r"bn(\d)", r"conv\1.norm", place)
+        place = place.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        arrays[place] = value.float().numpy()
+    return arrays
 
 
 def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvision") -> int:
-    """Write a backbone's file, whole or not at all, and the folders above it; return the number of tensors.
+    """Write a backbone's file, and the folders above it; return the number of tensors.
 
     Raises:
         OSError, ValueError: ``output`` cannot be written or has another suffix, ``state`` does not fit the format.
         ImportError: safetensors is not installed, and the format needs it.
     """
     output = Path(output)
-    if output.suffix != _SUFFIX.get(to) or output.is_dir():
+    if output.suffix != _SUFFIX.get(to):
         wanted = "a file that ends in .safetensors for torchvision, .pkl for detectron2"
         raise ValueError(f"output must be {wanted}; got {output} for {to}")
     content: Mapping[str, Any]
@@ -100,15 +102,10 @@ def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvisio
         require("lightly", "safetensors")
         from safetensors.torch import save
 
-        content = _copy(state, "the state")
+        content = _copy(state)
         data = save(content, {"format": "pt"})
     output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f"{output.name}.{os.getpid()}.part")  # beside it: only there is the replacement atomic
-    try:
-        part.write_bytes(data)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
+    output.write_bytes(data)
     return len(content)
 
 
@@ -133,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{arguments.output}: {tensors} tensors; --help says how to load it")
 
 
-def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
-    """Read a Lightning checkpoint's names, without those of wrappers, and values; run no code that may be in it."""
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint's values by name, without the names of wrappers; run no code that may be in it."""
     try:
         if tarfile.is_tarfile(checkpoint):
             raise ValueError("torch before 2.6 runs the code in tar archives in spite of weights_only=True")
@@ -152,35 +149,12 @@ def _read_state(checkpoint: Path) -> list[tuple[str, Any]]:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise ValueError(f'{checkpoint} is no checkpoint of Lightning: it has no dictionary "state_dict"')
-    return [(_WRAPPERS.sub("", str(name)), value) for name, value in state.items()]
+    return {_WRAPPERS.sub("", str(name)): value for name, value in state.items()}
 
 
-def _copy(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, contiguous and apart in memory; refuse what is no dense tensor of real numbers."""
-    for name, value in state.items():
-        is_dense = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_nested
-        if not is_dense or value.is_quantized or value.is_meta or value.is_complex():
-            kind = f"{value.dtype}, {value.layout} on {value.device}" if isinstance(value, Tensor) else type(value)
-            raise ValueError(f"{name} in {where} is no dense tensor of real numbers, but {kind}; leave it out")
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    if not any(value.numel() for name, value in state.items() if not name.endswith(buffers)):
-        raise ValueError(f"{where} has no weights to export, except perhaps those of a classifier fc")
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, contiguous and apart in memory."""
     return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-
-
-def _detectron2_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of a torchvision ResNet with so many blocks, and detectron2's for them."""
-    modules = [("conv1", "bn1", "stem.conv1")]
-    for layer in range(1, 5):
-        for block in range(len({name.split(".")[1] for name in state if name.startswith(f"layer{layer}.")}) or 1):
-            ours, theirs = f"layer{layer}.{block}", f"res{layer + 1}.{block}"
-            last = 3 if "layer1.0.conv3.weight" in state else 2
-            modules += [(f"{ours}.conv{i}", f"{ours}.bn{i}", f"{theirs}.conv{i}") for i in range(1, last + 1)]
-            if f"{ours}.downsample.0.weight" in state:
-                modules.append((f"{ours}.downsample.0", f"{ours}.downsample.1", f"{theirs}.shortcut"))
-    fields = ("weight", "bias", "running_mean", "running_var")
-    names = {f"{norm}.{field}": f"{target}.norm.{field}" for _, norm, target in modules for field in fields}
-    return names | {f"{conv}.weight": f"{target}.weight" for conv, _, target in modules}
 
 
 def _pickle(model: Mapping[str, np.ndarray[Any, Any]]) -> bytes:

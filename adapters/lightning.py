@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -90,16 +89,6 @@ class LabelQualityCallback(Callback):
         return {"monitors": [monitor.state_dict() for monitor in self._monitors]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; outside of training there is nothing to watch."""
-        if not self._monitors:
-            return
-        saved = state_dict["monitors"]
-        if len(saved) == len(self._monitors):
-            for monitor, state in zip(self._monitors, saved, strict=True):
-                monitor.load_state_dict(state)
-            return
-        warnings.warn(
-            f"the checkpoint holds the label monitors of {len(saved)} losses (of none if it was saved outside of "
-            f"training), the module has {len(self._monitors)}: the classes of their keys are unknown at first",
-            stacklevel=2,
-        )
+        """Go on from a checkpoint; where it has no state, the classes of keys in the queue are unknown at first."""
+        for monitor, state in zip(self._monitors, state_dict["monitors"], strict=False):
+            monitor.load_state_dict(state)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ require("sentence-transformers", "sentence_transformers", "accelerate", "dataset
 from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input  # noqa: E402
 from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
 from sentence_transformers.util import similarity_fct_name  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
-REPEATING = ("AdaptiveLayerLoss", "Matryoshka2dLoss")  # losses that call another one several times a batch
 DIRECTIONS = ("query_to_doc", "doc_to_query")
 
 
@@ -47,7 +44,8 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
             ``CosineConfidence(0.0, 1.0, total_steps=...)``. 0 means one-hot labels.
         refined_weight: lambda in [0, 1], the share of the refined label; the rest is one-hot.
         memory_bank_size: the number of past documents that are further negatives, as wide as the first batch's, or
-            ``(n, d)``. They are not trained.
+            ``(n, d)``. They are not trained. 0 in MatryoshkaLoss, which changes the width, and in AdaptiveLayerLoss and
+            Matryoshka2dLoss, which would enqueue the documents of a batch several times.
         same_group: the column ``label`` holds whole numbers, ids of documents (negative: unknown), and the other
             documents of a pair's id, in the batch and in the queue, are ``"positive"`` too or ``"ignored"``.
         estimator_dim: the column ``label`` holds vectors of this width, such as another model's embeddings of the
@@ -102,7 +100,6 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         self.knowledge = "estimator" if estimator_dim is not None else "groups" if same_group is not None else None
         self.uses_gradient_cache = mini_batch_size is not None
         self.mini_batch_size = mini_batch_size
-        self._is_new = True  # until the first training step
         self.criteria: Any = nn.ModuleDict()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "memory_bank_size=.* leaves the dimension to the first batch")
@@ -133,21 +130,11 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         """Compute the loss of embedded columns, (s, d) each."""
         if self.knowledge and labels is None:
             raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
-        if self._is_new and torch.is_grad_enabled():
-            self._is_new = False
-            self._warn_of_lost_state()
         known = {self.knowledge: labels} if self.knowledge else {}
         anchors, positives, *negatives = embeddings
         further = torch.cat(negatives) if negatives else None
         losses = []
         for direction, criterion in self.criteria.items():
-            dim = criterion.memory_bank.dim
-            if dim not in (0, anchors.shape[1]):
-                raise ValueError(
-                    f"the embeddings have {anchors.shape[1]} dimensions and those in the queue {dim}; set "
-                    "memory_bank_size=0 where dimensions change, as in MatryoshkaLoss, else "
-                    f"memory_bank_size=({len(criterion.memory_bank)}, {anchors.shape[1]})"
-                )
             if direction == "query_to_doc":
                 losses.append(criterion(anchors, positives, negatives=further, **known))
             else:
@@ -162,25 +149,6 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() if with_backward else loss
-
-    def _warn_of_lost_state(self) -> None:
-        """Warn if a trainer resumes a run whose queue or schedule nobody kept."""
-        if not any(
-            len(criterion.memory_bank) or callable(criterion.confidence) for criterion in self.criteria.values()
-        ):
-            return
-        frame = inspect.currentframe()  # the trainer gives its loss nothing by which a resumed run could be told
-        while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-            frame = frame.f_back
-        trainer = frame and frame.f_locals["self"]
-        if trainer is None or not trainer.state.global_step:
-            return
-        if not any(isinstance(callback, SelfLabelingCallback) for callback in trainer.callback_handler.callbacks):
-            warnings.warn(
-                f"the trainer goes on at step {trainer.state.global_step}, but queue and schedule of the loss start "
-                "afresh, since its checkpoints do not hold them: trainer.add_callback(SelfLabelingCallback(trainer))",
-                stacklevel=2,
-            )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
@@ -216,11 +184,11 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
     """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
 
     ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
-    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed, if
-    the model has the weights beside which they were written. The schedule follows the trainer's ``global_step``,
-    whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside the loss, the
-    trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of the evaluation
-    during training as ``eval_slr/positive_weight``.
+    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed: from
+    ``output_dir``, or from the training arguments' ``resume_from_checkpoint``. The schedule follows the trainer's
+    ``global_step``, whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside
+    the loss, the trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of
+    the evaluation during training as ``eval_slr/positive_weight``.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 
@@ -236,7 +204,9 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
 
     def criteria(self) -> dict[str, SLRLoss]:
         """Every SLRLoss in the trainer's losses, by its path."""
-        return {path: module for path, module in self._modules() if isinstance(module, SLRLoss)}
+        losses = self.trainer.loss if isinstance(self.trainer.loss, dict) else {"loss": self.trainer.loss}
+        modules = ((f"{name}.{path}", module) for name, loss in losses.items() for path, module in loss.named_modules())
+        return {path: module for path, module in modules if isinstance(module, SLRLoss)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the losses of a run that is resumed; follow their calls."""
@@ -244,12 +214,6 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         criteria = self.criteria()
         if not criteria:
             raise ValueError(f"{type(self.trainer.loss).__name__} has no slr_plugin.SLRLoss: remove the callback")
-        repeating = [module for _, module in self._modules() if type(module).__name__ in REPEATING]
-        if repeating and any(len(criterion.memory_bank) for criterion in criteria.values()):
-            raise ValueError(
-                f"{type(repeating[0]).__name__} calls the loss several times a batch, and each call would enqueue the "
-                "same documents: set memory_bank_size=0"
-            )
         if state.global_step:
             self._restore(criteria, args, state)
         for criterion in criteria.values():
@@ -260,19 +224,15 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         """Write the losses into the checkpoint that the trainer has just written."""
         folder = self._folder(args, state)
         if args.should_save and folder.is_dir():
-            states = {path: criterion.state_dict() for path, criterion in self.criteria().items()}
-            torch.save({"losses": states, "weights": self._weights()}, folder / self.FILE)
+            torch.save(
+                {path: criterion.state_dict() for path, criterion in self.criteria().items()}, folder / self.FILE
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the losses."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module in the trainer's losses, with its path."""
-        losses = self.trainer.loss if isinstance(self.trainer.loss, dict) else {"loss": self.trainer.loss}
-        return ((f"{name}.{path}", module) for name, loss in losses.items() for path, module in loss.named_modules())
 
     def _place(self, criterion: SLRLoss, inputs: Any) -> None:
         """Place the schedule at the trainer's step: calls do not count steps."""
@@ -282,39 +242,21 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
         self.trainer.track_loss_components({f"slr/{name}": value for name, value in criterion.stats.items()})
 
     def _restore(self, criteria: dict[str, SLRLoss], args: Any, state: Any) -> None:
-        folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
-        files = [folder / self.FILE for folder in (*folders, self._folder(args, state))]
-        stored = {file: torch.load(file, map_location="cpu", weights_only=True) for file in files if file.is_file()}
-        weights = self._weights()
-        fitting = [file for file, content in stored.items() if _are_close(content["weights"], weights)]
-        if not fitting:
+        told = args.resume_from_checkpoint
+        file = (Path(told) if isinstance(told, str) else self._folder(args, state)) / self.FILE
+        if not file.is_file():
             warnings.warn(
-                f"there is no {' or '.join(map(str, files))} that was written beside the model's weights: the queue "
-                "starts afresh; if the checkpoint lies elsewhere, set resume_from_checkpoint of the training arguments "
-                "to its folder too",
+                f"there is no {file}: the queue starts afresh; if the checkpoint lies elsewhere, set "
+                "resume_from_checkpoint of the training arguments to its folder too",
                 stacklevel=2,
             )
             return
-        file = fitting[0]
-        states = stored[file]["losses"]
+        states = torch.load(file, map_location="cpu", weights_only=True)
         if states.keys() != criteria.keys():
             raise ValueError(f"{file} is of the losses {sorted(states)}, the trainer has {sorted(criteria)}")
         for path, criterion in criteria.items():
             criterion.load_state_dict(states[path])
 
-    def _weights(self) -> list[float]:
-        """Numbers by which the model's weights are known again; none where processes hold a part of them each."""
-        if self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
-            return []
-        with torch.no_grad():
-            return [torch.linalg.vector_norm(p, 1, dtype=torch.float64).item() for p in self.trainer.model.parameters()]
-
     @staticmethod
     def _folder(args: Any, state: Any) -> Path:
         return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
-def _are_close(first: Sequence[float], second: Sequence[float]) -> bool:
-    return len(first) == len(second) and all(
-        math.isclose(a, b, rel_tol=1e-9) for a, b in zip(first, second, strict=True)
-    )

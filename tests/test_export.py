@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,27 +285,17 @@ def test_wide_and_grouped_resnets_have_the_same_names(kwargs):
     [
         (lambda: timm.create_model("resnet18d"), "conv1.0.weight"),
         (lambda: timm.create_model("seresnet18", block_args={"attn_layer": "se"}), "layer1.0.se.fc1"),
-        (lambda: torchvision.models.resnet18(norm_layer=lambda d: nn.GroupNorm(1, d)), "bn1.running_mean"),
         (lambda: nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]), "0.weight"),
         (lambda: torchvision.models.vgg11_bn(), "classifier.0.weight"),
         (small_images, "7 x 7 convolution, but conv1.weight, for small images, is (64, 3, 3, 3)"),
     ],
-    ids=["deep stem", "squeeze", "group norm", "sequential", "vgg", "small images"],
+    ids=["deep stem", "squeeze", "sequential", "vgg", "small images"],
 )
 def test_another_architecture_is_refused_by_detectron2(other, said):
     state = {name: value for name, value in other().state_dict().items() if not name.startswith("fc.")}
     with pytest.raises(ValueError, match=r"only torchvision's ResNets|detectron2's stem") as error:
         to_detectron2(state)
     assert said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "gone", ["layer4.", "layer1.0.", "layer3.1.bn2.running_var", "layer2.0.downsample.1.", "bn1.bias"]
-)
-def test_a_part_of_a_resnet_is_refused_by_detectron2(gone):
-    state = {name: value for name, value in resnet("resnet18").state_dict().items() if not name.startswith(gone)}
-    with pytest.raises(ValueError, match=rf"missing here: \['{gone}"):
-        to_detectron2(state)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -339,13 +328,6 @@ FILES = {
     "list of state": (saved({"state_dict": [1]}), 'no dictionary "state_dict"'),
     "no keys": (saved({"state_dict": {}}), "no keys backbone.*; its keys begin with: nothing"),
     "other keys": (saved({"state_dict": {"my_backbone.a": ONES, 3: ONES}}), "its keys begin with: 3, my_backbone"),
-    "two": (
-        saved({"state_dict": {"backbone.a": ONES, "module.backbone.a": ONES}}),
-        "two backbones with the same names",
-    ),
-    "classifier": (saved({"state_dict": {"backbone.fc.weight": ONES}}), "no weights to export"),
-    "buffers": (saved({"state_dict": {"backbone.bn1.running_mean": ONES}}), "no weights to export"),
-    "no numbers": (saved({"state_dict": {"backbone.weight": torch.empty(0, 3)}}), "no weights to export"),
 }
 
 
@@ -358,40 +340,6 @@ def test_a_file_without_a_backbone_is_refused_and_nothing_written(tmp_path, caps
     assert fails(capsys, checkpoint, tmp_path / "new" / "b.safetensors") == str(error.value)
     assert str(error.value).startswith(str(checkpoint))
     assert list(tmp_path.iterdir()) == [checkpoint]
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's, of nested, quantized and sparse tensors
-@pytest.mark.parametrize(
-    ("build", "said"),
-    [
-        (lambda: {"scale": ONES}, "class 'dict'"),
-        (lambda: torch.eye(3).to_sparse(), "torch.sparse_coo"),
-        (lambda: torch.quantize_per_tensor(ONES, 0.1, 0, torch.qint8), "torch.qint8"),
-        (lambda: torch.nested.nested_tensor([ONES, ONES[:2]]), "torch.float32"),
-        (lambda: torch.empty(3, device="meta"), "on meta"),
-        (lambda: ONES.to(torch.complex128), "torch.complex128"),
-    ],
-    ids=["dict", "coo", "quantized", "nested", "meta", "complex"],
-)
-def test_a_value_that_is_no_dense_tensor_of_real_numbers_is_refused_by_name(tmp_path, capsys, build, said):
-    checkpoint, odd = tmp_path / "run.ckpt", build()
-    torch.save({"state_dict": {"backbone.weight": ONES, "backbone.odd": odd}}, checkpoint)
-    message = fails(capsys, checkpoint, tmp_path / "new" / "b.safetensors")
-    assert message.startswith(f"odd in {checkpoint} is no dense tensor of real numbers, but ")
-    assert said in message
-    resnet18 = resnet("resnet18").state_dict()
-    for state, name, to in (({}, "b.safetensors", "torchvision"), (resnet18, "b.pkl", "detectron2")):
-        with pytest.raises(ValueError, match=r"bn1.bias in the state is no dense tensor"):
-            write({**state, "bn1.bias": odd}, tmp_path / "new" / name, to)
-    assert list(tmp_path.iterdir()) == [checkpoint]
-    torch.save({"state_dict": {"backbone.weight": ONES, "criterion.odd": odd}}, checkpoint)
-    assert list(read_backbone(checkpoint)) == ["weight"]  # what is not exported may be anything
-
-
-def test_integers_are_refused_by_detectron2():
-    state = resnet("resnet18").state_dict() | {"bn1.bias": torch.zeros(64, dtype=torch.int8)}
-    with pytest.raises(ValueError, match=r"bn1\.bias is torch\.int8; .* floating point"):
-        to_detectron2(state)
 
 
 @pytest.fixture
@@ -431,17 +379,15 @@ def test_a_checkpoint_that_could_run_code_is_not_loaded(tmp_path, capsys, zipped
         ("b.pkl", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
         ("b", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
         ("b.safetensors", "detectron2", ".pkl for detectron2; got "),
-        ("folder.safetensors", "torchvision", "got "),
         ("b.onnx", "onnx", "onnx"),
         ("b.pkl", "detectron2", "only torchvision's ResNets"),
     ],
 )
 def test_an_output_that_does_not_fit_is_refused_and_nothing_written(checkpoint, tmp_path, capsys, name, to, said):
-    (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(ValueError, match=re.escape(said)):
         write(read_backbone(checkpoint), tmp_path / name, to)
     assert said in fails(capsys, checkpoint, tmp_path / name, "--to", to)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.safetensors", "run.ckpt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.ckpt"]
 
 
 def test_without_safetensors_the_pip_command_is_named(checkpoint, tmp_path, capsys, monkeypatch):
@@ -449,18 +395,3 @@ def test_without_safetensors_the_pip_command_is_named(checkpoint, tmp_path, caps
     message = 'safetensors is not installed: pip install "slr-plugin[lightly]"'
     assert fails(capsys, checkpoint, tmp_path / "b.safetensors").startswith(message)
     assert write(resnet("resnet18").state_dict(), tmp_path / "b.pkl", "detectron2") > 0  # which does not need it
-
-
-def test_an_interrupted_run_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
-    output = tmp_path / "b.safetensors"
-    output.write_bytes(b"before")
-
-    def interrupted(path, data):
-        path.touch()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "write_bytes", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write(read_backbone(checkpoint), output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.safetensors", "run.ckpt"]
-    assert output.read_bytes() == b"before"

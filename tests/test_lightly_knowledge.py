@@ -21,8 +21,8 @@ from pytorch_lightning import Callback, seed_everything
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
+from slr_plugin.adapters.knowledge import read
 from slr_plugin.adapters.lightly import SANE, Indexed, compare, recipe, register, training
-from slr_plugin.adapters.lightly.knowledge import read
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "unseeded"),
@@ -109,8 +109,7 @@ def test_rows_of_features_reach_their_images(folder):
     seen = torch.cat([kwargs["estimator"] for _, kwargs, _ in calls.calls])
     assert torch.equal(seen.sum(0), torch.ones(IMAGES))
     assert torch.equal(model.criterion.memory_bank.estimator_bank, seen)
-    batch = [[torch.zeros(2, 3, 16, 16)] * 2, torch.zeros(2), (names[5], names[2])]
-    assert torch.equal(model._look_up(batch)[2]["estimator"], features[[5, 2]])
+    assert torch.equal(model.knowledge.of((names[5], names[2]))["estimator"], features[[5, 2]])
     assert names == sorted(names)
     assert runner.train_dataloader.dataset.dataset.samples == data("indexed", folder).dataset.samples
 
@@ -158,7 +157,7 @@ def test_tables_of_another_kind_are_refused(change, error, message):
 def test_tables_of_another_length_and_batches_without_names_are_refused(folder):
     with pytest.raises(ValueError, match="groups must have a row for each of the 24 training images, got 23"):
         fit(build(groups=PAIRS[1:]), data("indexed", folder))
-    with pytest.raises(ValueError, match=r"a batch must be \(views, targets, names or indices\).*Indexed"):
+    with pytest.raises(ValueError, match=r"with groups a batch must say which images it has.*Indexed"):
         fit(build(groups=PAIRS), ImageFolder(folder / "train", two_views))
 
 
@@ -177,9 +176,9 @@ def test_files(tmp_path):
     (tmp_path / "ids.txt").write_text("\n".join(map(str, PAIRS.tolist())) + "\n")
     np.save(tmp_path / "features.npy", np.eye(IMAGES, dtype=">f8"))
     for name in ("ids.npy", "ids.txt"):
-        assert torch.equal(read(groups=tmp_path / name, images=IMAGES)["groups"], PAIRS)
-    tables = read(tmp_path / "features.npy", tmp_path / "ids.npy")
-    assert list(tables) == ["estimator", "groups"]
+        assert torch.equal(read("--", groups=tmp_path / name)["groups"], PAIRS)
+    tables = read("--", tmp_path / "ids.npy", tmp_path / "features.npy")
+    assert list(tables) == ["groups", "estimator"]
     assert torch.equal(tables["estimator"], torch.eye(IMAGES))
 
 
@@ -203,8 +202,8 @@ def test_the_recipe_gives_every_image_its_row(digits, tmp_path, monkeypatch):
     """Every call's ids, features and labels are those of the folder's order, also in a chosen part of it."""
     watched, start = [], training.build
 
-    def build_and_watch(args, num_classes):
-        model = start(args, num_classes)
+    def build_and_watch(args, data):
+        model = start(args, data)
         watched.append(Calls(model))
         return model
 
@@ -262,7 +261,6 @@ def bad_files(root):
     (root / "short.txt").write_text("1\n2\n")
     (root / "words.txt").write_text("1\ncat\n")
     np.save(root / "floats.npy", np.zeros(48))
-    np.save(root / "ids.npy", np.zeros(48, dtype=np.uint64))
     np.save(root / "flat.npy", np.zeros(48, dtype=np.float32))
     np.save(root / "infinite.npy", np.full((48, 2), np.inf))
     np.save(root / "objects.npy", np.array([None]))
@@ -272,26 +270,26 @@ def bad_files(root):
 @pytest.mark.parametrize(
     ("option", "name", "message"),
     [
-        ("groups", "none.npy", "there is no file"),
-        ("groups", "short.txt", "has 2 rows, but there are 48 images"),
-        ("groups", "words.txt", "invalid literal for int() with base 10: 'cat'"),
-        ("groups", "floats.npy", "must hold whole numbers (images,), got float64 of shape (48,)"),
-        ("groups", "ids.npy", "must hold whole numbers (images,), got uint64"),
-        ("estimator", "none.npy", "there is no file"),
-        ("estimator", "flat.npy", "must hold floating point numbers (images, features), got float32 of shape (48,)"),
-        ("estimator", "infinite.npy", "holds values that are not finite"),
-        ("estimator", "objects.npy", "allow_pickle"),
+        ("groups", "none.npy", "none.npy: [Errno 2] No such file"),
+        ("groups", "short.txt", "must have a row for each of the 48 training images, got 2"),
+        ("groups", "words.txt", "could not convert string 'cat' to int64 at row 1"),
+        ("groups", "floats.npy", "groups must have dtype torch.int64, got torch.float64"),
+        ("estimator", "none.npy", "none.npy: [Errno 2] No such file"),
+        ("estimator", "flat.npy", "must have shape (images, features) and finite values, got (48,)"),
+        ("estimator", "infinite.npy", "must have shape (images, features) and finite values"),
+        ("estimator", "objects.npy", "Python objects in dtype"),
         ("estimator", "empty.npy", "No data left"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_in_one_line(option, name, message, digits, tmp_path, capsys):
     bad_files(tmp_path)
     for command in (recipe.main, compare.main):
+        known = ["--batch-size", "16", f"--{option}", str(tmp_path / name)]
         with pytest.raises(SystemExit) as exit_:
-            command(["--data", str(digits), "--output", str(tmp_path / "out"), f"--{option}", str(tmp_path / name)])
+            command(["--data", str(digits), "--output", str(tmp_path / "out"), *known])
         assert exit_.value.code == 2
         error = capsys.readouterr().err.partition("error: ")[2]
-        assert error.startswith(f"--{option}: ")
+        assert error.startswith(option if name == "short.txt" else f"--{option}: ")
         assert message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -309,15 +307,14 @@ def compared(digits, output, *options):
 def test_a_comparison_goes_on_and_repeats_nothing(digits, tmp_path, monkeypatch, capsys):
     train, trained = training.run, []
 
-    def run(args, folders, bar):
+    def run(args, data, model, bar):
         """One real training; the others only leave what a training leaves."""
         trained.append((args.output.name, args.method, args.groups is not None))
         if len(trained) == 3:
             raise _lightly.KilledError
         if trained[-1][0] == "known-0":
-            return train(args, folders, bar)
+            return train(args, data, model, bar)
         (args.output / "last.ckpt").touch()
-        (args.output / "arguments.json").write_text(json.dumps(recipe.plain(args)))
         return {"arguments": recipe.plain(args), "knn": 10.0 * len(trained), "linear": 5.0}
 
     monkeypatch.setattr(training, "run", run)
@@ -337,8 +334,7 @@ def test_a_comparison_goes_on_and_repeats_nothing(digits, tmp_path, monkeypatch,
     lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert lines[:4] == records[:4]
     assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
-    with Image.open(tmp_path / "compare.png") as figure:
-        assert min(figure.size) > 50
+    assert (tmp_path / "compare.png").stat().st_size > 1000
 
 
 def test_the_table_has_paired_intervals():
@@ -369,15 +365,15 @@ def test_groups_vote():
         ([], "give what you know: --groups FILE or --estimator FILE.npy"),
         (["--groups", "pairs.txt", "--seed", "3"], "--seed is not for compare"),
         (["--groups", "pairs.txt", "--test-estimator", "test.npy"], "--test-estimator goes with --estimator"),
-        (["--estimator", "train.npy", "--test-estimator", "train.npy"], "has 48 rows, but there are 20 images"),
+        (["--estimator", "train.npy", "--test-estimator", "train.npy"], "must be of shape (20, 64), got (48, 64)"),
         (["--groups", "pairs.txt", "--data", "train"], "compare needs class folders in train/train and train/test"),
-        (["--groups", "pairs.txt", "--sharpening", "3"], "unknown: --sharpening 3"),
+        (["--groups", "pairs.txt", "--sharpening", "3"], "unrecognized arguments: --sharpening 3"),
     ],
 )
 def test_a_comparison_that_cannot_be_made_is_refused(options, message, digits, capsys, monkeypatch):
     monkeypatch.chdir(digits)
     with pytest.raises(SystemExit):
-        compare.main(["--data", ".", *options])
+        compare.main(["--data", ".", "--batch-size", "16", *options])
     error = capsys.readouterr().err.partition("error: ")[2]
     assert message in error
     assert error.count("\n") == 1

@@ -89,13 +89,13 @@ def test_only_the_backbones_are_called_so():
 def test_bad_settings_are_refused_when_the_method_is_built():
     with pytest.raises(ValueError, match="confidence must be"):
         build(method_kwargs={"confidence": [0, 1, 2]})
-    with pytest.raises(ValueError, match="needs augmentation pipelines after the first"):
+    with pytest.raises(ValueError, match="needs small crops: "):
         build(method_kwargs={"strong_crops": True})
     with pytest.raises(ValueError, match=r"method_kwargs\.kappa must be between"):
         build(method_kwargs={"kappa": 0})
     with pytest.raises(ValueError, match=r"unknown to sane; it takes .*sharpening"):
         build(method_kwargs={"sharpning": 0.5})
-    with pytest.raises(ValueError, match=r"data.num_large_crops=2, got 3"):
+    with pytest.raises(ValueError, match=r"two large crops, .*, got 3 and 0"):
         build(data={"num_large_crops": 3})
 
 
@@ -374,16 +374,14 @@ def test_a_toy_two_thirds_of_which_are_in_pairs(folder, tmp_path, has_classes):
 def test_what_is_known_of_other_images_is_refused(folder):
     settings = write_knowledge(sorted((folder / "train").rglob("*.png"))[:-1])
     model = build(method_kwargs=settings)
-    with pytest.raises(ValueError, match=r"method_kwargs.groups: groups.txt has 39 rows, and there are 40 training im"):
+    with pytest.raises(ValueError, match="groups must have a row for each of the 40 training images, got 39"):
         train(model, loader(model.cfg, folder / "train"))
     assert model.criteria[0].step == 0
     np.save("flat.npy", np.ones(40))
     for name, path in (("groups", "flat.npy"), ("estimator", "flat.npy"), ("estimator", "groups.txt")):
-        with pytest.raises(
-            ValueError, match=rf"method_kwargs.{name}: {path} must hold .*numbers, one .*for each image"
-        ):
+        with pytest.raises(ValueError, match=rf"method_kwargs.{name}: {path}: {name} must have"):
             build(method_kwargs={name: path})
-    with pytest.raises(ValueError, match=r"method_kwargs.groups: nowhere.txt cannot be read"):
+    with pytest.raises(ValueError, match=r"method_kwargs.groups: nowhere.txt: nowhere.txt not found"):
         build(method_kwargs={"groups": "nowhere.txt"})
     with pytest.raises(ValueError, match="need the numbers of images, which DALI does not give"):
         build(method_kwargs=settings, data={"format": "dali"})
@@ -396,8 +394,6 @@ def test_a_run_that_goes_on_with_other_settings_says_so(folder, tmp_path, recwar
     checkpoint = torch.load(tmp_path / "half.ckpt", weights_only=False)
     build().on_load_checkpoint(checkpoint)
     build().on_load_checkpoint({})  # of an earlier version
-    del checkpoint["slr_plugin_method_kwargs"]["same_group"]  # as of another
-    build().on_load_checkpoint(checkpoint)
     assert "other method_kwargs" not in str([warning.message for warning in recwarn])
     build(method_kwargs={"label_quality_every": 5}).on_load_checkpoint(checkpoint)
     assert "other method_kwargs" not in str([warning.message for warning in recwarn])

@@ -13,7 +13,7 @@ from slr_plugin.adapters._require import require
 require("lightly", "lightly", "pytorch_lightning", "torchvision")
 
 if TYPE_CHECKING:
-    from slr_plugin.adapters.lightly.knowledge import Indexed as Indexed
+    from slr_plugin.adapters.knowledge import Indexed as Indexed
     from slr_plugin.adapters.lightly.methods import VARIANTS as VARIANTS
     from slr_plugin.adapters.lightly.methods import register as register
     from slr_plugin.adapters.lightly.module import SANE as SANE
@@ -29,8 +29,8 @@ __all__ = ["MULTI", "SANE", "SINGLE", "VARIANTS", "Indexed", "SANETransform", "c
 def __getattr__(name: str) -> Any:
     """Import a name where it is asked for: the frameworks take seconds, for which ``--help`` need not wait."""
     if name in __all__:
-        for module in ("knowledge", "transforms", "networks", "module", "methods"):
-            found = import_module(f"{__name__}.{module}")
+        for module in ("knowledge", "lightly.transforms", "lightly.networks", "lightly.module", "lightly.methods"):
+            found = import_module(f"slr_plugin.adapters.{module}")
             if hasattr(found, name):
                 return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from slr_plugin.adapters._require import has_gpu, require
+from slr_plugin.adapters._require import require
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
         importlib.import_module(f"slr_plugin.adapters.lightly.{name}").main(arguments[1:])
         return
     script = load(Path(arguments[0]))
-    from slr_plugin.adapters.lightly.knowledge import read
+    from slr_plugin.adapters.knowledge import read
     from slr_plugin.adapters.lightly.methods import VARIANTS, register
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -55,14 +55,12 @@ def main(arguments: Sequence[str]) -> None:
     options = vars(script.parser.parse_args(rest))
     methods = options.get("methods") or []
     try:
-        register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)], **read(**vars(files)))
+        register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)], **read("--", **vars(files)))
     except ValueError as error:
         script.parser.error(str(error))
     if unknown := [name for name in methods if name not in script.METHODS]:
         known = ", ".join({**script.METHODS, **VARIANTS})
         script.parser.error(f"--methods must be among {known}, got {', '.join(unknown)}")
-    if options.get("accelerator") in ("gpu", "cuda") and not has_gpu(options["accelerator"]):
-        script.parser.error("torch finds no GPU here; on a CPU add: --accelerator cpu --devices 1 --precision 32")
     script.main(**options)
 
 

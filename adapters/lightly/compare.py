@@ -12,8 +12,8 @@ image's group (without one: the most frequent class). It has no rows for the tes
 the training images, judged by the rest. With ``--test-estimator FILE.npy``, a row for each test image, features are
 judged on these.
 
-The same command again goes on where it stopped. ``--output`` holds ``runs.jsonl``, ``table.md``, ``compare.png``, and a
-folder for each run.
+The same command again goes on where a training stopped. ``--output`` holds ``runs.jsonl``, ``table.md``, ``compare.png``, and
+a folder for each run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from slr_plugin.adapters.lightly import recipe
-from slr_plugin.adapters.lightly.knowledge import read, read_table
 
 PLAIN, KNOWN = "plain loss", "with the knowledge"
 MEASURES = {"knn": "kNN %", "linear": "linear %"}
@@ -37,35 +39,33 @@ QUANTILES = (
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 Record = dict[str, Any]  # arm, seed, knn, linear
+Run = tuple[str, int, argparse.Namespace]  # what it trains, its seed, what the recipe makes of its options
 
 
 def main(argv: Sequence[str] | None = None) -> list[Record]:
-    """Train what is missing, write records, table and figure; returns the records."""
-    args, runs = parse(argv)
+    """Train what is missing, write records and table; returns the records."""
+    args, runs, data, tables = parse(argv)
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    folders = recipe.find_images(args.data)
+    args.output.mkdir(parents=True, exist_ok=True)
     records: list[Record] = []
     epochs = runs[0][2].epochs
     with tqdm(total=len(runs) * epochs, unit="epoch") as bar:
         for number, (arm, seed, options) in enumerate(runs, start=1):
             bar.set_description(f"{arm}, seed {seed}")
-            results = recipe.finished(options)
-            if results is None:
-                results = recipe.train(options, bar)
+            results = recipe.finished(options) or recipe.train(options, bar)
             records.append({"arm": arm, "seed": seed, "knn": results["knn"], "linear": results["linear"]})
             write(records, args.output)
             bar.update(number * epochs - bar.n)
     for seed in range(args.seeds):
-        records += alone(args, runs[0][2], folders, seed)
-        write(records, args.output)
+        records += alone(data, tables, runs[0][2], seed)
     print(write(records, args.output))
-    print(f"records, table and figure: {args.output}")
+    print(f"records and table: {args.output}")
     return records
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[tuple[str, int, argparse.Namespace]]]:
-    """The options, and those of every run: what it trains, its seed, what the recipe makes of its options."""
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Run], Any, dict[str, Tensor]]:
+    """The options, the runs, the images, and what is known of those that are trained on; errors end the process."""
     prog = "python -m slr_plugin.adapters.lightly compare"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=formatter, allow_abbrev=False)
@@ -82,49 +82,52 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[tuple[st
         parser.error("give what you know: --groups FILE or --estimator FILE.npy")
     if args.test_estimator is not None and args.estimator is None:
         parser.error("--test-estimator goes with --estimator")
-    try:
-        folders = recipe.find_images(args.data)
-        if folders is not None and folders.test is None:
-            raise ValueError(f"--data: compare needs class folders in {args.data / 'train'} and {args.data / 'test'}")
-        tables = read(args.estimator, args.groups, 50_000 if folders is None else folders.images)
-        if args.test_estimator is not None:
-            images = 10_000 if folders is None else folders.tested
-            width = read_table("test-estimator", args.test_estimator, images).shape[1]
-            if width != tables["estimator"].shape[1]:
-                raise ValueError(f"--test-estimator has {width} features, --estimator {tables['estimator'].shape[1]}")
-    except ValueError as error:
-        parser.error(str(error))
     known = [f"--{name}={getattr(args, name)}" for name in ("groups", "estimator") if getattr(args, name) is not None]
-    data = [] if args.data is None else ["--data", str(args.data)]
-    runs = []
+    images = [] if args.data is None else ["--data", str(args.data)]
+    runs: list[Run] = []
     for seed in range(args.seeds):
         for arm, folder, knowledge in ((PLAIN, "plain", []), (KNOWN, "known", known)):
             output = args.output / f"{folder}-{seed}"
             goes_on = ["--resume"] if (output / "last.ckpt").is_file() else []
-            options = ["--method", "mocov2", *data, *rest, *knowledge, "--seed", str(seed), "--output", str(output)]
+            options = ["--method", "mocov2", *images, *rest, *knowledge, "--seed", str(seed), "--output", str(output)]
             runs.append((arm, seed, recipe.parse([*options, *goes_on])))
-    return args, runs
+    try:
+        return args, runs, *look_up(args, runs[0][2])
+    except ValueError as error:
+        parser.error(str(error))
 
 
-def alone(args: argparse.Namespace, options: argparse.Namespace, folders: Any, seed: int) -> list[Record]:
-    """What the groups and the features give without a training; from its file where it was measured before."""
-    path = args.output / f"alone-{seed}.json"
-    settings = recipe.plain(args) | {"seeds": None, "limit": options.limit, "linear_epochs": options.linear_epochs}
-    if path.is_file() and (before := json.loads(path.read_text()))["settings"] == settings:
-        return list(before["records"])
-    import torch
+def look_up(args: argparse.Namespace, options: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+    """The images, and the rows of those that the options choose, by ``groups``, ``estimator`` and ``tested``."""
+    from slr_plugin.adapters.knowledge import Knowledge, read, read_table
+    from slr_plugin.adapters.lightly import training
+
+    data = training.load(options)
+    if not data.judged:
+        raise ValueError(f"--data: compare needs class folders in {args.data}/train and {args.data}/test")
+    knowledge = Knowledge(**read("--", args.groups, args.estimator))
+    knowledge.attach(data.views)
+    tables = knowledge.of(torch.tensor(list(data.views.indices)))
+    if args.test_estimator is not None:
+        features, tested = read_table("--test-estimator", args.test_estimator), data.judged[1]
+        wanted = (len(tested.dataset), knowledge.estimator_dim)
+        if features.shape != wanted:
+            raise ValueError(f"--test-estimator must be of shape {wanted}, got {tuple(features.shape)}")
+        tables["tested"] = features[list(tested.indices)]
+    return data, tables
+
+
+def alone(data: Any, tables: dict[str, Tensor], options: argparse.Namespace, seed: int) -> list[Record]:
+    """What the groups and the features give without a training; a fifth of the images is judged by the rest."""
     from pytorch_lightning import seed_everything
 
     from slr_plugin.adapters.lightly import training
 
     seed_everything(seed)
-    parts: list[Any] = [training.part(options, folders, place) for place in ("train", "test")]
-    (train, test), num_classes = parts, len(parts[0].dataset.classes)
-    classes, test_classes = (torch.tensor(part.dataset.targets)[list(part.indices)] for part in parts)
-    tables = {name: table[list(train.indices)] for name, table in read(args.estimator, args.groups).items()}
+    classes, test_classes = (torch.tensor(part.dataset.targets)[list(part.indices)] for part in data.judged)
     order = torch.randperm(len(classes))
     judged, voting = order[: len(order) // 5], order[len(order) // 5 :]
-    records = []
+    records: list[Record] = []
     if "groups" in tables:
         votes = vote_of_groups(tables["groups"][voting], classes[voting], tables["groups"][judged])
         accuracy = 100 * (votes == classes[judged]).float().mean().item()
@@ -132,15 +135,13 @@ def alone(args: argparse.Namespace, options: argparse.Namespace, folders: Any, s
     if "estimator" in tables:
         # Unit rows, as the loss takes them, and then about a unit of variance, as the linear classifier likes them.
         scale = tables["estimator"].shape[1] ** 0.5
-        features = scale * torch.nn.functional.normalize(tables["estimator"])
-        pairs = (features[voting], classes[voting]), (features[judged], classes[judged])
-        if args.test_estimator is not None:
-            rows = read_table("test-estimator", args.test_estimator)[list(test.indices)]
-            pairs = (features, classes), (scale * torch.nn.functional.normalize(rows), test_classes)
-        scores = {"knn": training.vote(pairs[0], pairs[1], num_classes)}
-        scores["linear"] = training.judge_linearly(pairs[0], pairs[1], num_classes, options)
-        records.append({"arm": "estimator alone", "seed": seed, **scores})
-    path.write_text(json.dumps({"settings": settings, "records": records}))
+        features = {name: scale * F.normalize(tables[name]) for name in tables.keys() - {"groups"}}
+        train, test = ((features["estimator"][rows], classes[rows]) for rows in (voting, judged))
+        if "tested" in tables:
+            train, test = (features["estimator"], classes), (features["tested"], test_classes)
+        knn = training.vote(train, test, data.classes)
+        linear = training.judge_linearly(train, test, data.classes, options)
+        records.append({"arm": "estimator alone", "seed": seed, "knn": knn, "linear": linear})
     return records
 
 
@@ -163,13 +164,14 @@ def write(records: Sequence[Record], output: Path) -> str:
 def table(records: Sequence[Record]) -> str:
     """Means over the seeds with Student's 95 % intervals, and the difference, paired by seed."""
     lines = [f"| | seeds | {' | '.join(MEASURES.values())} |", "|---|--:|--:|--:|"]
-    for arm in arms(records):
-        seeds = len([record for record in records if record["arm"] == arm])
+    for arm in dict.fromkeys(record["arm"] for record in records):
         cells = [interval(values(records, arm, name).values()) for name in MEASURES]
-        lines.append(f"| {arm} | {seeds} | {' | '.join(cells)} |")
-    pairs = {name: [values(records, arm, name) for arm in (PLAIN, KNOWN)] for name in MEASURES}
-    seeds = len(pairs["knn"][0].keys() & pairs["knn"][1].keys())
-    cells = [interval([b[seed] - a[seed] for seed in a if seed in b], sign="+") for a, b in pairs.values()]
+        lines.append(f"| {arm} | {len(values(records, arm, 'knn'))} | {' | '.join(cells)} |")
+    cells = []
+    for name in MEASURES:
+        plain, known = (values(records, arm, name) for arm in (PLAIN, KNOWN))
+        cells.append(interval([known[seed] - plain[seed] for seed in plain if seed in known], sign="+"))
+    seeds = len(values(records, KNOWN, "knn"))
     return "\n".join([*lines, f"| difference, paired by seed | {seeds} | {' | '.join(cells)} |"])
 
 
@@ -183,33 +185,25 @@ def interval(numbers: Iterable[float], sign: str = "") -> str:
     return f"{mean:{sign}.2f} ({mean - margin:{sign}.2f} to {mean + margin:{sign}.2f})"
 
 
-def arms(records: Sequence[Record]) -> list[str]:
-    """What was measured, in the order of the table."""
-    return list(dict.fromkeys(record["arm"] for record in records))
-
-
 def values(records: Sequence[Record], arm: str, name: str) -> dict[int, float]:
     """A measure by seed, where there is one."""
     return {r["seed"]: r[name] for r in records if r["arm"] == arm and r[name] is not None}
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """A point for each run, a line between the two of a seed, and a bar at each mean."""
+    """A point for each run and a bar at each mean, by what was measured."""
     from matplotlib.figure import Figure
 
-    names = arms(records)
+    arms = list(dict.fromkeys(record["arm"] for record in records))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
-        columns = [values(records, arm, name) for arm in names]
-        for place, column in enumerate(columns):
-            axes.plot([place] * len(column), list(column.values()), "o", color=f"C{place}", alpha=0.6)
-            if column:
-                axes.hlines(np.mean(list(column.values())), place - 0.2, place + 0.2, color=f"C{place}")
-        for seed in columns[0].keys() & (columns[1].keys() if len(columns) > 1 else set()):
-            axes.plot([0, 1], [columns[0][seed], columns[1][seed]], color="grey", linewidth=0.7, zorder=0)
-        axes.set_xticks(range(len(names)), [arm.replace(" ", "\n", 1) for arm in names])
-        axes.set(ylabel=label, xlim=(-0.5, len(names) - 0.5))
-        axes.spines[["top", "right"]].set_visible(False)
+        for place, arm in enumerate(arms):
+            found = list(values(records, arm, name).values())
+            axes.plot([place] * len(found), found, "o", color=f"C{place}", alpha=0.6)
+            if found:
+                axes.hlines(np.mean(found), place - 0.2, place + 0.2, color=f"C{place}")
+        axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms])
+        axes.set(ylabel=label, xlim=(-0.5, len(arms) - 0.5))
     figure.savefig(path, dpi=150)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from slr_plugin import Mix
-from slr_plugin.adapters._run import SelfLabelingModule, epoch_steps, schedule
+from slr_plugin.adapters._run import SelfLabelingModule, schedule
+from slr_plugin.adapters.knowledge import Knowledge
 from slr_plugin.adapters.lightly.knn import KNNVote
-from slr_plugin.adapters.lightly.knowledge import Knowledge
-from slr_plugin.adapters.lightly.networks import checked_features, complete
+from slr_plugin.adapters.lightly.networks import complete
 from slr_plugin.adapters.lightly.transforms import checked_views
-from slr_plugin.checks import check_flag, check_integer, check_number
+from slr_plugin.checks import check_integer, check_number
 from slr_plugin.distributed import world_size
 from slr_plugin.presets import IMAGENET, Preset
 
@@ -74,8 +74,6 @@ class SANE(SelfLabelingModule, LightningModule):
         TypeError: an argument is of the wrong type.
     """
 
-    _warmup_and_rates: tuple[int, list[float]] | None = None  # of this run
-
     def __init__(
         self,
         batch_size_per_device: int,
@@ -97,22 +95,14 @@ class SANE(SelfLabelingModule, LightningModule):
         groups: Tensor | None = None,
         estimator: Tensor | None = None,
     ) -> None:
-        for name, count in (("batch_size_per_device", batch_size_per_device), ("num_classes", num_classes)):
-            check_integer(name, count, low=1)
-        check_integer("knn_k", knn_k, low=1)
-        check_integer("warmup_epochs", warmup_epochs, low=0)
-        check_number("knn_t", knn_t, low=1e-8)
-        check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
-        check_flag("mixup", mixup)
-        check_flag("share_mix", share_mix)
-        if mixup and in_batch_keys is False:
-            raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
-        for name, network in (("backbone", backbone), ("projection_head", projection_head)):
-            if not isinstance(network, nn.Module | None):
-                raise TypeError(f"{name} must be a torch.nn.Module or None, got {network!r}")
-        preset = _as_preset(preset)
+        preset = Preset(**preset) if isinstance(preset, Mapping) else preset  # what a checkpoint keeps of one
+        if not isinstance(preset, Preset):
+            raise TypeError(f"preset must be one of slr_plugin.presets, got {preset!r}")
         preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
         check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without
+        check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
+        if mixup and not in_batch_keys:
+            raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
         super().__init__()
         # Plain values alone, for a checkpoint that loads with weights_only=True.
         objects = ["backbone", "projection_head", "preset", "groups", "estimator"]
@@ -135,7 +125,7 @@ class SANE(SelfLabelingModule, LightningModule):
             gather_distributed=True,
             confidence=schedule(self.confidence, total_steps=1),  # the run's length is not known before on_train_start
             in_batch_keys=in_batch_keys,
-            estimator_dim=None if estimator is None else estimator.shape[1],
+            estimator_dim=self.knowledge.estimator_dim,
         )
         self.mixup = preset.mixup() if mixup else None
         self._follow(self.criterion)
@@ -151,14 +141,14 @@ class SANE(SelfLabelingModule, LightningModule):
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Equation (9), plus the loss of the online classifier on detached features."""
-        views, targets = checked_views(batch, mixes=self.mixup is not None)
-        features = self._features(views[1])
+        views, targets = checked_views(batch, mixes=self.mixup is not None), batch[1]
+        features = self(views[1]).flatten(start_dim=1)
         queries = self.projection_head(features)
         # Between queries and keys, as in the MoCo authors' code.
         update_momentum(self.backbone, self.key_backbone, m=self.ema_momentum)
         update_momentum(self.projection_head, self.key_projection_head, m=self.ema_momentum)
         keys = self.forward_keys(views[0])
-        known = self._look_up(batch)[2] if self.knowledge.tables else {}
+        known = batch[2] if self.knowledge.tables else {}
         loss = self.criterion(queries, keys, *self._mixed_queries(views), **known)
         size = len(targets)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True, batch_size=size)
@@ -168,11 +158,6 @@ class SANE(SelfLabelingModule, LightningModule):
         self.log_dict(logs, sync_dist=True, batch_size=size)
         total: Tensor = loss + class_loss
         return total
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Look up what is known of the images of a training batch, while their indices are on the host."""
-        batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        return self._look_up(batch) if self.trainer.training else batch
 
     @torch.no_grad()
     def forward_keys(self, x: Tensor) -> Tensor:
@@ -185,7 +170,7 @@ class SANE(SelfLabelingModule, LightningModule):
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int | None = None) -> Tensor | None:
         """Both online classifiers on the last of one or two loaders; of two, the first holds the images that vote."""
-        features, targets = self._features(batch[0]).detach(), batch[1]
+        features, targets = self(batch[0]).flatten(start_dim=1).detach(), batch[1]
         logs: dict[str, Tensor] = {}
         # The trainer's sanity check shows two batches, which are too few to vote.
         if dataloader_idx is not None and not self.trainer.sanity_checking:
@@ -216,46 +201,19 @@ class SANE(SelfLabelingModule, LightningModule):
             momentum=self.preset.momentum,
             weight_decay=self.preset.weight_decay,
         )
-        self._steps.begin(self.trainer)
-        steps, warmup = self._steps.total(self.trainer), epoch_steps(self.trainer, self.warmup_epochs)
-        if warmup == float("inf"):
+        steps, epochs = self.total_steps(), self.trainer.max_epochs or -1
+        if self.warmup_epochs and epochs < 1:
             raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
-        scheduler = CosineWarmupScheduler(optimizer, warmup_epochs=int(warmup), max_epochs=steps)
-        self._warmup_and_rates = int(warmup), list(scheduler.base_lrs)
+        warmup = int(self.trainer.estimated_stepping_batches / epochs * self.warmup_epochs)
+        scheduler = _Cosine(optimizer, warmup_epochs=warmup, max_epochs=steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    def on_train_start(self) -> None:
-        """Lay out the schedules; a resumed run takes its own length and rates in place of the checkpoint's."""
-        super().on_train_start()
-        if self.knowledge.tables:
-            self.knowledge.check_length(self._images())
-        for config in self.trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if self._warmup_and_rates and isinstance(scheduler, CosineWarmupScheduler):
-                scheduler.max_epochs = self._steps.total(self.trainer)
-                scheduler.warmup_epochs, scheduler.base_lrs = self._warmup_and_rates
-                scheduler.last_epoch = self.trainer.global_step - self._steps.first
-                scale = scheduler.scale_lr(scheduler.last_epoch)
-                for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-                    group["lr"] = scale * rate
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Place the schedules; warn if the learning rate is meant for batches of another size."""
         super().on_train_batch_start(batch, batch_idx)
-        _, targets = checked_views(batch, mixes=self.mixup is not None)
-        if self.trainer.global_step == batch_idx == 0 and len(targets) != self.batch_size_per_device:
-            seen = f"batch_size_per_device={self.batch_size_per_device} but the batch has {len(targets)} images"
+        if self.trainer.global_step == batch_idx == 0 and len(batch[1]) != self.batch_size_per_device:
+            seen = f"batch_size_per_device={self.batch_size_per_device} but the batch has {len(batch[1])} images"
             warnings.warn(f"{seen}: pass the DataLoader's batch_size, and drop_last=True to it", stacklevel=2)
-
-    def _images(self) -> Any:
-        return self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
-
-    def _look_up(self, batch: Any) -> Any:
-        """The batch with what is known of its images as third entry, if anything is."""
-        return self.knowledge.look_up(batch, self._images()) if self.knowledge.tables else batch
-
-    def _features(self, images: Tensor) -> Tensor:
-        return checked_features(self(images), self.online_classifier.feature_dim, self.projection_head)
 
     def _mixed_queries(self, views: Sequence[Tensor]) -> tuple[()] | tuple[list[Tensor], list[Mix]]:
         """The trained network's projections of every crop's mixed images, and how they were mixed."""
@@ -266,16 +224,16 @@ class SANE(SelfLabelingModule, LightningModule):
         crops = views[2:] or views
         for positives, queries in zip(crops[::2], crops[1::2], strict=True):
             images, mix = self.mixup(queries, positives, *(mixes[0] if mixes and self.share_mix else ()))
-            mixed.append(self.projection_head(self._features(images)))
+            mixed.append(self.projection_head(self(images).flatten(start_dim=1)))
             mixes.append(mix)
         return mixed, mixes
 
 
-def _as_preset(preset: Any) -> Preset:
-    """The preset, also from what a checkpoint keeps of it."""
-    if isinstance(preset, Preset):
-        return preset
-    names = {field.name for field in fields(Preset)}
-    if not isinstance(preset, Mapping) or set(preset) != names:
-        raise TypeError(f"preset must be one of slr_plugin.presets, or a mapping with {sorted(names)}, got {preset!r}")
-    return Preset(**preset)
+class _Cosine(CosineWarmupScheduler):  # type: ignore[misc]  # lightly is untyped
+    """lightly's decay; a run that goes on keeps its place, and takes its own length and rates for the checkpoint's."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        own = {name: getattr(self, name) for name in ("max_epochs", "warmup_epochs", "base_lrs")}
+        super().load_state_dict(state_dict | own)
+        for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = rate * self.scale_lr(self.last_epoch)

@@ -15,8 +15,9 @@ Without DIR/test, or without class folders in DIR/train (or DIR), it trains all 
 from features that you have, with the confidence and sharpening of ``presets.FROM_FEATURES``. A line or row stands for
 each training image, class by class and name by name, as ``sorted`` orders them: the order of torchvision's ImageFolder.
 
-It writes into ``--output``: ``arguments.json``, ``views.png`` (what the network sees), ``last.ckpt``, TensorBoard's
-logs, then ``curves.png`` and ``results.json``. The paper trains ResNet-50 for 2,000 epochs: ``--backbone resnet50
+It writes into ``--output``: ``arguments.json``, ``views.png`` (what the network sees: a row of queries, one of their
+positives, with ``--strong`` both again as they are mixed, and the mixed queries), ``last.ckpt``, TensorBoard's logs,
+then ``curves.png`` and ``results.json``. The paper trains ResNet-50 for 2,000 epochs: ``--backbone resnet50
 --epochs 2000``.
 """
 
@@ -27,50 +28,31 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from slr_plugin import presets
-from slr_plugin.adapters._require import has_gpu
-from slr_plugin.adapters.lightly.knowledge import read
 
-# Nothing here imports a framework, so that help and mistakes answer at once; ``training.py`` does.
+# Nothing here imports a framework, so that help answers at once; ``training.py`` does.
 COMMAND = "python -m slr_plugin.adapters.lightly cifar10"
-IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 WIDE = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 BACKBONES = ("resnet9", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *WIDE)
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "16", "bf16", "32", "64")
 # Options in which a run may go on differently; --epochs may grow.
 FREE = {"resume", "output", "data", "workers", "accelerator", "beside", "linear_epochs", "init"}
-LAYOUT = "DIR/train/<class>/* with DIR/test/<class>/* to evaluate, or images without classes in DIR/train or DIR"
-
-
-class Folders(NamedTuple):
-    """Where the images of ``--data`` lie."""
-
-    train: Path
-    test: Path | None
-    has_classes: bool
-    images: int  # for training
-    tested: int = 0  # images for testing
 
 
 def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Callable[[str], Any]:
     """A type of argparse: a number in [low, high], whole for ``kind=int``."""
-    wanted = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
 
     def parse_number(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what} {wanted}, got {text!r}")
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}, got {text}")
         return value
 
+    parse_number.__name__ = kind.__name__  # as argparse calls it where it is none
     return parse_number
 
 
@@ -91,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", "sane, or one-hot labels and no mixup", choices=["sane", "mocov2"], default="sane")
     add("--strong", "strong augmentation of the mixed positives (CLSA's)", action="store_true")
     add("--backbone", "resnet9 is lightly's, the others torchvision's", choices=BACKBONES, default="resnet18")
-    add("--width", "of lightly's ResNet instead, e.g. 0.25 on a CPU", type=positive, default=1.0)
+    add("--width", "of lightly's ResNet instead, for 32 to 56 pixels, e.g. 0.25 on a CPU", type=positive, default=1.0)
     add("--init", "start from the backbone in this checkpoint of SANE", type=Path, metavar="CHECKPOINT")
     add("--image-size", "pixels; above 64 with ImageNet's stem and views", type=number(int, 32), default=32)
     add("--epochs", type=count, default=200)
@@ -114,101 +96,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; what cannot be run with ends the process with one line."""
+    """The options; those of the run in ``--output``, if it is resumed, which only those in FREE may change."""
     parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        hyphens = [name.replace("_", "-") for name in unknown if name.startswith("--") and "_" in name]
-        parser.error(f"unknown: {' '.join(unknown)}" + f"; did you mean {' '.join(hyphens)}?" * bool(hyphens))
-    if args.resume:
-        args = _resumed(parser, args, argv)
-    elif (args.output / "last.ckpt").is_file():
-        parser.error(f"{args.output} holds a run already: continue it with --resume, or choose another --output")
+    args = parser.parse_args(argv)
+    has_run = (args.output / "last.ckpt").is_file()
+    if args.resume != has_run:
+        parser.error(
+            f"{args.output} holds a run already: continue it with --resume, or choose another --output"
+            if has_run
+            else f"--resume: there is no {args.output / 'last.ckpt'}; start without --resume"
+        )
     for folder in args.beside:
         if not (folder / "results.json").is_file():
             parser.error(f"--beside: there is no {folder / 'results.json'}; name the --output of a finished run")
-    if args.width != 1 and args.backbone in WIDE:
-        parser.error(f"--width is of lightly's ResNets, {', '.join(BACKBONES[:6])}; {args.backbone} has none")
-    if is_lightlys(args) and args.image_size > 56:
-        parser.error("lightly's ResNets, resnet9 or with --width, take --image-size 32 to 56; take torchvision's")
-    if args.accelerator not in ("auto", "cpu") and not has_gpu(args.accelerator):
-        parser.error(f"--accelerator {args.accelerator}: torch finds no such device here; take --accelerator cpu")
-    if args.init is not None and not args.resume and not args.init.is_file():
-        parser.error(f"--init: there is no file {args.init}")
-    try:
-        folders = find_images(args.data)
-        read(args.estimator, args.groups, 50_000 if folders is None else folders.images)
-        args.output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.output).close()
-    except ValueError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"--output: {args.output} is no folder that can be written: {error}")
-    return args
-
-
-def is_lightlys(args: argparse.Namespace) -> bool:
-    """Whether the network is lightly's, for small images, and not torchvision's."""
-    return bool(args.width != 1 or args.backbone == "resnet9")
-
-
-def _resumed(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: Any) -> argparse.Namespace:
-    """The options of the run in ``--output``, which only those in FREE may change."""
-    for needed in (args.output / "last.ckpt", args.output / "arguments.json"):
-        if not needed.is_file():
-            parser.error(f"--resume: there is no {needed}; start without --resume")
+    if not args.resume:
+        return args
     stored = json.loads((args.output / "arguments.json").read_text())
     parser.set_defaults(**{name: stored[name] for name in stored.keys() - {"resume", "output", "beside"}})
     args, before = parser.parse_args(argv), parser.parse_args([])
     for name, value in vars(before).items():
-        now = getattr(args, name)
-        if name in FREE or now == value or (name == "epochs" and now > value):
-            continue
-        option = f"--{name.replace('_', '-')}"
-        more = ", give more epochs to extend it," if name == "epochs" else ","
-        parser.error(
-            f"the run in {args.output} has {option} {value}: resume it without {option}{more} or choose another "
-            "--output for a new run"
-        )
+        is_extended = name == "epochs" and args.epochs > value
+        if name not in FREE and getattr(args, name) != value and not is_extended:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"the run in {args.output} has {option} {value}: resume it without {option} or choose another --output "
+                "for a new run"
+            )
     return args
-
-
-def find_images(data: Path | None) -> Folders | None:
-    """Where training and test images lie; None for CIFAR-10.
-
-    Raises:
-        ValueError: the folders hold no images, or training and test images of different classes.
-    """
-    if data is None:
-        return None
-    if not data.is_dir():
-        raise ValueError(f"--data: there is no folder {data}; expected {LAYOUT}")
-    train, test = data / "train" if (data / "train").is_dir() else data, data / "test"
-    classes = _classes(train)
-    images = sum(classes.values()) or _count(train)
-    if not images:
-        raise ValueError(f"--data: {train} holds no images ({' '.join(IMAGES)}); expected {LAYOUT}")
-    if train == data and "test" in classes:
-        raise ValueError(f"--data: {data} has a folder test but no folder train; expected {LAYOUT}")
-    if not classes or not test.is_dir():
-        return Folders(train, None, bool(classes), images)
-    tested = _classes(test)
-    if different := ", ".join(sorted(tested.keys() ^ classes.keys())[:5]):
-        raise ValueError(f"--data: {train} and {test} must hold the same classes; in one of them alone: {different}")
-    return Folders(train, test, True, images, sum(tested.values()))
-
-
-def _classes(folder: Path) -> dict[str, int]:
-    """The folders in it, and how many images each has; none has none."""
-    counts = {entry.name: _count(entry) for entry in sorted(folder.iterdir()) if entry.is_dir()}
-    if empty := [name for name, images in counts.items() if not images]:
-        raise ValueError(f"--data: no images ({' '.join(IMAGES)}) in {folder / empty[0]}; expected {LAYOUT}")
-    return counts
-
-
-def _count(folder: Path) -> int:
-    """How many images torchvision finds in a folder and those below."""
-    return sum(name.lower().endswith(IMAGES) for _, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
@@ -254,7 +168,14 @@ def train(args: argparse.Namespace, bar: Any = None) -> dict[str, Any]:
     """Train and evaluate, in place of lines with a bar of tqdm that counts epochs; writes results.json."""
     from slr_plugin.adapters.lightly import training
 
-    results = training.run(args, find_images(args.data), bar)
+    try:
+        data = training.load(args)
+        model = training.build(args, data)
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "arguments.json").write_text(json.dumps(plain(args), indent=1))
+    except (OSError, ValueError) as error:
+        build_parser().error(" ".join(str(error).split()))
+    results = training.run(args, data, model, bar)
     (args.output / "results.json").write_text(json.dumps(results, indent=1))
     return results
 

@@ -8,10 +8,9 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,6 @@ from lightly.utils.benchmarking import LinearClassifier, MetricCallback
 from lightly.utils.benchmarking.knn import knn_predict
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -30,20 +28,21 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.models import get_model
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 from slr_plugin import SLRLoss, presets
 from slr_plugin.adapters.export import read_backbone
-from slr_plugin.adapters.lightly.knowledge import Indexed, read
+from slr_plugin.adapters.knowledge import Indexed, read
 from slr_plugin.adapters.lightly.module import SANE
 from slr_plugin.adapters.lightly.networks import cifar_stem
-from slr_plugin.adapters.lightly.recipe import Folders, is_lightlys, plain
+from slr_plugin.adapters.lightly.recipe import plain
 from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION, SANETransform
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.diagnostics import LabelQuality, summary
 
 SMALL = 64  # pixels: up to here the stem, the views and the colours of CIFAR-10, above those of ImageNet
 KNN_K, KNN_T = 50, 0.05
+LAYOUT = "DIR/train/<class>/* with DIR/test/<class>/* to evaluate, or images without classes in DIR/train or DIR"
 Features = tuple[Tensor, Tensor]  # of images (n, d), and their classes (n,)
 
 for _name in ("pytorch_lightning", "lightning.pytorch"):  # Lightning's tips and devices, once per trainer
@@ -66,7 +65,7 @@ class Record(LabelQualityCallback):
         row |= {name: value.item() for name, value in self.quality._asdict().items() if math.isfinite(value)}
         metrics = trainer.callback_metrics
         row["loss"] = metrics["train_loss"].item()
-        if "val_knn_top1" in metrics and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+        if "val_knn_top1" in metrics and row["epoch"] % (trainer.check_val_every_n_epoch or 1) == 0:
             row["knn"] = 100 * metrics["val_knn_top1"].item()
         self.epochs.append(row)
         if self.bar is not None:
@@ -100,61 +99,61 @@ class FlatFolder(ImageFolder):  # type: ignore[misc]  # torchvision is untyped
         return ["."], {".": 0}
 
 
-def load(args: argparse.Namespace, folders: Folders | None) -> tuple[list[Any], int]:
-    """Training images as views, the same and test images (if there are) as they are; and the number of classes."""
-    augmentation = CIFAR10_AUGMENTATION if args.image_size <= SMALL else {}
-    views = SANETransform(input_size=args.image_size, strong=args.strong, **augmentation)
+class Data(NamedTuple):
+    """The images of a run, in the parts that its options choose."""
+
+    views: Subset[Any]
+    judged: list[Any]  # as they are, those that vote and those that are tested; none without classes or a test
+    classes: int
+    has_classes: bool
+
+
+def load(args: argparse.Namespace) -> Data:
+    """The images for training and testing; ValueError where there are none, or training and testing do not fit."""
+    small = args.image_size <= SMALL
+    views = SANETransform(args.image_size, strong=args.strong, **(CIFAR10_AUGMENTATION if small else {}))
     steps = [v2.Resize(args.image_size), v2.CenterCrop(args.image_size), v2.ToImage()]
-    as_they_are = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(**normalization(args))])
-    sources: list[Any] = [part(args, folders, "train", views), part(args, folders, "train", as_they_are)]
-    if folders is None or folders.test is not None:
-        sources.append(part(args, folders, "test", as_they_are))
-    if folders is not None and not args.resume:
-        for source in sources[1:]:
-            check_images([source.dataset.samples[index][0] for index in source.indices], args.workers)
-    classes = len(sources[0].dataset.classes)
-    sources[0].dataset = Indexed(sources[0].dataset)
-    return sources, classes
+    as_they_are = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(**colours(args))])
+    train = part(args, "train", views)
+    has_classes = not isinstance(train.dataset, FlatFolder)
+    judged = []
+    if has_classes and (args.data is None or (args.data / "test").is_dir()):
+        judged = [part(args, place, as_they_are) for place in ("train", "test")]
+        if judged[1].dataset.classes != train.dataset.classes:
+            raise ValueError(f"--data: training and test images must have the same classes; expected {LAYOUT}")
+    if len(train) < args.batch_size:
+        raise ValueError(f"{len(train)} training images are fewer than --batch-size {args.batch_size}")
+    classes = len(train.dataset.classes)
+    train.dataset = Indexed(train.dataset)
+    return Data(train, judged, classes, has_classes)
 
 
-def part(args: argparse.Namespace, folders: Folders | None, place: str, transform: Any = None) -> Subset[Any]:
+def part(args: argparse.Namespace, place: str, transform: Any = None) -> Any:
     """The images for training or testing that the options choose, the same for every seed and method."""
-    if folders is None:
+    if args.data is None:
         data = CIFAR10("datasets/cifar10", train=place == "train", download=True, transform=transform)
     else:
-        data = (ImageFolder if folders.has_classes else FlatFolder)(getattr(folders, place), transform=transform)
-    count = min(args.limit or len(data), len(data))
+        folder = args.data / place
+        folder = args.data if place == "train" and not folder.is_dir() else folder
+        try:
+            has_classes = any(entry.is_dir() for entry in folder.iterdir())
+            data = (ImageFolder if has_classes else FlatFolder)(folder, transform)
+        except OSError as error:
+            raise ValueError(f"--data: {folder}: {error}; expected {LAYOUT}") from error
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return Subset(data, range(len(data)) if count == len(data) else order[:count])
+    return Subset(data, order[: args.limit] if args.limit else range(len(data)))
 
 
-def normalization(args: argparse.Namespace) -> dict[str, Any]:
+def colours(args: argparse.Namespace) -> dict[str, Any]:
     """Mean and standard deviation of the colours."""
     result: dict[str, Any] = CIFAR10_AUGMENTATION["normalize"] if args.image_size <= SMALL else IMAGENET_NORMALIZE
     return result
 
 
-def check_images(paths: Sequence[str], workers: int) -> None:
-    """Decode every image once, and name those that cannot be: in a training one would end it after hours."""
-
-    def fault(path: str) -> str | None:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except Exception as error:  # of damaged files PIL raises what it will
-            return f"{path} ({error})"
-        return None
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        faults = [found for found in pool.map(fault, paths) if found]
-    if faults:
-        named = ", ".join(faults[:3])
-        raise SystemExit(f"--data: {len(faults)} images cannot be read; remove or replace them: {named}")
-
-
-def build(args: argparse.Namespace, num_classes: int) -> SANE:
+def build(args: argparse.Namespace, data: Data) -> SANE:
     """The method; the baseline is the same module with one-hot labels, MoCo's keys and no mixup."""
-    if is_lightlys(args):  # these do not have torchvision's names
+    seed_everything(args.seed, workers=True)
+    if args.width != 1 or args.backbone == "resnet9":  # lightly's: these do not have torchvision's names
         backbone = ResNetGenerator(args.backbone.replace("resnet", "resnet-"), width=args.width)
         backbone.linear, feature_dim = nn.Identity(), backbone.linear.in_features
     else:
@@ -164,11 +163,9 @@ def build(args: argparse.Namespace, num_classes: int) -> SANE:
     if args.init is not None and not args.resume:
         try:
             backbone.load_state_dict(read_backbone(args.init))
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(
-                f"--init: {args.init} does not fit --backbone {args.backbone} --width {args.width:g} --image-size "
-                f"{args.image_size}: {str(error).splitlines()[-1].strip()}"
-            ) from error
+        except RuntimeError as error:
+            network = f"--backbone {args.backbone} --width {args.width:g} --image-size {args.image_size}"
+            raise ValueError(f"--init: {args.init} does not fit {network}") from error
     preset = replace(presets.CIFAR10, temperature=args.temperature, learning_rate=args.learning_rate)
     baseline: dict[str, Any] = {"mixup": False, "confidence": 0.0, "in_batch_keys": False}
     if args.estimator is not None:  # labels that follow it
@@ -177,7 +174,7 @@ def build(args: argparse.Namespace, num_classes: int) -> SANE:
         del baseline["confidence"]
     model = SANE(
         args.batch_size,
-        num_classes=num_classes,
+        num_classes=data.classes,
         knn_k=KNN_K,
         knn_t=KNN_T,
         backbone=backbone,
@@ -185,33 +182,25 @@ def build(args: argparse.Namespace, num_classes: int) -> SANE:
         preset=preset,
         queue_size=args.queue_size,
         ema_momentum=args.ema_momentum,
-        **(baseline if args.method == "mocov2" else {}) | read(args.estimator, args.groups),
+        **(baseline if args.method == "mocov2" else {}) | read("--", args.groups, args.estimator),
     )
+    model.knowledge.attach(data.views)
     return model.to(memory_format=torch.channels_last)
 
 
-def run(args: argparse.Namespace, folders: Folders | None, bar: Any = None) -> dict[str, Any]:
+def run(args: argparse.Namespace, data: Data, model: SANE, bar: Any = None) -> dict[str, Any]:
     """Train and evaluate; returns what results.json holds."""
-    seed_everything(args.seed, workers=True)
-    (views, *judged), num_classes = load(args, folders)
-    has_classes = folders is None or folders.has_classes
-    is_judged = has_classes and len(judged) == 2
-    if len(views) < args.batch_size:
-        raise SystemExit(f"{len(views)} training images are fewer than --batch-size {args.batch_size}")
-    if not is_judged:
-        lacking = "test images" if has_classes else "classes"
+    if not data.judged:
+        lacking = "test images" if data.has_classes else "classes"
         print(f"no evaluation: --data has no {lacking}; the encoder is trained all the same", flush=True)
-
-    model = build(args, num_classes)
     workers: dict[str, Any] = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
-    loader = DataLoader(views, args.batch_size, shuffle=True, drop_last=True, **workers)
-    judges = [DataLoader(data, args.batch_size, num_workers=args.workers) for data in judged] if is_judged else None
-    (args.output / "arguments.json").write_text(json.dumps(plain(args), indent=1))
+    loader = DataLoader(data.views, args.batch_size, shuffle=True, drop_last=True, **workers)
+    judges = [DataLoader(images, args.batch_size, num_workers=args.workers) for images in data.judged] or None
     if not args.resume:
-        draw_views(model, DataLoader(views, 10, shuffle=True), normalization(args), args.output / "views.png")
+        draw_views(model, DataLoader(data.views, 10, shuffle=True), colours(args), args.output / "views.png")
 
     record = Record(max(1, len(loader) // 4), bar)  # its labels are dense
-    if not has_classes:
+    if not data.has_classes:
         record.classes = lambda batch: torch.full_like(batch[1], -1)
     terminal = sys.stderr.isatty() and bar is None
     trainer = Trainer(
@@ -239,7 +228,7 @@ def run(args: argparse.Namespace, folders: Folders | None, bar: Any = None) -> d
         results["knn"] = 100 * trainer.callback_metrics["val_knn_top1"].item()
         record.epochs[-1].setdefault("knn", results["knn"])
         voting, tested = (extract(model, judge) for judge in judges)
-        results |= {"linear": judge_linearly(voting, tested, num_classes, args, terminal), "tested": len(tested[1])}
+        results |= {"linear": judge_linearly(voting, tested, data.classes, args, terminal), "tested": len(tested[1])}
     is_one_hot = args.method == "mocov2" and args.estimator is args.groups is None
     labels = "Labels: one-hot, as the baseline's are." if is_one_hot else record.summary(model.criterion)
     return results | {"labels": labels, "epochs": record.epochs}
@@ -284,21 +273,14 @@ def vote(train: Features, test: Features, num_classes: int) -> float:
     return 100 * (torch.cat(votes) == test[1]).float().mean().item()
 
 
-def draw_views(model: SANE, loader: DataLoader[Any], colours: Mapping[str, Any], path: Path) -> None:
-    """A sheet of queries, their positives, the strong positives if there are, and the mixed images, row by row."""
+def draw_views(model: SANE, loader: DataLoader[Any], normalize: Mapping[str, Any], path: Path) -> None:
+    """Rows of queries, their positives, what is mixed if that is another crop, and the mixed queries."""
     views = next(iter(loader))[0]
-    rows = {"query": views[1], "positive": views[0]}
+    rows = [views[1], views[0], *views[:1:-1]]
     if model.mixup is not None:
-        rows |= {"mixed query": views[-1], "strong positive": views[-2]} if len(views) > 2 else {}
-        rows["mixed"], _ = model.mixup(views[-1], views[-2])
-    figure = Figure(figsize=(1.0 + 1.1 * len(views[0]), 0.3 + 1.1 * len(rows)), layout="constrained")
-    mean, std = (torch.tensor(colours[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
-        axes.imshow(make_grid(images * std + mean, nrow=len(images), padding=1).permute(1, 2, 0).clamp(0, 1))
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        axes.set(xticks=[], yticks=[])
-    figure.suptitle("Each column is one image; mixed: each query with another image's positive", fontsize="medium")
-    figure.savefig(path, dpi=150)
+        rows.append(model.mixup(views[-1], views[-2])[0])
+    mean, std = (torch.tensor(normalize[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    save_image((torch.cat(rows) * std + mean).clamp(0, 1), path, nrow=len(views[0]))
 
 
 def draw(results: Mapping[str, Any], output: Path, beside: Sequence[Path] = ()) -> None:
@@ -306,16 +288,13 @@ def draw(results: Mapping[str, Any], output: Path, beside: Sequence[Path] = ()) 
     runs = [(output, results), *((folder, json.loads((folder / "results.json").read_text())) for folder in beside)]
     methods = [run["arguments"]["method"] for _, run in runs]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = (("loss", "Training", "loss of the last batch"), ("knn", "Test images", "kNN accuracy (%)"))
-    for axes, (name, title, label) in zip(figure.subplots(1, 2, sharex=True), panels, strict=True):
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "knn"), strict=True):
         for (folder, run), method in zip(runs, methods, strict=True):
             points = [(row["epoch"], row[name]) for row in run["epochs"] if name in row]  # where it was measured
             if points:
-                label_of_run = method if methods.count(method) == 1 else str(folder)
-                axes.plot(*zip(*points, strict=True), label=label_of_run, marker="." if len(points) <= 30 else None)
-        axes.set(title=title, xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-        axes.spines[["top", "right"]].set_visible(False)
+                axes.plot(*zip(*points, strict=True), ".-", label=method if methods.count(method) == 1 else str(folder))
+        axes.set(xlabel="epoch", ylabel={"loss": "loss of the last batch", "knn": "kNN accuracy (%)"}[name])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
             axes.legend(frameon=False)
     figure.savefig(output / "curves.png", dpi=150)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from slr_plugin import MomentumMixup, SLRLoss
 from slr_plugin.adapters._run import SelfLabelingModule, schedule
+from slr_plugin.adapters.knowledge import Knowledge, read
 from slr_plugin.adapters.lightning import LabelQualityCallback
-from slr_plugin.adapters.solo_learn.knowledge import Knowledge
 from slr_plugin.adapters.solo_learn.settings import FILES, LOSS_SETTINGS, add_defaults, check, start_and_end
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 
@@ -52,7 +52,7 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
     - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
       crops. With ``confidence: 0`` the loss is then mocov2plus's;
     - ``groups``, ``estimator``: files of what is known of the training images, see
-      :class:`slr_plugin.adapters.solo_learn.knowledge.Knowledge`; ids of images that belong together, and features that
+      :func:`slr_plugin.adapters.knowledge.read`; ids of images that belong together, and features that
       estimate the labels. ``same_group``: ``"positive"`` or ``"ignored"``, as in :class:`slr_plugin.SLRLoss`;
     - ``label_quality_every``: at every n-th step, n >= 1, logs what
       :class:`slr_plugin.adapters.lightning.LabelQualityCallback` finds by the classes; null, the default, does not.
@@ -63,6 +63,7 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
     """
 
     queue_setting = "method_kwargs.queue_size"
+    place_of_images = 0
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
@@ -71,8 +72,8 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         start, end = start_and_end(settings.confidence)
         self.confidence = start if start == end else (start, end)
         self.strong_crops: bool = settings.strong_crops
-        self.knowledge = Knowledge({name: settings[name] for name in FILES})
-        if self.knowledge.files and omegaconf_select(cfg, "data.format") == "dali":
+        self.knowledge = Knowledge(**read("method_kwargs.", **{name: settings[name] for name in FILES}))
+        if self.knowledge.tables and omegaconf_select(cfg, "data.format") == "dali":
             raise ValueError("method_kwargs.groups and estimator need the numbers of images, which DALI does not give")
 
         self.projector = self._new_projector(settings)
@@ -125,18 +126,6 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         every = self.cfg.method_kwargs.label_quality_every
         return [] if every is None else [LabelQualityCallback(every)]
 
-    def on_train_start(self) -> None:
-        """See that what is known is of these images."""
-        super().on_train_start()
-        if self.knowledge.files:
-            self.knowledge.check(self.trainer.train_dataloader.dataset)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Put what is known of the images into the place of their numbers, while these are on the CPU."""
-        if not (self.knowledge.files and self.trainer.training):
-            return batch
-        return [self.knowledge.of(batch[0]), *batch[1:]]
-
     def on_fit_end(self) -> None:
         """Raise where there was nothing to train on, about which Lightning ends without an error."""
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
@@ -154,7 +143,7 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
         super().on_load_checkpoint(checkpoint)
         now = self._settings()
-        before = {"same_group": "positive"} | checkpoint.get(_SETTINGS, now)  # which earlier versions had not
+        before = checkpoint.get(_SETTINGS, now)
         changed = [f"{name} from {before.get(name)} to {new}" for name, new in now.items() if before.get(name) != new]
         if changed:
             warnings.warn(

@@ -10,13 +10,7 @@ from slr_plugin import MomentumMixup, SLRLoss
 from slr_plugin.checks import check_flag, check_integer, check_number
 from slr_plugin.presets import CIFAR10, IMAGENET
 
-LOSS_SETTINGS = (
-    "temperature",
-    "sharpening",
-    "refined_weight",
-    "in_batch_keys",
-    "same_group",
-)  # what SLRLoss takes as it is
+LOSS_SETTINGS = ("temperature", "sharpening", "refined_weight", "in_batch_keys", "same_group")  # as SLRLoss takes them
 _BY_DATA = ("queue_size", "sharpening", "confidence", "kappa")  # in which the paper's two presets differ
 FILES = ("groups", "estimator")  # of what is known
 _OPTIONAL = ("kappa", "label_quality_every", *FILES)  # off if null, which solo-learn also writes "None", or false
@@ -87,19 +81,14 @@ def check(settings: MutableMapping[str, Any], num_large_crops: int, num_small_cr
                 raise TypeError(f"{name} must be the path of a file, got {settings[name]}")
     except (TypeError, ValueError) as error:  # its message begins with the argument's name
         raise type(error)(f"method_kwargs.{error}") from None
-    as_list = "write the crop_size of a pipeline of full size after the first as a list, crop_size: [224]"
-    if num_large_crops != 2:
+    small = "pipelines after the first, with another crop_size, or one written as a list, crop_size: [224]"
+    if num_large_crops != 2 or num_small_crops == 1:
         raise ValueError(
-            f"sane needs data.num_large_crops=2, got {num_large_crops}: set num_crops: 2 in the first pipeline of "
-            f"augmentations, and {as_list}"
+            f"sane needs two large crops, and no small one or several, got {num_large_crops} and {num_small_crops}: "
+            f"set num_crops: 2 in the first pipeline of augmentations; small crops are those of {small}"
         )
     if settings["strong_crops"] and not num_small_crops:
-        raise ValueError(
-            "method_kwargs.strong_crops=True needs augmentation pipelines after the first, of another crop_size; or "
-            + as_list
-        )
-    if num_small_crops == 1:
-        raise ValueError("one small crop would serve one of the two directions only: set its pipeline's num_crops to 2")
+        raise ValueError(f"method_kwargs.strong_crops=True needs small crops: those of {small}")
     if not settings["in_batch_keys"] and (settings["kappa"] is not None or num_small_crops):
         raise ValueError(
             "method_kwargs.in_batch_keys=False leaves mixed queries without keys for their labels: add kappa: null, "
