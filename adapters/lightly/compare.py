@@ -12,8 +12,8 @@ image's group (without one: the most frequent class). It has no rows for the tes
 the training images, judged by the rest. With ``--test-estimator FILE.npy``, a row for each test image, features are
 judged on these.
 
-The same command again goes on where a training stopped. ``--output`` holds ``runs.jsonl``, ``table.md``, ``compare.png``,
-and a folder for each run.
+The same command again goes on where a training stopped. ``--output`` holds ``runs.jsonl``, ``table.md``,
+``compare.png`` and a folder for each run.
 """
 
 from __future__ import annotations
