@@ -46,14 +46,20 @@ def write(folder: Path) -> None:
         lines = [module, "=" * len(module), ""]
         lines += [f".. automodule:: {module}", "   :no-members:", ""]
         if len(names) > 1:
-            lines += [".. autosummary::", "", *(f"   ~{name.removeprefix(f'{module}.')}" for name in names)]
+            lines += [
+                ".. autosummary::",
+                "",
+                *(f"   ~{name.removeprefix(f'{module}.')}" for name in names),
+            ]
         for name in names:
             lines += ["", f".. auto{kind(name)}:: {name}"]
             if module == "slr_plugin.adapters.pytorch_metric_learning":
                 lines.append("   :no-index:")  # its name is that of the loss itself
         text = "\n".join(lines) + "\n"
         page = folder / f"{module}.rst"
-        if not page.exists() or page.read_text("utf-8") != text:  # else it need not be read again
+        if (
+            not page.exists() or page.read_text("utf-8") != text
+        ):  # else it need not be read again
             page.write_text(text, "utf-8")
 
 

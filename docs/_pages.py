@@ -59,7 +59,11 @@ def expanded(text: str, source: Path, page: Path) -> str:
             raise FileNotFoundError(f"{source}: there is no {name}")
         path = f"`{target.relative_to(ROOT)}`"
         leads, heading = shown.get(target, (target, ""))
-        if match["image"] or leads != target or (leads.is_relative_to(DOCS) and leads.is_file()):
+        if (
+            match["image"]
+            or leads != target
+            or (leads.is_relative_to(DOCS) and leads.is_file())
+        ):
             to = os.path.relpath(leads, page.parent)
             return f"{match['image']}[{words}]({to}{anchor or heading})"
         return path if words.strip("`") in path else f"{words} ({path})"
@@ -71,7 +75,9 @@ def tabs(match: re.Match[str]) -> str:
     """A tab for each heading."""
     _, *parts = re.split(r"^#### (.+)\n", match[1], flags=re.MULTILINE)
     items = zip(parts[::2], parts[1::2], strict=True)
-    inner = "".join(f":::{{tab-item}} {name}\n{text.strip()}\n:::\n" for name, text in items)
+    inner = "".join(
+        f":::{{tab-item}} {name}\n{text.strip()}\n:::\n" for name, text in items
+    )
     return f"::::{{tab-set}}\n{inner}::::"
 
 

@@ -45,7 +45,9 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 intersphinx_mapping = _inventories.write(DOCS / "_generated")
 # Types that have no page to lead to; a misspelt reference to one of ours fails.
-nitpick_ignore_regex = [("py:class", r"pytorch_metric_learning\..*|Figure|Axes|Run|Confidence")]
+nitpick_ignore_regex = [
+    ("py:class", r"pytorch_metric_learning\..*|Figure|Axes|Run|Confidence")
+]
 suppress_warnings = ["myst.header"]  # the included results begin with headings of their own
 
 torch.set_num_threads(1)  # for the tutorials' small tensors
@@ -56,7 +58,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_favicon = "_static/favicon.svg"
 html_copy_source = False
-html_use_index = html_domain_indices = False  # the search finds names, and page API lists them
+html_use_index = html_domain_indices = (
+    False  # the search finds names, and page API lists them
+)
 html_show_sphinx = False
 html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
@@ -98,7 +102,9 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
     "abort_on_example_error": True,
     "doc_module": ("slr_plugin",),
-    "reference_url": {"slr_plugin": None},  # names in their code lead to the pages of the API
+    "reference_url": {
+        "slr_plugin": None
+    },  # names in their code lead to the pages of the API
 }
 
 

@@ -93,10 +93,11 @@ CIFAR10 = Preset(
     epochs=2000,
 )
 
-#: The paper's settings for ImageNet; it also reports 800 epochs. As it does not state lambda, that of CIFAR-10 stands here.
+#: The paper's settings for ImageNet; it also reports 800 epochs. As it does not state lambda, that of CIFAR-10 stands
+#: here.
 IMAGENET = replace(CIFAR10, sharpening=1.0, confidence=(0.5, 10.0), kappa=0.1, queue_size=65536, epochs=200)
 
-#: Ours, for two trained views and calls with ``estimator``: the label is what the estimator says, but for a
+#: Ours, for two trained views and calls with ``estimator``. The label is what the estimator says, but for a
 #: thousandth. A queue wants temperature 0.2 and ``estimator_dim``.
 FROM_FEATURES = replace(
     CIFAR10,

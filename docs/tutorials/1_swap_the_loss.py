@@ -1,5 +1,4 @@
-"""
-Swap the loss in a SimCLR loop
+"""Swap the loss in a SimCLR loop
 ==============================
 
 Put :class:`slr_plugin.SLRLoss` in the place of the NT-Xent loss. This page trains the same network twice, once
@@ -129,4 +128,4 @@ plt.show()
 
 # %%
 # Next, tell the loss which samples belong together
-# (:ref:`how <sphx_glr_gallery_labels_from_what_you_know.py>`).
+# (:ref:`how <sphx_glr_gallery_2_labels_from_what_you_know.py>`).

@@ -1,5 +1,4 @@
-"""
-Labels from what you know
+"""Labels from what you know
 =========================
 
 Tell the loss which samples belong together, or how much they resemble each other. This page
@@ -127,4 +126,4 @@ plt.show()
 # intervals, and data where it helped or did not, are on the page `Choose <../choose.html>`_.
 #
 # Before you train with such labels, measure whether they are any good
-# (:ref:`how <sphx_glr_gallery_are_my_labels_any_good.py>`).
+# (:ref:`how <sphx_glr_gallery_3_are_my_labels_any_good.py>`).

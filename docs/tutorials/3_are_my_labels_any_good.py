@@ -1,5 +1,4 @@
-"""
-Are my labels any good?
+"""Are my labels any good?
 =======================
 
 Compare labels with the classes of a few samples, before and during training. Training never
@@ -68,10 +67,12 @@ rows = []
 for _ in range(epochs):
     for batch in torch.randperm(len(images)).split(size)[:-1]:  # the last one is smaller
         with torch.no_grad():
-            for average, weight in zip(target.parameters(), encoder.parameters(), strict=True):
+            pairs = zip(target.parameters(), encoder.parameters(), strict=True)
+            for average, weight in pairs:
                 average.lerp_(weight, 0.05)
             keys = target(view(images[batch]))
-        monitor.announce(known[batch])  # the classes of the next call; training ignores them
+        # The classes of the next call, which training ignores:
+        monitor.announce(known[batch])
         loss = criterion(encoder(view(images[batch])), keys)
         optimizer.zero_grad()
         loss.backward()
@@ -84,7 +85,9 @@ print(monitor.summary())
 
 print(rows[-1])
 
-figure, (upper, lower) = plt.subplots(2, 1, figsize=(5, 5), sharex=True, layout="constrained")
+figure, (upper, lower) = plt.subplots(
+    2, 1, figsize=(5, 5), sharex=True, layout="constrained"
+)
 upper.plot([100 * row.purity for row in rows], label="labels")
 upper.plot([100 * row.chance for row in rows], "--", color="grey", label="blind labels")
 upper.set(ylabel="purity (%)", ylim=(0, 100))
