@@ -58,7 +58,7 @@ wheel: $(VENV)/.dev ## Build and check sdist and wheel into dist/
 	$(BIN)/twine check --strict dist/*
 
 clean: ## Remove the environments and everything built
-	rm -rf $(VENV) $(NEIGHBOURS) build dist docs/_build docs/_generated outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEIGHBOURS) build dist docs/_build docs/_generated docs/api docs/gallery outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What .dev installs holds what .demo does.
 $(VENV)/.demo: pyproject.toml setup.cfg

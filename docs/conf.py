@@ -3,13 +3,12 @@
 import importlib
 import importlib.metadata
 import inspect
-import os
-import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from sphinx.ext.autodoc.mock import mock
 
 DOCS = Path(__file__).parent
@@ -19,7 +18,10 @@ warnings.filterwarnings(
 )  # of torchmetrics 0.11, whose source Sphinx reads
 sys.path[:0] = [str(DOCS), str(ROOT)]
 
-import _figures  # noqa: E402  # beside this file
+import _api  # noqa: E402  # these four lie beside this file
+import _figures  # noqa: E402
+import _inventories  # noqa: E402
+import _pages  # noqa: E402
 from slr_plugin import presets  # noqa: E402
 
 project = "slr-plugin"
@@ -28,25 +30,37 @@ release = importlib.metadata.version("slr-plugin")
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",  # MathJax and its fonts, copied into the site: nothing is loaded from elsewhere
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_gallery.gen_gallery",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_generated", "tutorials", "gallery/*.py"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-# Types that have their pages elsewhere; a misspelt reference to one of ours fails.
-ELSEWHERE = r"(torch|collections\.abc|pathlib|pytorch_metric_learning)\..*|Tensor|nn\.Module|Figure|Axes|Run|Confidence"
-nitpick_ignore_regex = [("py:class", ELSEWHERE)]
+intersphinx_mapping = _inventories.write(DOCS / "_generated")
+# Types that have no page to lead to; a misspelt reference to one of ours fails.
+nitpick_ignore_regex = [
+    ("py:class", r"pytorch_metric_learning\..*|Figure|Axes|Run|Confidence")
+]
 suppress_warnings = ["myst.header"]  # the included results begin with headings of their own
+
+torch.set_num_threads(1)  # for the tutorials' small tensors
 
 html_theme = "furo"
 html_title = "slr-plugin"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
+html_use_index = html_domain_indices = (
+    False  # the search finds names, and page API lists them
+)
 html_show_sphinx = False
 html_show_copyright = False
 copybutton_exclude = ".linenos, .gp, .go"
@@ -69,6 +83,7 @@ autodoc_mock_imports = [
     "torchvision",
     "transformers",
 ]
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -76,57 +91,28 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-INCLUDE = re.compile(
-    r"^(?:## (.+)\n\n)?```\{include\} (\S+)\n```$", re.MULTILINE
-)  # with the heading above it
-LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
-
-
-def pages_of_included() -> dict[Path, tuple[Path, str]]:
-    """Which page shows which file of the repository, and under which of its anchors."""
-    return {
-        (page.parent / name).resolve(): (
-            page,
-            heading and "#" + heading.lower().replace(" ", "-"),
-        )
-        for page in DOCS.rglob("*.md")
-        for heading, name in INCLUDE.findall(page.read_text(encoding="utf-8"))
-    }
-
-
-def expanded(text: str, source: Path, page: Path) -> str:
-    """A page with the files that it includes, links and pictures of which then lead from the page.
-
-    A link to a file that another page shows leads to that page; one to a file that no page shows becomes its name.
-    """
-
-    def link(match: re.Match[str]) -> str:
-        is_image, words, name, anchor = match.groups()
-        target = (source.parent / name).resolve()
-        target, heading = shown.get(
-            target / "README.md" if target.is_dir() else target, (target, "")
-        )
-        if not target.exists():
-            raise FileNotFoundError(f"{source}: there is no {name}")
-        if is_image or (target.is_relative_to(DOCS) and target.is_file()):
-            return f"{is_image}[{words}]({os.path.relpath(target, page.parent)}{anchor or heading})"
-        path = f"`{target.relative_to(ROOT)}`"
-        return path if words.strip("`") in path else f"{words} ({path})"
-
-    def included(match: re.Match[str]) -> str:
-        heading, name = match.groups()
-        file = (page.parent / name).resolve()
-        above = f"## {heading}\n\n" if heading else ""
-        return above + expanded(file.read_text(encoding="utf-8"), file, page)
-
-    shown = pages_of_included()
-    return INCLUDE.sub(included, LINK.sub(link, text))
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\.py$",  # all of them run
+    "within_subsection_order": "FileNameSortKey",
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "write_computation_times": False,
+    "abort_on_example_error": True,
+    "doc_module": ("slr_plugin",),
+    "reference_url": {
+        "slr_plugin": None
+    },  # names in their code lead to the pages of the API
+}
 
 
 def expand_page(app: Any, docname: str, source: list[str]) -> None:
-    """Give Sphinx the page with what it includes."""
+    """Give Sphinx the page with its directives and what it includes."""
     page = DOCS / f"{docname}.md"
-    source[0] = expanded(source[0], page, page)
+    if page.is_file():  # not of the API or of a tutorial
+        source[0] = _pages.read(page)
 
 
 def own_signature(
@@ -165,3 +151,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-signature", own_signature)
     app.connect("source-read", expand_page)
     app.connect("builder-inited", lambda _: _figures.draw(DOCS / "_generated"))
+    _api.write(DOCS / "api")

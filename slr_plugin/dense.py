@@ -22,9 +22,9 @@ from slr_plugin.settings import Settings
 class SelfLabels(NamedTuple):
     """Label matrices, (rows, K) each."""
 
-    p: Tensor
-    q: Tensor
-    refined: Tensor
+    p: Tensor  #: over all keys
+    q: Tensor  #: over all but the own positive
+    refined: Tensor  #: both with the one-hot or known label
 
 
 def self_labels(

@@ -24,8 +24,8 @@ from slr_plugin.key_sets import KeySet
 class GroupLabels(NamedTuple):
     """The labels y0 that are known."""
 
-    targets: Tensor  # (r, d), the means over the keys of each row's group
-    share: Tensor | float  # (r,) the weight of the positive, 1 / |G|
+    targets: Tensor  #: (r, d), the means over the keys of each row's group
+    share: Tensor | float  #: (r,), the weight of the positive
 
 
 def group_labels(key_set: KeySet) -> GroupLabels:

@@ -15,8 +15,8 @@ from slr_plugin.checks import check_float_tensor, check_index_tensor, check_numb
 class Mix(NamedTuple):
     """How a minibatch was mixed: ``mixed[i] = theta[i] * queries[i] + (1 - theta[i]) * positives[partner[i]]``."""
 
-    theta: Tensor  # (s,) in [0, 1]
-    partner: Tensor  # (s,) int64 in [0, s)
+    theta: Tensor  #: (s,) in [0, 1]
+    partner: Tensor  #: (s,) int64 in [0, s)
 
 
 class MomentumMixup:

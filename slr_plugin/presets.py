@@ -17,6 +17,19 @@ from slr_plugin.schedules import CosineConfidence
 class Preset:
     """Holds the settings of a training; ``dataclasses.replace`` makes another.
 
+    Attributes:
+        temperature: of :class:`slr_plugin.SLRLoss`, as are ``sharpening`` and ``refined_weight``.
+        sharpening: below 1 the refined labels favour the most similar keys more.
+        confidence: its start and its end over the run, of :class:`slr_plugin.CosineConfidence`.
+        refined_weight: the share of the refined term.
+        kappa: of :class:`slr_plugin.MomentumMixup`.
+        queue_size: keys in the queue, 0 for none.
+        batch_size: what ``learning_rate`` is for.
+        learning_rate: of SGD, which decays along a cosine to 0.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        epochs: the length of the training.
+
     Raises:
         ValueError: a setting is out of its range. SLRLoss and MomentumMixup check theirs when they are built.
         TypeError: a setting is of the wrong type.
@@ -31,12 +44,12 @@ class Preset:
 
     temperature: float
     sharpening: float
-    confidence: tuple[float, float]  # (m1, m2) of CosineConfidence
+    confidence: tuple[float, float]
     refined_weight: float
     kappa: float
-    queue_size: int  # 0 for none
+    queue_size: int
     batch_size: int
-    learning_rate: float  # for batch_size; SGD, cosine decay to 0
+    learning_rate: float
     momentum: float
     weight_decay: float
     epochs: int
@@ -65,6 +78,7 @@ class Preset:
         return MomentumMixup(kappa=self.kappa, generator=generator)
 
 
+#: The paper's settings for CIFAR-10.
 CIFAR10 = Preset(
     temperature=0.2,
     sharpening=0.8,
@@ -79,11 +93,12 @@ CIFAR10 = Preset(
     epochs=2000,
 )
 
-# The paper does not state lambda for ImageNet; 0.5 is CIFAR-10's. It also reports 800 epochs.
+#: The paper's settings for ImageNet; it also reports 800 epochs. As it does not state lambda, that of CIFAR-10 stands
+#: here.
 IMAGENET = replace(CIFAR10, sharpening=1.0, confidence=(0.5, 10.0), kappa=0.1, queue_size=65536, epochs=200)
 
-# Ours, for two trained views and calls with ``estimator``: the label is what the estimator says, but for a
-# thousandth. A queue wants temperature 0.2 and ``estimator_dim``.
+#: Ours, for two trained views and calls with ``estimator``. The label is what the estimator says, but for a
+#: thousandth. A queue wants temperature 0.2 and ``estimator_dim``.
 FROM_FEATURES = replace(
     CIFAR10,
     temperature=0.1,

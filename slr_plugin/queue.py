@@ -123,7 +123,7 @@ class KeyQueue(nn.Module):
         back to the host.
 
         Returns:
-            A bool tensor (): whether the batch was accepted; or would be, by a queue of size 0.
+            Whether the batch was accepted; or would be, by a queue of size 0. A bool tensor ().
         """
         total = keys.sum() if estimators is None else keys.sum() + estimators.sum()
         difference = total - total

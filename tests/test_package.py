@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import slr_plugin
+from slr_plugin import __main__ as command
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,3 +57,24 @@ def test_every_folder_with_modules_is_listed_for_setuptools():
         for init in (ROOT / folder).rglob("__init__.py"):
             name = ".".join((package, *init.parent.relative_to(ROOT / folder).parts))
             assert f"    {name}\n" in listed, name
+
+
+def test_a_command_runs_its_module_as_python_m_does(tmp_path, monkeypatch, capsys):
+    """Under this name Lightning starts DDP's further processes."""
+    (tmp_path / "asked.py").write_text("import sys, __main__; print(__main__.__spec__.name, __name__, sys.argv[1:])")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(command.COMMANDS, "asked", "asked")
+    monkeypatch.setattr(sys, "argv", ["slr-plugin", "asked", "--devices", "2"])
+    command.main()
+    assert capsys.readouterr().out == "asked __main__ ['--devices', '2']\n"
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["lighty"], 2)])
+def test_the_command_names_its_commands(arguments, code, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["slr-plugin", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == code
+    shown = capsys.readouterr().out
+    assert all(f"slr-plugin {name} " in shown for name in command.COMMANDS)
+    assert all(importlib.util.find_spec(module) for module in command.COMMANDS.values())

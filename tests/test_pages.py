@@ -1,5 +1,6 @@
 """The README and the pages in docs/: their Python runs, their commands exist, their links lead somewhere."""
 
+import importlib
 import importlib.util
 import inspect
 import re
@@ -17,7 +18,7 @@ if not PAGES[0].is_file():
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 # Sorted, as whatever names a test: the processes that run the tests must find the same ones in the same order.
 LINKS = sorted({(page, link) for page, text in TEXTS.items() for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)})
-START = "literalinclude} _start.py"
+START = "(_start.py)"
 PRESET_NAMES = {"memory_bank_size": "queue_size"}
 # What the configuration on the page of stable-pretraining leaves to its user.
 RUN = """
@@ -133,3 +134,46 @@ def test_the_table_of_settings_has_the_defaults_and_the_presets():
         for cell, value in zip(cells, [default, *settings], strict=True):
             shown = [float(number.replace(",", "")) for number in cell.split(" to ")]
             assert shown == list(value if isinstance(value, tuple) else [value]), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_shows_no_directive_where_it_is_read_as_markdown(page):
+    shown = re.sub(r"<!--.*?-->|```(?!\{).*?```|\$\$.*?\$\$", "", TEXTS[page], flags=re.DOTALL)
+    assert not re.findall(r"^:::.*|```\{.*|\{[a-z-]+\}`.*", shown, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def builder(monkeypatch):
+    """What makes the site of the pages."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module
+
+
+def test_the_site_has_tabs_figures_and_included_files_in_their_places(builder):
+    pages = builder("_pages")
+    read = {page: pages.read(page) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    assert not any("<!-- tabs" in text or "<!-- site" in text or "<!-- figure" in text for text in read.values())
+    assert ":::{tab-item} Two views, no queue\n" in read[ROOT / "docs" / "pytorch.md"]
+    assert "{image} _generated/keys-moco-dark.svg" in read[ROOT / "docs" / "method.md"]
+    assert "(results/representations.md#equal-compute)" in read[ROOT / "docs" / "choose.md"]
+    assert "(gallery/1_swap_the_loss.rst)" in read[ROOT / "docs" / "index.md"]
+    assert len(read[ROOT / "docs" / "results" / "representations.md"]) > 5000
+
+
+@pytest.mark.parametrize(
+    "module", ["", ".diagnostics", ".adapters.lightly", ".adapters.solo_learn", ".adapters.open_clip"]
+)
+def test_the_api_has_every_public_name(builder, module):
+    api = builder("_api")
+    shown = {
+        name.rpartition(".")[2]
+        for page, names in api.PAGES.items()
+        for name in names
+        if page.startswith(f"slr_plugin{module}")
+    }
+    try:
+        public = set(importlib.import_module(f"slr_plugin{module}").__all__)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert public - {"presets"} <= shown
+    assert all(api.source(page).is_file() for page in api.PAGES)

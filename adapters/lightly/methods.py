@@ -11,7 +11,7 @@ from torch import Tensor
 from slr_plugin.adapters.lightly.module import SANE
 from slr_plugin.adapters.lightly.transforms import MULTI, SINGLE, SANETransform, transform
 
-# The paper's variants on ImageNet: the crops in the mixup term, and strong augmentation of the mixed positives.
+#: The paper's variants on ImageNet, with the crops in the mixup term, and strong augmentation of the mixed positives.
 VARIANTS: dict[str, dict[str, Any]] = {
     "sane": {},
     "sane_single": {"crops": SINGLE},

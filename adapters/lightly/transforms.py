@@ -18,7 +18,9 @@ from torchvision.transforms.functional import to_pil_image
 from slr_plugin.adapters._require import require
 from slr_plugin.checks import check_flag, check_integer
 
+#: Crops of the paper's variant with one small crop.
 SINGLE = (96,)
+#: Crops of the paper's variant with several.
 MULTI = (224, 192, 160, 128, 96)
 
 # The MoCo authors' CIFAR demo: no blur, crops from 8 % of the image on, CIFAR-10's own mean and deviation.
@@ -149,4 +151,5 @@ def checked_views(batch: Any, mixes: bool) -> list[Tensor]:
     return list(views)
 
 
+#: The views of :class:`slr_plugin.adapters.lightly.SANE` where nothing else is said: ImageNet's size.
 transform = SANETransform()
