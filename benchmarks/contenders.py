@@ -95,8 +95,10 @@ def with_queue(inputs: Inputs, slr: SLRLoss) -> Losses:
     queries, positives, mixed, bank = inputs
     _, mix = MomentumMixup(2.0)(queries.detach(), positives.detach())
     ntxent = lightly.loss.NTXentLoss(TEMPERATURE, tuple(bank.shape)).to(bank.device)
+    swap = SLRLoss(TEMPERATURE, tuple(bank.shape), confidence=0.0, in_batch_keys=False).to(bank.device)
     losses = {
         BASELINE: lambda: ntxent(queries, positives),
+        "SLRLoss, the same loss": lambda: swap(queries, positives),
         "SLRLoss, refinement": lambda: slr(queries, positives),
         "SLRLoss, refinement and mixup": lambda: slr(queries, positives, mixed, mix),
         "dense.py, refinement and mixup": lambda: dense.slr_loss(
@@ -124,8 +126,10 @@ def without_queue(inputs: Inputs, slr: SLRLoss) -> Losses:
     """Losses of two views against each other."""
     queries, positives, *_ = inputs
     ntxent, decoupled = lightly.loss.NTXentLoss(TEMPERATURE), lightly.loss.DCLLoss(TEMPERATURE)
+    swap = SLRLoss(TEMPERATURE, confidence=0.0).to(queries.device)
     losses = {
         BASELINE: lambda: ntxent(queries, positives),
+        "SLRLoss, the same loss": lambda: swap(queries, positives),
         "SLRLoss, refinement": lambda: slr(queries, positives),
         "lightly DCLLoss": lambda: decoupled(queries, positives),
         "dense.py, refinement": lambda: dense.symmetric_slr_loss(queries, positives, temperature=TEMPERATURE),

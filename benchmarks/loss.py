@@ -30,6 +30,7 @@ SIZES = {
     "queue-512": Size(64, 512, 128),
     "queue-65536": Size(256, 65536, 128),
     "queue-4096": Size(256, 4096, 128),
+    "symmetric-256": Size(256, 0, 128),
     "symmetric-2048": Size(2048, 0, 128),
     "symmetric-8192": Size(8192, 0, 128),
     "symmetric-32768": Size(32768, 0, 128),

@@ -53,7 +53,7 @@ from slr_plugin.key_sets import KeySet
 from slr_plugin.mixup import Mix
 from slr_plugin.refinery import Labels
 from slr_plugin.settings import Settings
-from slr_plugin.streaming import Pass, keys_gradient, softmax_stats, symmetric_gradient
+from slr_plugin.streaming import Pass, SoftmaxStats, keys_gradient, softmax_stats, symmetric_gradient
 
 
 def slr_objective(
@@ -139,7 +139,7 @@ class _WithGradients(torch.autograd.Function):
 
 def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Tensor, Labels, Gradients]:
     """The loss, its labels and its gradients."""
-    key_set, labelled, apart, mixed, mixes, known, known_of_labelled, settings = call
+    key_set, labelled, apart, mixed, mixes, known, _, settings = call
     rows, positives, share = key_set.rows, key_set.positives, settings.refined_weight
     temperature, sharpening = settings.temperature, settings.sharpening
     inverse = 1 / temperature if isinstance(temperature, Tensor) else rows.new_full((), 1 / temperature)
@@ -168,19 +168,8 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         values = None if own else labelled
         third = _Comparison(estimating, {"rows": estimating.rows}, temperature * sharpening, settings, values=values)
 
-    # Labels, and the targets that they make.
-    refined, half = known_of_labelled.targets, len(labelled.positives) // 2 if both_views else 0
-    if refines:
-        stats = third.by_block[block].roll(half) if both_views else third.by_block[block]
-        sharp = inverse if sharpening == 1 else inverse / sharpening
-        positive_logit = _dot(estimating.positives, estimating.positives) * sharp
-        # Means of other values say nothing of the estimators' logits, and labels of groups have another entropy.
-        tells_entropy = own and known.targets is positives
-        mean_logit = _dot(labelled.positives, stats.mean) * sharp if tells_entropy else None
-        labels = refinery.estimate(stats, positive_logit, mean_logit, settings.confidence, known_of_labelled.share)
-        refined = labels.targets(known_of_labelled.targets, labelled.positives, stats.mean)
-    else:
-        labels = refinery.unrefined(rows, known_of_labelled.share)
+    labels, refined = _labels_and_targets(call, third.by_block[block], inverse)
+    size, half = len(refined), len(refined) // 2 if both_views else 0
 
     # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
     of_rows = first.by_block["rows"]
@@ -191,8 +180,7 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         loss = loss + _dot(rows, positives - target) * inverse
     loss = loss.mean()
     if mixed is not None:  # equation (8): the targets of mixed queries are those of the two samples, mixed
-        targets = [refined[partner].lerp(refined, _column(theta, mixed)) for theta, partner in mixes]
-        mixed_target, of_mixed = torch.cat(targets), second.by_block["mixed"]
+        mixed_target, of_mixed = _mixed(refined, mixes), second.by_block["mixed"]
         loss = loss.lerp(of_mixed.logsumexp_minus(_dot(mixed, mixed_target) * inverse).mean(), share)
     if not needs_gradients:
         return loss, labels, Gradients()
@@ -221,12 +209,13 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
 
     # Of the keys: as the softmax's, and through the targets, which are means of them. Were the positive the target of
     # every row, it would get - sigma_i f_i; labels move some of that from the positive to other keys.
-    moved, size = rows * (pull * others)[:, None], len(refined)
+    del refined, target  # the passes need the room
+    moved = rows * (pull * others)[:, None]
     of_positive, of_refined = -moved, rows * (-share * pull)
     first.send("rows", moved)
     if mixed is not None:
         second.send("mixed", mixed * push)
-        of_refined = torch.zeros_like(refined)
+        of_refined = torch.zeros_like(rows[:size])
         for crop, (theta, partner) in zip(torch.split(mixed, size), mixes, strict=True):
             part = crop * _column(theta, mixed)
             of_refined.sub_(part).index_add_(0, partner, part - crop)
@@ -255,6 +244,23 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         of_row += of_keys
     gradients = Gradients(of_row, of_mixed_row, of_positive, of_keys, of_known, of_known_of_labelled, of_temperature)
     return loss, labels, gradients
+
+
+def _labels_and_targets(call: Call, stats: SoftmaxStats, inverse: Tensor) -> tuple[Labels, Tensor]:
+    """The labels, and their target centroids, by the softmax statistics of what estimates them."""
+    labelled, known, settings = call.labelled, call.known_of_labelled, call.settings
+    if not settings.refines:
+        return refinery.unrefined(labelled.rows, known.share), known.targets
+    if labelled.has_both_views():  # each view estimates the other's label
+        stats = stats.roll(len(labelled.positives) // 2)
+    estimating = labelled if labelled.estimator is None else labelled.estimator
+    sharp = inverse if settings.sharpening == 1 else inverse / settings.sharpening
+    positive_logit = _dot(estimating.positives, estimating.positives) * sharp
+    # Means of other values say nothing of the estimators' logits, and labels of groups have another entropy.
+    tells_entropy = labelled.estimator is None and known.targets is labelled.positives
+    mean_logit = _dot(labelled.positives, stats.mean) * sharp if tells_entropy else None
+    labels = refinery.estimate(stats, positive_logit, mean_logit, settings.confidence, known.share)
+    return labels, labels.targets(known.targets, labelled.positives, stats.mean)
 
 
 class _Comparison:
@@ -320,13 +326,17 @@ class _Comparison:
 
     def send(self, block: str, values: Tensor) -> None:
         """Let the gradient of the keys be the sum of these (n, d), by the softmax of the block's rows."""
-        self.row_values[block] = self.row_values[block] + values if block in self.row_values else values
+        self.row_values[block] = self.row_values[block].add_(values) if block in self.row_values else values
 
     def keys_gradient(self) -> Tensor:
         """The gradient (b, d) of the keys by what was sent."""
         zero = torch.zeros_like(next(iter(self.row_values.values()))[:1])
         parts = [self.row_values.get(name, zero).expand(size, -1) for name, size in self.sizes.items()]
         return keys_gradient(self.given, self.stats, torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+def _mixed(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
+    return torch.cat([targets[partner].lerp(targets, _column(theta, targets)) for theta, partner in mixes])
 
 
 def _column(weights: Tensor, like: Tensor) -> Tensor:

@@ -86,7 +86,6 @@ BATCH = batch_of("queue_crops_negatives", 4, 3)
         ("symmetric", ValueError, {"symmetric": True, "queue": BATCH.bank}),
         ("symmetric", TypeError, {"symmetric": "no"}),
         ("confidence", TypeError, {"confidence": lambda step: 1.0}),
-        ("queue", ValueError, {"queue": BATCH.bank.to("meta")}),
         ("in_batch_keys", ValueError, {"in_batch_keys": False, "symmetric": False}),
     ],
 )
