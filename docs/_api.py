@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = {
     "slr_plugin.loss": ["slr_plugin.SLRLoss"],
-    "slr_plugin.functional": ["slr_loss"],
+    "slr_plugin.functional": ["slr_loss", "clip_loss"],
     "slr_plugin.mixup": ["slr_plugin.MomentumMixup", "slr_plugin.Mix"],
     "slr_plugin.schedules": ["slr_plugin.CosineConfidence"],
     "slr_plugin.presets": ["Preset", "CIFAR10", "IMAGENET", "FROM_FEATURES"],

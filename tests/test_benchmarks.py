@@ -35,8 +35,8 @@ def test_every_contender_runs(size, compiles, tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "loss.json").read_text())["results"]["tiny"]
     assert all(row["milliseconds"] > 0 and row["megabytes"] > 0 for row in rows)
     compiled = [row["contender"] for row in rows if "compiled" in row["contender"]]
-    assert len(compiled) == compiles * (3 if size.queue else 2)
-    assert len(rows) - len(compiled) == (8 if size.queue else 6)
+    assert len(compiled) == compiles * (4 if size.queue else 3)
+    assert len(rows) - len(compiled) == (9 if size.queue else 7)
     assert "under load" not in (tmp_path / "loss.md").read_text()
 
 

@@ -52,7 +52,7 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
     - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
       crops. With ``confidence: 0`` the loss is then mocov2plus's;
     - ``groups``, ``estimator``: files of what is known of the training images, see
-      :func:`slr_plugin.adapters.knowledge.read`; ids of images that belong together, and features that
+      ``read`` in ``adapters/knowledge.py``; ids of images that belong together, and features that
       estimate the labels. ``same_group``: ``"positive"`` or ``"ignored"``, as in :class:`slr_plugin.SLRLoss`;
     - ``label_quality_every``: at every n-th step, n >= 1, logs what
       :class:`slr_plugin.adapters.lightning.LabelQualityCallback` finds by the classes; null, the default, does not.

@@ -34,7 +34,7 @@ def register() -> None:
     """Add ``sane`` to ``solo.methods.METHODS``; calling it again changes nothing.
 
     Raises:
-        SoloLearnMissingError: an ImportError, there is no solo-learn, or it is PyPI's release of 2021.
+        ImportError: there is no solo-learn, or it is PyPI's release of 2021.
     """
     require_solo_learn()
     from solo.methods import METHODS
