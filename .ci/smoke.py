@@ -29,6 +29,7 @@ extras = {
     "sentence_transformers": "sentence-transformers",
     "export": None,  # works with what slr-plugin itself needs
     "open_clip": None,
+    "knowledge": None,
 }
 adapters = {found.name for found in pkgutil.iter_modules(slr_plugin.adapters.__path__) if found.name[0] != "_"}
 assert adapters == set(extras), adapters
