@@ -160,8 +160,8 @@ class Criterion(RuleBasedStateMachine):
 
 
 Criterion.TestCase.settings = settings(
-    max_examples=40,
-    stateful_step_count=20,
+    max_examples=25,
+    stateful_step_count=15,
     derandomize=True,
     deadline=None,
     suppress_health_check=list(HealthCheck),
