@@ -137,8 +137,10 @@ class SLRClipLoss(nn.Module):
         if several and not self.local_loss and isinstance(logit_scale, Tensor):
             logit_scale = _mean_over_processes(logit_scale)  # of its gradients: the value is the same everywhere
         temperature = 1 / (_at_least_float32(logit_scale) if isinstance(logit_scale, Tensor) else logit_scale)
-        plain = not several and all(c.confidence == 0 and not len(c.memory_bank) for c in self.criteria.values())
-        if plain:  # both directions in one pass
+        plain = all(
+            c.confidence == 0 and c.same_group == "positive" and not len(c.memory_bank) for c in self.criteria.values()
+        )
+        if plain and not several:  # both directions in one pass
             loss = functional.clip_loss(image_features, text_features, temperature=temperature, groups=groups)
             return {"contrastive_loss": loss} if output_dict else loss
         losses = []

@@ -146,7 +146,8 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
     refines, both_views = settings.refines, labelled.has_both_views()
     # Rows that are the keys, and whose labels are no means over the softmax: one pass gives the value, and one both
     # parts of the gradient, that of the rows and that of the keys.
-    plain = key_set.keys is rows and mixed is None and not refines
+    mirrors = key_set.cross or not settings.chunk_size
+    plain = key_set.keys is rows and mixed is None and not refines and mirrors
 
     # Passes, as few as the keys allow. The positives estimate the labels. Divided by tau', they have the logits of
     # tau tau' at the temperature tau and join the pass; where both views are rows, they are in it already.

@@ -8,7 +8,7 @@ from _oracle import Batch, ask, call, gradients, make_criterion
 from _oracle import one_thread as one_thread
 from test_oracle import ESTIMATOR_MODES, MODES, SOFT, assert_close, batch_of, settings_of
 
-from slr_plugin import Mix, dense
+from slr_plugin import Mix, SLRLoss, dense
 from slr_plugin.functional import clip_loss, slr_loss
 
 FUNCTIONAL_MODES = [mode for mode in MODES if mode not in ESTIMATOR_MODES]  # which need a second queue
@@ -143,3 +143,15 @@ def test_the_clip_loss_compiles_without_a_break():
     compiled = torch.compile(clip_loss, fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(f(*views, groups=torch.arange(6) % 2), views)[0] for f in (compiled, clip_loss))
     torch.testing.assert_close(got, want)
+
+
+def test_a_chunk_size_changes_neither_value_nor_gradient_of_one_hot_labels():
+    views = [torch.randn(9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    results = []
+    for chunk_size in (None, 4, 18):
+        criterion = SLRLoss(0.2, confidence=0.0)
+        criterion.chunk_size = chunk_size
+        loss = criterion(*views)
+        results.append([loss, *torch.autograd.grad(loss, views)])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
