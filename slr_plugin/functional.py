@@ -157,6 +157,8 @@ def clip_loss(
     temperature = as_scalar(check_setting("temperature", temperature), features.queries.dtype)
     with no_autocast(images.device):
         settings = Settings(temperature, sharpening=1.0, refined_weight=1.0, confidence=0.0, refines=False)
-        loss = slr_objective(build_cross_key_set(features), [], [], settings)[0]
+        key_set = build_cross_key_set(features)
+        loss = slr_objective(key_set, [], [], settings)[0]
+    warn_if_alone(key_set, loss, stacklevel=3)
     warn_if_not_finite(loss, features, names)
     return loss

@@ -232,7 +232,7 @@ def build_cross_key_set(features: Features) -> KeySet:
 
 def warn_if_alone(key_set: KeySet, loss: Tensor, stacklevel: int) -> None:
     """Warn of a loss that trains nothing, since no row sees a key besides its positive."""
-    views = 1 if key_set.self_index is None else 2
+    views = 2 if key_set.cross or key_set.has_both_views() else 1
     sees_none = key_set.positive_index is not None and key_set.queue is None and len(key_set.keys) == views
     if sees_none and loss.requires_grad and not torch.compiler.is_compiling():
         warnings.warn(
