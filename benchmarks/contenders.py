@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import info_nce
 import lightly.loss
@@ -16,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from slr_plugin import MomentumMixup, SLRLoss, dense
-from slr_plugin.streaming import op
 
 TEMPERATURE = 0.2
 BASELINE, LIMIT = "lightly NTXentLoss", "bare products"
@@ -77,10 +75,6 @@ def contenders(size: Size, device: str, compiles: bool = False) -> dict[str, Cal
     if compiles:
         names = [name for name in losses if name == BASELINE or name.startswith("SLRLoss")]
         steps |= {f"{name}, compiled": step(torch.compile(losses[name])) for name in names}
-    if device != "cpu" and torch.get_float32_matmul_precision() != "highest":
-        steps |= {
-            f"{name}, triton": with_triton(run) for name, run in steps.items() if name.startswith("SLRLoss") and run
-        }
     if device != "cpu":
         steps |= {
             f"{name}{GRAPH}": in_a_graph(run) for name, run in steps.items() if name.startswith("SLRLoss") and run
@@ -153,16 +147,6 @@ def finds_solo_learn() -> bool:
     if clone and clone not in sys.path:
         sys.path.append(clone)
     return bool(clone)
-
-
-def with_triton(step: Callable[[], Any]) -> Callable[[], Any]:
-    """The step with the Triton kernels."""
-
-    def run() -> None:
-        with mock.patch.object(op, "DEFAULT_BACKEND", "triton"):
-            step()
-
-    return run
 
 
 def in_a_graph(step: Callable[[], Any]) -> Callable[[], Any]:

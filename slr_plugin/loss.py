@@ -69,7 +69,7 @@ class SLRLoss(HasState):
             positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator, or where
             labels of groups are refined).
         chunk_size: keys per tile of the streaming pass; None chooses by device. A number trades memory for launches,
-            and disables the symmetric fast path, which halves the work, and the Triton kernels.
+            and disables the symmetric fast path, which halves the work.
 
     Raises:
         ValueError: an argument is out of range, or ``gather_distributed`` without a torch that has it.

@@ -10,9 +10,6 @@ import torch
 from _intra_op import intra_op_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: the CPU then runs its kernels
-
 collect_ignore = [
     "_metric_learning.py",
     "_open_clip.py",

@@ -116,9 +116,9 @@ def test_opcheck(apart):
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=5) if apart else (None, None, None)
     given = Pass(rows, keys, queue, values, queue_values, hidden=HIDDEN, chunk=4)
-    torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, (*given, "tiled", True))
+    torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, (*given, True))
     stats = softmax_stats(given)
-    rest = stats.reference, stats.offset, stats.mean, "tiled"
+    rest = stats.reference, stats.offset, stats.mean
     torch.library.opcheck(torch.ops.slr_plugin.keys_gradient.default, (*given, *rest))
     square = Pass(rows, rows, symmetric=True)
     rest = softmax_stats(square)[:2]
@@ -151,12 +151,3 @@ def test_no_rows_by_keys_matrix_is_allocated():
         softmax_stats(Pass(rows, keys, queue))
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert 0 < largest <= queue.numel() * queue.element_size()
-
-
-def test_the_backend_is_an_argument():
-    given = Pass(*tensors())
-    torch.testing.assert_close(softmax_stats(given, "tiled"), softmax_stats(given))
-    with pytest.raises(ValueError, match="backend must be"):
-        softmax_stats(given, "cuda")
-    with pytest.raises(ValueError, match="at most 256 dimensions"):
-        softmax_stats(Pass(*tensors(dim=300)), "triton")

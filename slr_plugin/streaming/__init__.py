@@ -1,7 +1,7 @@
 """The streaming pass: softmax statistics of rows over their keys, without a matrix of logits.
 
-``stats.py`` says what is computed, ``op.py`` chooses what computes it and makes operators of it for ``torch.compile``:
-``tiled.py``, tile by tile with torch's own operations, or ``triton.py``, GPU kernels.
+``stats.py`` says what is computed, ``tiled.py`` computes it tile by tile, and ``op.py`` makes operators of that for
+``torch.compile``.
 """
 
 from slr_plugin.streaming.op import keys_gradient as keys_gradient

@@ -149,12 +149,11 @@ class Tiling:
                 logits.masked_fill_((rows[:, None] == keys) & (rows[:, None] >= 0), -torch.inf)
         return logits
 
-    def weights(self, logits: Tensor, shift: Tensor | None, keep: bool = False) -> Tensor:
-        """Powers of two of logits minus a shift (rows, 1), in their memory unless that is kept."""
-        if shift is not None:
-            # At most 1, where rounding says otherwise.
-            logits = (logits - shift if keep else logits.sub_(shift)).clamp_(max=0.0)
-        return logits.exp2_()
+    def factor(self, offset: Tensor) -> Tensor:
+        """What the weights of a row are yet to be multiplied by, (r, 1), from the offsets of its statistics."""
+        # Finite for a row that sees no key; others have at least -2 * 32 ln 2.
+        factor = offset.clamp(min=-64.0).neg_()
+        return (factor.sub_(self.given.bound) if self.bounded else factor).exp_()[:, None]
 
 
 def forward(given: Pass) -> SoftmaxStats:
@@ -186,25 +185,22 @@ def forward(given: Pass) -> SoftmaxStats:
     return SoftmaxStats(reference, offset, table[:, width + 1] / total, table[:, :width] / total[:, None])
 
 
-def keys_backward(given: Pass, reference: Tensor, offset: Tensor, row_values: Tensor) -> Tensor:
-    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' statistics (r,), finite, and their values u (r, v)."""
+def keys_gradient(given: Pass, reference: Tensor, offset: Tensor, row_values: Tensor) -> Tensor:
+    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) from the rows' statistics (r,) and their values u (r, v)."""
     tiling = Tiling(given._replace(queue=None, values=None, queue_values=None))
     keys, shift = given.keys, reference[:, None]
-    factor = torch.exp(-offset)  # which all weights of a row have, and no tile needs
-    if tiling.bounded:
-        factor.mul_(math.exp(-given.bound))
-    values = row_values * factor[:, None]
+    values = row_values * tiling.factor(offset)
 
     def add_rows(tiles: Iterator[Tile]) -> Tensor:
         gradient = values.new_zeros(len(keys), values.shape[1])
         for tile in tiles:
             logits = tiling.logits(tile)
             mirror = tiling.mirrored and tile.rows != tile.keys
-            weights = tiling.weights(logits, None if tiling.bounded else shift[tile.rows], keep=mirror)
+            weights = logits.exp2_() if tiling.bounded else _weights(logits, shift[tile.rows], keep=mirror)
             gradient[tile.keys].addmm_(weights.T, values[tile.rows])
             if mirror:
                 if not tiling.bounded:
-                    weights = tiling.weights(logits.T, shift[tile.keys]).T
+                    weights = _weights(logits.T, shift[tile.keys]).T
                 gradient[tile.rows].addmm_(weights, values[tile.keys])
         return gradient
 
@@ -214,7 +210,7 @@ def keys_backward(given: Pass, reference: Tensor, offset: Tensor, row_values: Te
 def symmetric_gradient(given: Pass, reference: Tensor, offset: Tensor, weights: Tensor) -> Tensor:
     r"""Compute :math:`\sum_k (w_i s_{ik} + w_k s_{ki}) b_k` (r, d) of a symmetric pass, for weights w (r,)."""
     tiling, keys, shift = Tiling(given._replace(values=None)), given.keys, reference[:, None]
-    factor = (torch.exp(-offset) * (math.exp(-given.bound) if tiling.bounded else 1.0) * weights)[:, None]
+    factor = tiling.factor(offset) * weights[:, None]
 
     def add_both(tiles: Iterator[Tile]) -> Tensor:
         gradient = torch.zeros_like(keys)
@@ -223,14 +219,20 @@ def symmetric_gradient(given: Pass, reference: Tensor, offset: Tensor, weights: 
             if tiling.bounded:
                 pairs = logits.exp2_().mul_(factor[here] + factor[there].T)
             else:
-                mirrored = tiling.weights(logits.T, shift[there], keep=True).mul_(factor[there])
-                pairs = tiling.weights(logits, shift[here]).mul_(factor[here]).add_(mirrored.T)
+                mirrored = _weights(logits.T, shift[there], keep=True).mul_(factor[there])
+                pairs = _weights(logits, shift[here]).mul_(factor[here]).add_(mirrored.T)
             gradient[here].addmm_(pairs, keys[there])
             if here != there:
                 gradient[there].addmm_(pairs.T, keys[here])
         return gradient
 
     return functools.reduce(Tensor.add_, tiling.run(add_both))
+
+
+def _weights(logits: Tensor, shift: Tensor, keep: bool = False) -> Tensor:
+    """Powers of two of logits minus a shift (rows, 1), in their memory unless that is kept."""
+    # At most 1, where rounding says otherwise.
+    return (logits - shift if keep else logits.sub_(shift)).clamp_(max=0.0).exp2_()
 
 
 def _one_source(sources: Sequence[Source], like: Tensor) -> Source:
