@@ -18,7 +18,7 @@ Three targets occur, and mixing labels (8) or averaging the two terms of (9) is 
 row                    target
 =====================  =======================================================================================
 one-hot                the positive :math:`g_i`
-refined, not mixed     :math:`(1 - \lambda) g_i + \lambda t_i`, with the refinery's :math:`t_i = (1 - v_i) g_i + v_i a_i`
+refined, not mixed     :math:`(1 - \lambda) g_i + \lambda t_i`, of the refinery :math:`t_i = (1 - v_i) g_i + v_i a_i`
 mixed with row j       :math:`\theta_i t_i + (1 - \theta_i) t_j`
 =====================  =======================================================================================
 

@@ -49,8 +49,7 @@ def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings:
     if joins:  # divided by tau', they have the logits of tau tau' at the temperature tau
         blocks["estimators"] = label_keys.positives if sharpening == 1 else label_keys.positives / sharpening
     longest = 1 / sharpening if joins else 1.0
-    mirrors = key_set.cross or not settings.chunk_size
-    one_hot_pairs = key_set.keys is key_set.rows and mixed is None and not settings.refines and mirrors
+    one_hot_pairs = key_set.keys is key_set.rows and mixed is None and not settings.refines
     if label_keys is key_set:
         blocks = {"rows": key_set.rows, **blocks}
         first = second = Comparison(key_set, blocks, temperature, settings, longest, means=not one_hot_pairs)
