@@ -25,7 +25,7 @@ class GroupLabels(NamedTuple):
     """The labels y0 that are known."""
 
     targets: Tensor  #: (r, d), the means over the keys of each row's group
-    share: Tensor | float  #: (r,), the weight of the positive
+    positive_share: Tensor | float  #: (r,), the weight of the positive
 
 
 def group_labels(key_set: KeySet) -> GroupLabels:

@@ -24,7 +24,7 @@ class KeySet(NamedTuple):
     """
 
     rows: Tensor  # (r, d), trained
-    positives: Tensor  # (r, d), one per row; they estimate the labels
+    positives: Tensor  # (r, d), one per row; they estimate the labels unless ``estimator`` does
     keys: Tensor  # (b, d) keys of this step, which may be trained: the batch's, then further negatives
     queue: Tensor | None  # (n, d) constants
     positive_index: Tensor | None  # (r,) where the positives stand among ``keys``; None if they do not

@@ -245,7 +245,7 @@ def _labels_and_targets(call: Call, passes: Passes) -> tuple[Labels, Tensor]:
     """The labels over ``label_keys``, and their target centroids."""
     label_keys, known, settings = call.label_keys, call.known_of_samples, call.settings
     if not settings.refines:
-        return refinery.unrefined(label_keys.rows, known.share), known.targets
+        return refinery.unrefined(label_keys.rows, known.positive_share), known.targets
     stats = passes.estimators.by_block[passes.block]
     if label_keys.has_both_views():  # each view estimates the other's label
         stats = stats.roll(len(label_keys.positives) // 2)
@@ -255,7 +255,7 @@ def _labels_and_targets(call: Call, passes: Passes) -> tuple[Labels, Tensor]:
     # Means of other values say nothing of the estimators' logits, and labels of groups have another entropy.
     tells_entropy = label_keys.estimator is None and known.targets is label_keys.positives
     mean_logit = _dot(label_keys.positives, stats.mean) * inverse if tells_entropy else None
-    labels = refinery.estimate(stats, positive_logit, mean_logit, settings.confidence, known.share)
+    labels = refinery.estimate(stats, positive_logit, mean_logit, settings.confidence, known.positive_share)
     return labels, labels.targets(known.targets, label_keys.positives, stats.mean)
 
 

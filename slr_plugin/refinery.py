@@ -42,7 +42,7 @@ class Labels(NamedTuple):
     rest_weight: Tensor  # v, what lies on q
     alpha: Tensor  # the share of p
     beta: Tensor  # the share of q
-    share: Tensor | float  # of the known label, what lies on the positive
+    positive_share: Tensor | float  # weight of the positive in the known label
     rest_entropy: Tensor  # of what lies on other keys, in nats
 
     def targets(self, known: Tensor, positives: Tensor, centroids: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Labels(NamedTuple):
 
     def averages(self) -> dict[str, Tensor]:
         """The means of positive weight, alpha, beta and entropy of the whole label, by their names in SLRLoss.stats."""
-        positive = self.known_weight * self.share + self.own_weight
+        positive = self.known_weight * self.positive_share + self.own_weight
         rest = 1 - positive
         entropy = rest * self.rest_entropy + torch.special.entr(positive) + torch.special.entr(rest)
         means = {"positive_weight": positive, "alpha": self.alpha, "beta": self.beta, "label_entropy": entropy}
@@ -64,7 +64,7 @@ def estimate(
     positive_logit: Tensor,
     mean_logit: Tensor | None,
     confidence: Tensor | float,
-    share: Tensor | float,
+    positive_share: Tensor | float,
 ) -> Labels:
     r"""Equation (5) from the estimators' softmax statistics over the keys other than their positive.
 
@@ -73,22 +73,26 @@ def estimate(
         positive_logit: (r,) :math:`s_{ii}`.
         mean_logit: (r,) :math:`\sum_k q_{ik} s_{ik}`, for the entropy; None leaves that not a number.
         confidence: the prior confidence mu >= 0.
-        share: (r,) or 1.0, of the known label, what lies on the positive.
+        positive_share: (r,) or 1.0, the weight of the positive in the known label.
     """
     margin, q_max = stats.logsumexp_minus(positive_logit), stats.max_weight
     p_own, p_others = torch.sigmoid(-margin), torch.sigmoid(margin)  # never 1 - p, which cancels
     p_max = torch.maximum(p_own, p_others * q_max)
-    shares = torch.stack([p_max, q_max]) * confidence
-    known = (1 + shares.sum(0)).reciprocal()
-    alpha, beta = shares * known
+    scaled = torch.stack([p_max, q_max]) * confidence
+    known = (1 + scaled.sum(0)).reciprocal()
+    alpha, beta = scaled * known
     entropy = torch.full_like(known, torch.nan) if mean_logit is None else stats.logsumexp_minus(mean_logit)
-    return Labels(known, alpha * p_own, torch.addcmul(beta, alpha, p_others), alpha, beta, share, entropy.clamp(min=0))
+    return Labels(
+        known, alpha * p_own, torch.addcmul(beta, alpha, p_others), alpha, beta, positive_share, entropy.clamp(min=0)
+    )
 
 
-def unrefined(like: Tensor, share: Tensor | float) -> Labels:
-    """The labels at confidence 0, those that are known: ``share``, (r,) or 1.0, on the positive.
+def unrefined(like: Tensor, positive_share: Tensor | float) -> Labels:
+    """The labels at confidence 0, those that are known: ``positive_share``, (r,) or 1.0, on the positive.
 
-    The rest is spread evenly, over ``1 / share - 1`` other keys.
+    The rest is spread evenly, over ``1 / positive_share - 1`` other keys.
     """
     none = like.new_zeros(1)
-    return Labels(none + 1, none, none, none, none, share, (1 / (none + share) - 1).clamp(min=1.0).log())
+    return Labels(
+        none + 1, none, none, none, none, positive_share, (1 / (none + positive_share) - 1).clamp(min=1.0).log()
+    )

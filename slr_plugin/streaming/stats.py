@@ -46,7 +46,9 @@ class Pass(NamedTuple):
     key_groups: Tensor | None = None  # (b + n,) of the keys and then the queue
     scale: float = 1.0  # the factor c
     bound: float = math.inf  # no logit is larger in magnitude; a small bound saves the running maximum
-    symmetric: bool = False  # rows are the keys, but for a factor, and hidden pairs symmetric: half of the logits do
+    symmetric: bool = (
+        False  # rows are the keys, but for a factor, and hidden pairs symmetric: half of the logits suffice
+    )
     cross: bool = False  # symmetric, and rows see the keys of the other half only
     chunk: int = 0  # keys per tile; 0 chooses by device
 
@@ -67,7 +69,7 @@ class SoftmaxStats(NamedTuple):
     :math:`(\rho_i - x) + (\ell_i - \rho_i)` keeps digits that :math:`\ell_i - x` loses.
     """
 
-    reference: Tensor  # (r,) rho in bits (rho / ln 2), as the backends have it
+    reference: Tensor  # (r,) rho in bits, which is rho / ln 2, as the pass has it
     offset: Tensor  # (r,) l - rho; -inf where a row sees no key
     max_weight: Tensor  # (r,) m; 0 where a row sees no key
     mean: Tensor  # (r, v) a; 0 where a row sees no key
