@@ -131,8 +131,19 @@ TEACHER = replace(
     tuning_seeds=1,
     half=False,
 )
-# For the tests of the harness: seconds, and no result.
-SMOKE = replace(CPU, train_images=96, test_images=64, epochs=2, batch_size=32, queue_size=64, evaluations=2, half=False)
+# For the tests of the harness: a second or less, and no result.
+SMOKE = replace(
+    CPU,
+    encoder=strided_resnet,
+    side=16,
+    train_images=96,
+    test_images=64,
+    epochs=2,
+    batch_size=32,
+    queue_size=64,
+    evaluations=2,
+    half=False,
+)
 BUDGETS = {
     "cpu": CPU,
     "cpu-long": CPU_LONG,
