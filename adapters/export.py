@@ -3,10 +3,15 @@
     python -m slr_plugin.adapters.export CHECKPOINT OUTPUT [--to torchvision|detectron2] [--momentum]
 
 CHECKPOINT was saved by Lightning, with ``slr_plugin.adapters.lightly`` or solo-learn. OUTPUT ends in .safetensors and
-has torchvision's names, which are timm's too; or with ``--to detectron2`` it ends in .pkl, for ``MODEL.WEIGHTS``.
-``model.load_state_dict(safetensors.torch.load_file(OUTPUT))`` loads it into the network that was trained, without its
-classifier (``model.fc = torch.nn.Identity()``); ``timm.create_model("resnet50", num_classes=0,
-checkpoint_path=OUTPUT)`` into timm's.
+has the names of the network that was trained; or with ``--to detectron2`` it ends in .pkl, for ``MODEL.WEIGHTS``.
+``model.load_state_dict(safetensors.torch.load_file(OUTPUT))`` loads it into that network, without its classifier:
+
+- torchvision's, trained above 64 pixels: ``model = resnet18(); model.fc = torch.nn.Identity()``, or timm's,
+  ``timm.create_model("resnet18", num_classes=0, checkpoint_path=OUTPUT)``;
+- torchvision's with the stem for small images, which lightly's recipe takes at 64 pixels or below: ``model =
+  slr_plugin.adapters.lightly.cifar_stem(resnet18()); model.fc = torch.nn.Identity()``. It does not load into timm's;
+- lightly's, ``resnet9`` and all with ``--width``: ``model = lightly.models.ResNetGenerator("resnet-9", WIDTH)``, with
+  ``strict=False``, as the file has no classifier. It loads into neither torchvision's nor timm's.
 
 detectron2's defaults belong to another ResNet. Set ``MODEL.RESNETS.DEPTH`` (for 18 and 34 also ``RES2_OUT_CHANNELS``
 64), ``STRIDE_IN_1X1`` False, ``INPUT.FORMAT`` RGB, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` to the pretraining's
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="Lightning's, of lightly or solo-learn")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="ends in .safetensors, or in .pkl for detectron2")
-    parser.add_argument("--to", choices=tuple(_SUFFIX), default="torchvision", help="default: torchvision, and timm")
+    parser.add_argument("--to", choices=tuple(_SUFFIX), default="torchvision", help="default: torchvision, as trained")
     parser.add_argument("--momentum", action="store_true", help="take the momentum copy of the backbone")
     arguments = parser.parse_args(argv)
     try:

@@ -38,13 +38,13 @@ def passes(size: Size, device: str) -> dict[str, Callable[[], Any]]:
     if size.queue:
         rows, keys, queue = draw(3 * size.rows), draw(size.rows), draw(size.queue)
         given = Pass(rows, keys, queue, scale=SCALE, bound=SCALE)
-        return {"forward": lambda: tiled.forward(given)}
+        return {"forward": lambda: tiled.softmax_stats(given)}
     rows = draw(2 * size.rows)
     hidden = torch.arange(len(rows), device=device)[:, None]
     given = Pass(rows, rows, hidden=hidden, scale=SCALE, bound=SCALE, symmetric=True)
-    stats = tiled.forward(given)
+    stats = tiled.softmax_stats(given)
     return {
-        "forward": lambda: tiled.forward(given),
+        "forward": lambda: tiled.softmax_stats(given),
         "backward": lambda: tiled.keys_gradient(given, stats.reference, stats.offset, rows),
     }
 
@@ -65,5 +65,7 @@ def run(device: str, rounds: int, precision: str, output: Path) -> None:
     heads = list(next(iter(results.values())))
     lines = ["| rows x keys, ms | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     lines += [f"| {tile} | " + " | ".join(f"{row[head]:.2f}" for head in heads) + " |" for tile, row in results.items()]
-    caption = f"{machine(device)}; medians of {rounds}; float32, matmul precision {precision}; torch {torch.__version__}."
+    caption = (
+        f"{machine(device)}; medians of {rounds}; float32, matmul precision {precision}; torch {torch.__version__}."
+    )
     publish(output, "tiles", "\n".join(lines), caption, dict(results))

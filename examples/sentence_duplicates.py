@@ -152,6 +152,8 @@ def build_loss(method: str, model: SentenceTransformer) -> nn.Module:
     values = [float(number) for number in numbers]
     if name in ("mnrl", "sampler"):
         return MultipleNegativesRankingLoss(model, SCALE)
+    if name in ("positive", "ignored"):
+        return SelfLabelingRankingLoss(model, SCALE, confidence=0.0, same_group=name)
     if name == "exact":
         return Masked(model, exact=True)
     if name == "soft":

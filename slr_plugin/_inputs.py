@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,11 +86,11 @@ def checked_features(
     crops, mixes = _checked_crops(queries, mixed, mix, first)
     size, dim = queries.shape
     if negatives is not None:
-        _check_beside("negatives", negatives, queries, first)
+        _check_features("negatives", negatives, queries, first)
         if negatives.shape[1] != dim:
             raise ValueError(f"negatives must have shape (m, {dim}), as wide as {first}, got {tuple(negatives.shape)}")
     if estimator is not None:
-        _check_beside("estimator", estimator, queries, first)
+        _check_features("estimator", estimator, queries, first)
         if len(estimator) != size:
             raise ValueError(f"estimator must have one row per row of {first}, {size}, got {tuple(estimator.shape)}")
         if estimator.shape[1] == 1:
@@ -127,20 +127,13 @@ def checked_groups(name: str, groups: Any, size: int, device: torch.device) -> T
     return groups.to(device, torch.int64)
 
 
-def _check_beside(name: str, value: Any, queries: Tensor, first: str) -> None:
-    """Raise unless ``value`` is a table of features on the device of the queries."""
-    _check_features(name, value)
-    if value.device != queries.device:
-        raise ValueError(f"{name} is on {value.device} and {first} on {queries.device}; move it there")
-
-
 def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[list[Tensor], list[Mix]]:
     """The mixed views, and how each was mixed, one to one; one tensor and one mix count as one crop."""
     if mixed is None and mix is None:
         return [], []
     if isinstance(mixed, Tensor):
         _check_features("mixed", mixed)  # class labels, perhaps, which come without mix
-        if _is_mix(mix):
+        if isinstance(mix, tuple) and len(mix) == 2:
             return [mixed], [_checked_mix("", queries, mixed, mix, first)]
     for name, value in (("mixed", mixed), ("mix", mix)):
         if not isinstance(value, Tensor | list | tuple | None) or (name == "mix" and isinstance(value, Tensor)):
@@ -148,16 +141,17 @@ def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[l
                 f"{name} must be features of mixed queries with the (theta, partner) that MomentumMixup returned, or "
                 f"lists of both, one per crop, got {type(value).__name__}"
             )
-    both_lists = isinstance(mixed, list | tuple) and isinstance(mix, list | tuple) and not _is_mix(mix)
-    if not both_lists or len(mixed) != len(mix) or not mixed:
-        raise ValueError(f"mixed and mix must match one to one, got mixed={_count(mixed)} and mix={_count(mix)}")
+    lists = all(isinstance(value, list | tuple) and not isinstance(value, Mix) for value in (mixed, mix))
+    if not lists or len(mixed) != len(mix) or not mixed:
+        found = [f"{len(value)} of them" if isinstance(value, list) else str(type(value)) for value in (mixed, mix)]
+        raise ValueError(f"mixed and mix must match one to one, got mixed={found[0]} and mix={found[1]}")
     pairs = enumerate(zip(mixed, mix, strict=True))
     return list(mixed), [_checked_mix(f"[{i}]", queries, *pair, first) for i, pair in pairs]
 
 
 def _checked_mix(where: str, queries: Tensor, features: Any, mix: Any, first: str) -> Mix:
-    _check_beside(f"mixed{where}", features, queries, first)
-    if not _is_mix(mix):
+    _check_features(f"mixed{where}", features, queries, first)
+    if not isinstance(mix, tuple) or len(mix) != 2:
         raise TypeError(f"mix{where} must be the (theta, partner) of MomentumMixup, got {type(mix).__name__}")
     if features.shape != queries.shape:
         shape = tuple(queries.shape)
@@ -167,16 +161,8 @@ def _checked_mix(where: str, queries: Tensor, features: Any, mix: Any, first: st
     return Mix(theta.to(queries.device), partner.to(queries.device, torch.long))
 
 
-def _is_mix(value: Any) -> TypeGuard[Mix]:
-    """A Mix, or a plain (theta, partner)."""
-    return isinstance(value, Mix) or (isinstance(value, tuple) and len(value) == 2 and not any(map(_is_mix, value)))
-
-
-def _count(value: Any) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list | tuple) and not _is_mix(value) else str(type(value))
-
-
-def _check_features(name: str, value: Any) -> None:
+def _check_features(name: str, value: Any, queries: Tensor | None = None, first: str = "") -> None:
+    """Raise unless ``value`` is a table of features, on the device of the queries."""
     if isinstance(value, Tensor) and not value.dtype.is_floating_point:
         raise TypeError(
             f"{name} must be features (batch, dimension) with a floating point dtype, got {value.dtype} of shape "
@@ -186,6 +172,8 @@ def _check_features(name: str, value: Any) -> None:
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(f"{name} must have shape (batch, dimension), both >= 1, got {tuple(value.shape)}")
     check_plain(name, value)
+    if queries is not None and value.device != queries.device:
+        raise ValueError(f"{name} is on {value.device} and {first} on {queries.device}; move it there")
 
 
 def warn_if_not_finite(loss: Tensor, features: Features, names: Sequence[str] = VIEWS, stacklevel: int = 3) -> None:

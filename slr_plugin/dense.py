@@ -50,7 +50,7 @@ def self_labels(
     Args:
         similarity: (rows, K) cosines of each row's estimator with the keys.
         own: (rows,) the column of each row's positive.
-        hidden: (rows, K) bool, columns that are no keys of the row, or (rows,) one of them; None for none.
+        hidden: (rows, K) bool, columns that are no keys of the row; None for none.
         known: (rows, K) labels in the place of the one-hot ones.
         temperature: tau.
         sharpening: tau'.
@@ -58,8 +58,6 @@ def self_labels(
     """
     logits = similarity / (temperature * sharpening)
     if hidden is not None:
-        if hidden.ndim == 1:
-            hidden = torch.zeros_like(logits, dtype=torch.bool).scatter(1, hidden[:, None], True)
         logits = logits.masked_fill(hidden, -torch.inf)
     p = logits.softmax(1)
     others = logits.scatter(1, own[:, None], -torch.inf)
@@ -79,18 +77,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def known_labels(key_set: KeySet) -> Tensor:
     """The labels y0 (r, K) in the place of the one-hot ones: uniform over the keys of the group."""
-    own = key_set.positive_columns()[:, None]
-    same = None if key_set.ignores_group else key_set.same_group()
-    known = key_set.similarity(key_set.rows).detach().zero_() if same is None else same.to(key_set.rows)
-    known = known.scatter(1, own, 1.0)
+    same = key_set.same_group() & (not key_set.ignores_group)
+    known = same.scatter(1, key_set.positive_columns()[:, None], True).to(key_set.rows)
     return known / known.sum(1, keepdim=True)
 
 
 def unseen(key_set: KeySet) -> Tensor:
     """The columns (r, K) that are no keys of the row: itself, and other keys of its group where these are ignored."""
-    same = key_set.same_group() if key_set.ignores_group else None
-    none = torch.zeros_like(key_set.similarity(key_set.rows), dtype=torch.bool) if same is None else same
-    return none if key_set.self_index is None else none.scatter(1, key_set.self_index[:, None], True)
+    same = key_set.same_group() & key_set.ignores_group
+    return same if key_set.self_index is None else same.scatter(1, key_set.self_index[:, None], True)
 
 
 def labels(key_set: KeySet, settings: Settings) -> Tensor:

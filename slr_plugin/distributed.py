@@ -67,8 +67,9 @@ def check_alike(device: torch.device, **arguments: Tensor | None) -> None:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
+        local = local.contiguous()
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
+        dist.all_gather(parts, local)
         return torch.cat(parts)
 
     @staticmethod

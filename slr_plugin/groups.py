@@ -36,22 +36,6 @@ def group_labels(key_set: KeySet) -> GroupLabels:
     rows, positives, groups, key_groups = key_set.rows, key_set.positives, key_set.groups, key_set.key_groups
     if groups is None or key_groups is None or key_set.ignores_group:
         return GroupLabels(positives, 1.0)
-    if key_set.cross:  # one half of the rows, and then the other, with the keys of the other half
-        cut = len(rows) // 2
-        parts = [
-            group_labels(
-                key_set._replace(
-                    rows=rows[here],
-                    positives=positives[here],
-                    keys=rows[there],
-                    groups=groups[here],
-                    key_groups=groups[there],
-                    cross=False,
-                )
-            )
-            for here, there in ((slice(cut), slice(cut, None)), (slice(cut, None), slice(cut)))
-        ]
-        return GroupLabels(*(torch.cat(part) for part in zip(*parts, strict=True)))
     ids, size = groups.sort().values, len(groups)
 
     def places(of: Tensor) -> Tensor:

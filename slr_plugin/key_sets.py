@@ -86,11 +86,12 @@ class KeySet(NamedTuple):
         index = self.positive_index
         return self.rows.new_zeros(len(self.rows), dtype=torch.long) if index is None else index
 
-    def same_group(self) -> Tensor | None:
-        """Whether a column (r, K) is another key of the row's group; None without groups."""
-        if self.groups is None or self.key_groups is None:
-            return None
-        same = (self.groups[:, None] == self.key_groups) & (self.groups[:, None] >= 0)
+    def same_group(self) -> Tensor:
+        """Whether a column (r, K) is another key of the row's group."""
+        count = len(self.keys) + (0 if self.queue is None else len(self.queue))
+        same = torch.zeros(len(self.rows), count, dtype=torch.bool, device=self.rows.device)
+        if self.groups is not None and self.key_groups is not None:
+            same = (self.groups[:, None] == self.key_groups) & (self.groups[:, None] >= 0)
         if self.positive_index is None:
             same = torch.cat([torch.zeros_like(same[:, :1]), same], dim=1)
         elif self.self_index is not None:
@@ -212,9 +213,13 @@ def build_key_set(
 
 def build_cross_key_set(features: Features) -> KeySet:
     """Build the key set of images and texts: both are rows, and each sees the keys of the other kind only."""
-    size = len(features.queries)
+    size, ids = len(features.queries), features.groups
     rows = unit_rows(torch.cat([features.queries, features.positives]))
-    groups = None if features.groups is None else features.groups.repeat(2)
+    groups = key_groups = None
+    if ids is not None:  # an image is in the group of texts only, which has an even number, and a text of images
+        number = 2 * torch.searchsorted(ids.sort().values, ids)
+        groups = torch.cat([number, number + 1]).where(ids.repeat(2) >= 0, -1)
+        key_groups = groups.roll(size)
     return KeySet(
         rows,
         rows.roll(size, 0),
@@ -225,7 +230,7 @@ def build_cross_key_set(features: Features) -> KeySet:
         batch_count=2 * size,
         keys_to_enqueue=rows[size:],
         groups=groups,
-        key_groups=groups,
+        key_groups=key_groups,
         cross=True,
     )
 

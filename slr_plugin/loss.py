@@ -68,8 +68,7 @@ class SLRLoss(HasState):
         stats: detached scalar tensors of the last call: ``positive_weight`` (the mean label weight left on the
             positive), ``alpha``, ``beta``, ``mu``, ``label_entropy`` (nats; not a number with an estimator, or where
             labels of groups are refined).
-        chunk_size: keys per tile of the streaming pass; None chooses by device. A number trades memory for launches,
-            and disables the symmetric fast path, which halves the work.
+        chunk_size: keys per tile of the streaming pass; None chooses by device. A number trades memory for launches.
 
     Raises:
         ValueError: an argument is out of range, or ``gather_distributed`` without a torch that has it.
@@ -254,7 +253,7 @@ class SLRLoss(HasState):
         key_set = build(features, bank.bank, bank.estimator_bank)
         if not bank.dim:
             bank.set_dim(features.queries.shape[1])
-            key_set = build(features, bank.bank, bank.estimator_bank)
+            key_set = key_set._replace(queue=bank.bank)
         if gathers and bank.share(functools.partial(broadcast, device=device)):
             broadcast(self.step, device)
         return key_set

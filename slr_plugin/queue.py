@@ -112,7 +112,7 @@ class KeyQueue(nn.Module):
             return False
         for ring in self.buffers():
             broadcast(ring)
-        self._is_shared = True
+        self._is_shared = self.knows_groups = True
         return True
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class KeyQueue(nn.Module):
                 ring.index_copy_(
                     0, places, torch.where(accepted, rows[-newest:].to(ring), ring.index_select(0, places))
                 )
-        self.bank_ptr.add_(accepted.long(), alpha=len(keys)).remainder_(self.size)
+        self.bank_ptr.add_(accepted, alpha=len(keys)).remainder_(self.size)
         return accepted
 
     def extra_repr(self) -> str:

@@ -108,13 +108,6 @@ def _checked_temperature(name: str, value: Any) -> float | Tensor:
     return number
 
 
-def _checked_sharpening(name: str, value: Any) -> float:
-    number = check_number(name, value)
-    if not 1e-8 <= number <= 1:
-        raise ValueError(f"{name} must be in {'(0, 1]' if number <= 0 or number > 1 else '[1e-8, 1]'}, got {value}")
-    return number
-
-
 def _checked_confidence(name: str, value: Any) -> Confidence:
     return value if callable(value) else check_confidence(name, value)
 
@@ -131,7 +124,7 @@ def _checked_same_group(name: str, value: Any) -> str:
 
 SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "temperature": _checked_temperature,
-    "sharpening": _checked_sharpening,
+    "sharpening": functools.partial(check_number, low=1e-8, high=1.0),
     "confidence": _checked_confidence,
     "refined_weight": functools.partial(check_number, low=0.0, high=1.0),
     "in_batch_keys": check_flag,

@@ -25,7 +25,7 @@ class HasState(HasSettings):
     def __init__(self, memory_bank: KeyQueue) -> None:
         super().__init__()
         self.memory_bank = memory_bank
-        self._quiet_step = torch.zeros(())  # of the newest call that advanced nothing
+        self._step_of_idle_call = torch.zeros(())  # of the newest call that advanced nothing
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -60,11 +60,11 @@ class HasState(HasSettings):
             return updates
         if not is_repeated():
             if not updates:
-                self._quiet_step = self.step.clone()
+                self._step_of_idle_call = self.step.clone()
             return updates
         # A repetition is right where the first run advanced nothing, and nothing has advanced since.
         first_was_quiet = is_in_reentrant_checkpoint() or not updates
-        if self._moves_on() and not (first_was_quiet and self._quiet_step == self.step):
+        if self._moves_on() and not (first_was_quiet and self._step_of_idle_call == self.step):
             refuse_repetition()
         return updates and first_was_quiet
 
@@ -79,7 +79,7 @@ class HasState(HasSettings):
         accepted = self.memory_bank.enqueue(key_set.keys_to_enqueue, estimators, key_set.groups_to_enqueue)
         accepted = accepted.to(self.step.device)
         if torch.compiler.is_compiling() and has_backward:
-            self.step = self.step + accepted  # a compiled backward may recompute the schedule from the old buffer
+            self.step = self.step + accepted  # out of place: a compiled backward may read the old one again
         else:
             self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
 

@@ -45,7 +45,7 @@ def test_so_does_the_pass(size, bound, pretended_gpu):
         hidden = torch.empty(24, 1, dtype=torch.long, device="cuda")
         given = Pass(rows, keys, queue, hidden=hidden, scale=5.0, bound=bound)
         with OnTheDevice():
-            stats = tiled.forward(given)
+            stats = tiled.softmax_stats(given)
             gradient = tiled.keys_backward(given, stats.reference, stats.offset, stats.mean)
     assert gradient.device.type == "cuda"
 

@@ -181,3 +181,10 @@ def test_a_non_finite_estimator_advances_neither_queue_nor_step():
     criterion(unit_keys(2).requires_grad_(), unit_keys(2, seed=1), estimator=estimator)
     for name, value in before.items():
         assert torch.equal(criterion.state_dict()[name], value), name
+
+
+def test_ids_that_another_process_shared_do_not_stay_on_new_keys():
+    queue = KeyQueue((4, 2))
+    queue.share(lambda values: values.fill_(7) if values.shape == (4,) else None)
+    queue.enqueue(torch.eye(2))
+    assert queue.groups.tolist() == [-1, -1, 7, 7]

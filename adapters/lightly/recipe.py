@@ -2,8 +2,8 @@
 
     python -m slr_plugin.adapters.lightly cifar10                 torchvision's CIFAR-10, downloaded; ResNet-18
     python -m slr_plugin.adapters.lightly cifar10 --data DIR      your images: DIR/train/<class>/*, DIR/test/<class>/*
-    ... --method mocov2 --output DIR                              the baseline: one-hot labels, no mixup
-    ... --beside DIR                                              draw the curves of that run beside this one's
+    ... --method mocov2 --output RUN                              the baseline: one-hot labels, no mixup
+    ... --beside RUN                                              draw the curves of that run beside this one's
     ... --resume                                                  go on after an interruption, with the run's options
     ... --resume --epochs 400                                     train a finished run longer
 
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--precision", "16-mixed or bf16-mixed on a GPU", choices=PRECISIONS, default="32-true")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0)
     add("--resume", "go on from the last checkpoint in --output; a larger --epochs extends it", action="store_true")
-    add("--beside", "draw the runs in these --output folders too", type=Path, nargs="+", default=[], metavar="DIR")
+    add("--beside", "draw the runs in these --output folders too", type=Path, nargs="+", default=[], metavar="RUN")
     add("--output", type=Path, default=Path("outputs/cifar10"))
     return parser
 

@@ -184,6 +184,7 @@ def build(args: argparse.Namespace, data: Data) -> SANE:
         ema_momentum=args.ema_momentum,
         **(baseline if args.method == "mocov2" else {}) | read("--", args.groups, args.estimator),
     )
+    model.queue_setting = "--queue-size"  # in the warning of a long queue
     model.knowledge.attach(data.views)
     return model.to(memory_format=torch.channels_last)
 

@@ -66,11 +66,16 @@ def classes(images: Images, training: Images) -> Tensor:
     return F.one_hot(images.classes, int(training.classes.max()) + 1).float()
 
 
-def guesses(images: Images, training: Images) -> Tensor:
-    """Probabilities of the classes by a classifier of these histograms that learned from the first few images."""
+def guesses(images: Images, training: Images, seed: int | None = None) -> Tensor:
+    """Probabilities of the classes by a classifier of these histograms that learned from a few images.
+
+    These are the first of the training images; with a seed they are drawn.
+    """
     table, known = (gradients(part, training).cpu().numpy() for part in (images, training))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    classifier.fit(known[:LABELLED], training.classes[:LABELLED].cpu().numpy())
+    drawn = torch.arange(len(known)) if seed is None else torch.randperm(len(known), generator=generator(seed))
+    labelled = drawn[:LABELLED]
+    classifier.fit(known[labelled], training.classes.cpu()[labelled].numpy())
     return torch.from_numpy(classifier.predict_proba(table)).float().to(images.pixels.device)
 
 
@@ -104,16 +109,24 @@ FEATURES: dict[str, Describe] = {
 }
 
 
-def known(name: str, images: Images, cache: Path, training: Images | None = None) -> Tensor:
-    """One of FEATURES, or "imagenet": a network's, standardised and kept on the disk.
+def generator(seed: int) -> torch.Generator:
+    """One that begins at a seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def known(name: str, images: Images, cache: Path, training: Images | None = None, seed: int = 0) -> Tensor:
+    """One of FEATURES, "drawn-guesses" of a seed, or "imagenet": a network's, standardised and kept on the disk.
 
     Args:
         name: which.
         images: to describe.
         cache: the folder in which views are kept.
         training: the images that fit what is fitted; None: ``images``.
+        seed: of the images that are drawn.
     """
     training = images if training is None else training
+    if name == "drawn-guesses":
+        return guesses(images, training, seed)
     if name != "imagenet":
         return FEATURES[name](images, training)
     table, reference = (_kept(cache / f"{name}-{part.name}-{len(part)}.pt", part) for part in (images, training))

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightly.loss
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.representations import baselines
-from benchmarks.representations.features import LABELLED, PURITIES, TOLD, clusters
+from benchmarks.representations.features import LABELLED, PURITIES, TOLD, clusters, generator
 from benchmarks.representations.objectives import (
     DIM,
     Bootstrap,
@@ -22,13 +23,14 @@ from benchmarks.representations.objectives import (
     NearestNeighbour,
     Objective,
     Oracle,
+    PartlyClassified,
     Plain,
     Regressed,
     Setup,
     Siamese,
     Supervised,
 )
-from slr_plugin import CosineConfidence
+from slr_plugin import CosineConfidence, SLRLoss
 from slr_plugin.presets import CIFAR10
 
 # What a step costs, in passes of a batch through the encoder: a forward pass counts 1, its backward pass 2.
@@ -39,6 +41,7 @@ TWO_VIEWS = 2 * TRAINED
 BOOTSTRAP = TWO_VIEWS + 2 * FORWARD
 COLD = 0.1  # lightly's temperature for DCL, half the paper's
 CLUSTERS = 100  # of a teacher's features
+KNOWN = (1, 5, 20)  # per cent of the images whose class is told
 
 STRONG = ("query", "key", "strong")
 WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in ReSSL and SCE
@@ -49,6 +52,7 @@ FEATURE_WORDS = {
     "gradients": "histograms of gradients",
     "imagenet": "a network that was trained on ImageNet and sees 96 pixels",
     "guesses": f"the guesses of a classifier of these, from {LABELLED} labelled images",
+    "drawn-guesses": f"the guesses of such a classifier, whose {LABELLED} images are drawn for every seed",
     "classes": "the classes",
     **{f"classes-{percent}": f"classes that are right for {percent} % of the pairs" for percent in PURITIES},
 }
@@ -162,6 +166,18 @@ def _nothing(setup: Setup) -> Objective:
     raise TypeError("nothing is trained")
 
 
+def _is_told(share: float, known: Tensor) -> Tensor:
+    return (torch.rand(len(known), generator=generator(0)) < share).to(known.device)
+
+
+def _partly_grouped(share: float, known: Tensor) -> Objective:
+    return Grouped(SLRLoss(COLD, confidence=0.0), known.argmax(1).where(_is_told(share, known), -1))
+
+
+def _partly_classified(share: float, known: Tensor) -> Objective:
+    return PartlyClassified(lightly.loss.NTXentLoss(COLD), known * _is_told(share, known)[:, None])
+
+
 def _cluster_targets(known: Tensor) -> Tensor:
     return F.one_hot(clusters(known, CLUSTERS)).float()
 
@@ -248,6 +264,33 @@ METHODS: dict[str, Method] = {
             name,
         )
         for name, text in (("guesses", "the guessed classes"), ("classes", "the classes"))
+    },
+    "drawn-labels": _both(
+        "NT-Xent, 0.1, all of the label from these guesses", _slr_loss(WHOLE_BATCH), features="drawn-guesses"
+    ),
+    "drawn-cross-entropy": _told("cross-entropy with these guesses", Classified, "drawn-guesses"),
+    "drawn-supcon": _told(
+        "SupCon, 0.1, the groups are the guessed classes",
+        lambda known: Grouped(baselines.SupConLoss(COLD), known.argmax(1)),
+        "drawn-guesses",
+    ),
+    "alone-drawn": _alone("drawn-guesses"),
+    # Classes that are known for some of the images.
+    **{
+        f"groups-{percent}": _told(
+            f"NT-Xent, 0.1, the class is the group of {percent} % of the images",
+            functools.partial(_partly_grouped, percent / 100),
+            "classes",
+        )
+        for percent in KNOWN
+    },
+    **{
+        f"classified-{percent}": _told(
+            f"NT-Xent, 0.1, and cross-entropy of {percent} % of the images",
+            functools.partial(_partly_classified, percent / 100),
+            "classes",
+        )
+        for percent in KNOWN
     },
     "imagenet-labels": _both(
         "NT-Xent, 0.1, all of the label from the teacher, tau' 0.1",

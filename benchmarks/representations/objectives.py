@@ -324,7 +324,29 @@ class Grouped(Objective):
 
     def forward(self, online: Network, batch: Batch) -> Tensor:
         """The loss of both views."""
-        return self.criterion(online(batch.query), online(batch.key), self.groups[batch.index])
+        return self.criterion(online(batch.query), online(batch.key), groups=self.groups[batch.index])
+
+
+class PartlyClassified(Classified):
+    """NT-Xent of both views, and beside it a classifier behind their projections, of those with a class.
+
+    Args:
+        criterion: of two views.
+        targets: (n, c), rows of zeros where the class is not known.
+    """
+
+    def __init__(self, criterion: nn.Module, targets: Tensor) -> None:
+        super().__init__(targets)
+        self.contrast = criterion
+
+    def forward(self, online: Network, batch: Batch) -> Tensor:
+        """The sum of both losses, the classifier's over the samples with a class."""
+        targets, views = self.targets[batch.index], [online(view) for view in (batch.query, batch.key)]
+        told = targets.sum(1) > 0
+        loss = self.contrast(*views)
+        if bool(told.any()):
+            loss = loss + sum(self.criterion(self.classifier(view[told]), targets[told]) for view in views) / 2
+        return loss
 
 
 class Supervised(Objective):

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from benchmarks.representations.budgets import COPIES
+from benchmarks.representations.features import LABELLED as GUESSED_FROM
 from benchmarks.representations.features import TOLD
 from benchmarks.representations.harness import Record, best, records, tuning
-from benchmarks.representations.methods import METHODS, PLAIN
+from benchmarks.representations.methods import KNOWN, METHODS, PLAIN
 
 Records = Mapping[str, Mapping[int, Record]]  # method, seed, record
 MEASURES = ("knn", "linear")
@@ -197,6 +198,21 @@ STUDIES = {
         "imagenet-clusters",
         ("imagenet-clusters", "imagenet-labels", "imagenet-regression"),
         budgets=("teacher",),
+    ),
+    # Decided before the runs of this budget.
+    "guesses": Study(
+        f"Guesses of a classifier, {GUESSED_FROM} images labelled, drawn for every seed",
+        "drawn-cross-entropy",
+        ("simclr-cold", "drawn-labels", "drawn-cross-entropy", "drawn-supcon", "alone-drawn"),
+        budgets=("known",),
+        primary=("drawn-labels", "linear"),
+    ),
+    "known-classes": Study(
+        "Classes known for some of the images, as groups",
+        "simclr-cold",
+        ("simclr-cold", *(f"{kind}-{percent}" for percent in KNOWN for kind in ("groups", "classified"))),
+        budgets=("known",),
+        primary=("groups-5", "linear"),
     ),
     "long": Study(
         "Long trainings",

@@ -84,9 +84,9 @@ def training(
     """
     method = METHODS[name]
     device = train_images.pixels.device
-    estimators = known(method.features, train_images, cache) if method.features else None
+    estimators = known(method.features, train_images, cache, seed=seed) if method.features else None
     if not method.trains:
-        described = known(method.features, test_images, cache, train_images)
+        described = known(method.features, test_images, cache, train_images, seed)
         features = Features(estimators, train_images.classes), Features(described, test_images.classes)
         judged = {"knn": knn_accuracy(*features), "linear": (yield from _classified(features, probes))}
         return {"method": name, "seed": seed, "rate": None, "epochs": 0, "passes": 0} | judged | _circumstances(device)

@@ -98,7 +98,8 @@ plt.show()
 
 # %%
 # The curves lie on each other, since value and gradient are the same to rounding. The next
-# figure shows what differs: the memory that a loss keeps until its backward pass.
+# figure shows what differs: the memory that a loss keeps until its backward pass. Tests compare
+# SLRLoss with lightly's NTXentLoss in the same way, and :doc:`/cost` times both.
 
 
 def kept(criterion, rows):

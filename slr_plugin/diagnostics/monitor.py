@@ -49,7 +49,7 @@ class LabelMonitor:
         self._averaged: list[LabelQuality] = []  # by the last call of mean()
         self._announced: Tensor | None = None  # of the next call
         self._measures = False
-        self._queue_classes, self._generation = self._unknown()
+        self._queue_classes, self._generation = torch.empty(0, dtype=torch.long), -1  # of no queue so far
         self._hooks = (
             criterion.register_forward_pre_hook(self._before, with_kwargs=True),
             criterion.register_forward_hook(self._after),
@@ -141,13 +141,9 @@ class LabelMonitor:
 
     def _table(self) -> Tensor:
         """The classes that later calls write to, on the queue's device; unknown ones after its keys were replaced."""
-        with torch.inference_mode(False):  # else no training could write to them
-            if self._generation != self.criterion.memory_bank.generation:
-                self._queue_classes, self._generation = self._unknown()
-            self._queue_classes = self._queue_classes.to(self.criterion.memory_bank.bank.device)
-        return self._queue_classes
-
-    def _unknown(self) -> tuple[Tensor, int]:
         bank = self.criterion.memory_bank
-        with torch.inference_mode(False):
-            return torch.full((len(bank),), -1, device=bank.bank.device), bank.generation
+        with torch.inference_mode(False):  # else no training could write to them
+            if self._generation != bank.generation:
+                self._queue_classes, self._generation = torch.full((len(bank),), -1), bank.generation
+            self._queue_classes = self._queue_classes.to(bank.bank.device)
+        return self._queue_classes

@@ -24,15 +24,15 @@ ONE_HOT = "nothing lies on other keys: the labels are one-hot"
 
 
 class _Measures(NamedTuple):
-    own: Tensor  # label mass on the own positive
-    same: Tensor  # on other keys of the own class
-    other: Tensor  # on keys of other classes
-    chance: Tensor  # the share of the own class among the other keys: the purity of a blind estimator
-    nearest: Tensor  # how often the other key with the largest label is of the own class
-    distance: Tensor  # E ||ybar - y*||
-    one_hot_distance: Tensor  # of the label that stays on the positive
-    blind_distance: Tensor  # of the label that keeps the same mass and spreads the rest evenly
-    purity: Tensor  # same / (same + other): how much of the mass beyond the own positive is on the own class
+    own: Tensor
+    same: Tensor
+    other: Tensor
+    chance: Tensor
+    nearest: Tensor
+    distance: Tensor
+    one_hot_distance: Tensor
+    blind_distance: Tensor
+    purity: Tensor
 
 
 class LabelQuality(_Measures):
@@ -42,7 +42,7 @@ class LabelQuality(_Measures):
         own: label mass on the own positive. The three masses sum to 1 where all keys have a class.
         same: label mass on other keys of the own class.
         other: label mass on keys of other classes.
-        chance: the share of the own class among the other keys, which is the purity of a blind estimator.
+        chance: the share of the own class among the other keys: the purity of a blind estimator.
         nearest: how often the other key with the largest label is of the own class.
         distance: E ||label - true label||, where the true label is uniform over the keys of the own class.
         one_hot_distance: that of the label that stays on the own positive.

@@ -6,6 +6,7 @@ break.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,14 +32,13 @@ def softmax_stats(given: Pass, repeatable: bool = True) -> SoftmaxStats:
     """
     if torch.compiler.is_compiling():
         return SoftmaxStats(*_softmax_stats(*given, repeatable))
-    return tiled.forward(given)
+    return tiled.softmax_stats(given)
 
 
 def keys_gradient(given: Pass, stats: SoftmaxStats, row_values: Tensor) -> Tensor:
     r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) of every key k, for row values u (r, v), from the pass's statistics.
 
-    The weights are computed anew. They are constants where the values are not the keys; else the caller adds up in u
-    what reaches the keys as such, :math:`c \dot\ell_i r_i`, and as values, :math:`\dot a_i`.
+    The softmax's weights are computed anew.
     """
     if torch.compiler.is_compiling():
         return _keys_gradient(*given, stats.reference, stats.offset, row_values)  # type: ignore[no-any-return]
@@ -56,50 +56,46 @@ def symmetric_gradient(given: Pass, stats: SoftmaxStats, weights: Tensor) -> Ten
     return tiled.symmetric_gradient(given, stats.reference, stats.offset, weights)
 
 
-@torch.library.custom_op(
-    "slr_plugin::softmax_stats",
-    mutates_args=(),
-    schema=f"({_PASS}, bool repeatable) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _softmax_stats(*args: Any) -> tuple[Tensor, ...]:
-    *given, repeatable = args
+def _operator(name: str, compute: Callable[..., Any], arguments: str, fake: Callable[..., Any]) -> Any:
+    """An operator of a function of a pass and ``arguments``, the schema's; ``fake`` gives the shapes of its results."""
+
+    def flat(*args: Any) -> Any:
+        found = compute(Pass(*args[: len(Pass._fields)]), *args[len(Pass._fields) :])
+        return tuple(found) if isinstance(found, tuple) else found
+
+    operator = torch.library.custom_op(f"slr_plugin::{name}", flat, mutates_args=(), schema=f"({_PASS}, {arguments}")
+    operator.register_fake(fake)
+    return operator
+
+
+def _stats_if_repeatable(given: Pass, repeatable: bool) -> SoftmaxStats:
     if not repeatable and is_recomputed():
         refuse_repetition()
-    return tuple(tiled.forward(Pass(*given)))
+    return tiled.softmax_stats(given)
 
 
-@torch.library.custom_op(
-    "slr_plugin::keys_gradient",
-    mutates_args=(),
-    schema=f"({_PASS}, Tensor reference, Tensor offset, Tensor row_values) -> Tensor",
+def _like_stats(rows: Tensor, keys: Tensor, queue: Tensor | None, values: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    width = (keys if values is None else values).shape[1]
+    return *(rows.new_empty(len(rows)) for _ in range(3)), rows.new_empty(len(rows), width)
+
+
+def _like_keys(rows: Tensor, keys: Tensor, *args: Any) -> Tensor:
+    return keys.new_empty(len(keys), args[-1].shape[1])
+
+
+def _like_rows(rows: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(rows)
+
+
+_softmax_stats = _operator(
+    "softmax_stats", _stats_if_repeatable, "bool repeatable) -> (Tensor, Tensor, Tensor, Tensor)", _like_stats
 )
-def _keys_gradient(*args: Any) -> Tensor:
-    return tiled.keys_gradient(Pass(*args[:-3]), *args[-3:])
-
-
-@torch.library.custom_op(
-    "slr_plugin::symmetric_gradient",
-    mutates_args=(),
-    schema=f"({_PASS}, Tensor reference, Tensor offset, Tensor weights) -> Tensor",
+_keys_gradient = _operator(
+    "keys_gradient", tiled.keys_gradient, "Tensor reference, Tensor offset, Tensor row_values) -> Tensor", _like_keys
 )
-def _symmetric_gradient(*args: Any) -> Tensor:
-    return tiled.symmetric_gradient(Pass(*args[:-3]), *args[-3:])
-
-
-@_softmax_stats.register_fake
-def _(*args: Any) -> Any:
-    given = Pass(*args[:-1])
-    count, width = len(given.rows), (given.keys if given.values is None else given.values).shape[1]
-    return *(given.rows.new_empty(count) for _ in range(3)), given.rows.new_empty(count, width)
-
-
-@_keys_gradient.register_fake
-def _(*args: Any) -> Tensor:
-    keys, row_values = args[1], args[-1]
-    gradient: Tensor = row_values.new_empty(keys.shape[0], row_values.shape[1])
-    return gradient
-
-
-@_symmetric_gradient.register_fake
-def _(*args: Any) -> Tensor:
-    return torch.empty_like(args[0])
+_symmetric_gradient = _operator(
+    "symmetric_gradient",
+    tiled.symmetric_gradient,
+    "Tensor reference, Tensor offset, Tensor weights) -> Tensor",
+    _like_rows,
+)

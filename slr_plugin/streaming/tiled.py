@@ -36,8 +36,8 @@ LEAST_WIDTH, LEAST_PAIRS = 256, 2**17  # of a tile, however many workers there a
 # A pass over at least so many pairs of rows and keys is shared. Handing it over costs up to 8 ms, while the threads of
 # torch's last operation still spin.
 SHARED_PAIRS = 2**23
-# Columns beside a tile's keys, of which the first takes what is hidden in other tiles; so many keep rows aligned.
-SPARE, LARGEST = 16, 2**63 - 1
+# Columns beside a tile's keys: the first takes what is hidden in other tiles, and so many keep rows aligned.
+SPARE = 16
 # Logits of at most so many bits need no running maximum: their weights stay below 2^32, and float32 reaches 2^127.
 SAFE_BITS = 32
 
@@ -45,27 +45,31 @@ SAFE_BITS = 32
 class Sums(NamedTuple):
     """What a pass knows of its rows so far, relative to 2^shift."""
 
-    shift: Tensor | None  # (r, 1) the largest logit seen; None where logits are bounded, which is 0
+    shift: Tensor | None  # (r, 1) the largest logit seen; None, for no shift, where logits are bounded
     table: Tensor  # (r, v + 2): the sum of weighted values, the sum of weights, the largest weight
 
     def at(self, rows: slice) -> Sums:
         """The sums of some rows, as views."""
         return Sums(None if self.shift is None else self.shift[rows], self.table[rows])
 
-    def add(self, logits: Tensor, values: Tensor) -> None:
-        """Accumulate one block of keys: logits (rows, keys), which are overwritten, and values (keys, v)."""
+    def add(self, block: Tensor, values: Tensor) -> None:
+        """Accumulate some keys.
+
+        Args:
+            block: (rows, keys) of logits, which are made weights in place; where logits are bounded, of weights.
+            values: (keys, v).
+        """
         width = values.shape[1]
         if self.shift is not None:
             previous = self.shift.clone()
-            torch.maximum(previous, logits.amax(1, keepdim=True), out=self.shift)
+            torch.maximum(previous, block.amax(1, keepdim=True), out=self.shift)
             shift = _finite(self.shift)  # of a row that saw no key so far: 2^(-inf - 0) = 0
-            logits.sub_(shift)
             self.table.mul_((previous - shift).exp2_())
-            logits.exp2_()
-        self.table[:, :width].addmm_(logits, values)
-        self.table[:, width].add_(logits.sum(1))
+            block.sub_(shift).exp2_()
+        self.table[:, :width].addmm_(block, values)
+        self.table[:, width].add_(block.sum(1))
         largest = self.table[:, width + 1]
-        torch.maximum(largest, logits.amax(1), out=largest)
+        torch.maximum(largest, block.amax(1), out=largest)
 
     def merge(self, other: Sums) -> Sums:
         """The sums over the keys of both, in this one's memory."""
@@ -101,14 +105,14 @@ class Tiling:
             sources = [_one_source(sources, rows)]  # one tile in place of two, of some seven operations each
         self.given, self.sources = given, sources
         self.bounded = given.bound / LN2 <= SAFE_BITS
-        self.mirrored = given.symmetric and (given.cross or not given.chunk)
         self.workers = torch.get_num_threads() if on_cpu and count * total >= SHARED_PAIRS else 1
         if self.workers > 1:  # their tiles together stay in the cache, and are enough for all
-            least = 0 if self.mirrored else LEAST_PAIRS // min(height, count)
+            least = 0 if given.symmetric else LEAST_PAIRS // min(height, count)
             width = max(LEAST_WIDTH, least, width // self.workers)
-        half = count // 2 if given.cross else 0
-        width = min(height, given.chunk or width, half or width) if self.mirrored else given.chunk or width
-        self.height = max(1, min(width if self.mirrored else height, count))
+        width, half = given.chunk or width, count // 2 if given.cross else 0
+        if given.symmetric:  # a square tile serves its mirror image too
+            height = width = min(height, width, half or width)
+        self.height = max(1, min(height, count))
         self.width = max(1, min(width, max(len(source.keys) for source in sources)))
         firsts = itertools.accumulate((len(source.keys) for source in sources), initial=0)
         self.cuts = [
@@ -116,15 +120,16 @@ class Tiling:
             for source, first in zip(sources, firsts, strict=False)
             for there in _slices(half, len(source.keys), self.width)
             for here in _slices(0, half or count, self.height)
-            if not self.mirrored or here.start <= there.start
+            if not given.symmetric or here.start <= there.start
         ]
 
     def run(self, compute: Callable[[Iterator[Tile]], T]) -> list[T]:
         """What ``compute`` returns for every n-th tile, one worker each."""
-        return threads.run([functools.partial(self._work, compute, worker) for worker in range(self.workers)])
 
-    def _work(self, compute: Callable[[Iterator[Tile]], T], worker: int) -> T:
-        return compute(self._tiles(worker))
+        def task(worker: int) -> T:
+            return compute(self._tiles(worker))
+
+        return threads.run([functools.partial(task, worker) for worker in range(self.workers)])
 
     def _tiles(self, worker: int) -> Iterator[Tile]:
         rows = self.given.rows
@@ -141,8 +146,8 @@ class Tiling:
         logits = table[:, :width]
         torch.addmm(logits, given.rows[tile.rows], tile.block.T, beta=0, alpha=given.scale / LN2, out=logits)
         if given.hidden is not None and tile.keys.start < len(given.keys):  # the queue's keys are not hidden
-            column = (given.hidden[tile.rows] - tile.keys.start).bitwise_and_(LARGEST)  # negative ones become large
-            table.scatter_(1, column.clamp_(max=width), -torch.inf)
+            column = given.hidden[tile.rows] - tile.keys.start
+            table.scatter_(1, column.masked_fill_(column < 0, width).clamp_(max=width), -torch.inf)
         if given.row_groups is not None and given.key_groups is not None:
             rows, keys = given.row_groups[tile.rows], given.key_groups[tile.keys]
             if rows.device.type != "cpu" or bool(torch.isin(keys, rows).any()):  # few tiles hold two of one group
@@ -156,7 +161,7 @@ class Tiling:
         return (factor.sub_(self.given.bound) if self.bounded else factor).exp_()[:, None]
 
 
-def forward(given: Pass) -> SoftmaxStats:
+def softmax_stats(given: Pass) -> SoftmaxStats:
     """Compute the statistics of all rows over all keys."""
     tiling, rows = Tiling(given), given.rows
     width = tiling.sources[0].values.shape[1]
@@ -168,8 +173,8 @@ def forward(given: Pass) -> SoftmaxStats:
             logits = tiling.logits(tile)
             if tiling.bounded:
                 logits.exp2_()  # the weights of the rows, and of the mirrored ones
-            mirror = tiling.mirrored and tile.rows != tile.keys
-            copy = logits if tiling.bounded or not mirror else logits.clone()
+            mirror = given.symmetric and tile.rows != tile.keys
+            copy = logits.clone() if mirror and not tiling.bounded else logits  # to be shifted otherwise
             sums.at(tile.rows).add(logits, tile.values)
             if mirror:
                 sums.at(tile.keys).add(copy.T, tiling.sources[0].values[tile.rows])
@@ -195,7 +200,7 @@ def keys_gradient(given: Pass, reference: Tensor, offset: Tensor, row_values: Te
         gradient = values.new_zeros(len(keys), values.shape[1])
         for tile in tiles:
             logits = tiling.logits(tile)
-            mirror = tiling.mirrored and tile.rows != tile.keys
+            mirror = given.symmetric and tile.rows != tile.keys
             weights = logits.exp2_() if tiling.bounded else _weights(logits, shift[tile.rows], keep=mirror)
             gradient[tile.keys].addmm_(weights.T, values[tile.rows])
             if mirror:

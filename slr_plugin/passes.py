@@ -1,0 +1,136 @@
+"""Which pass compares what with the keys: rows, mixed queries, and what estimates the labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slr_plugin.key_sets import KeySet
+from slr_plugin.settings import Settings
+from slr_plugin.streaming import Pass, keys_gradient, softmax_stats
+
+
+class Passes(NamedTuple):
+    """The passes of a call; the same one for several purposes where it can."""
+
+    rows: Comparison
+    mixed: Comparison
+    estimators: Comparison
+    block: str  # of the estimators in their pass
+    one_hot_pairs: bool  # whether rows are the keys, and labels not refined: the gradient then takes one pass
+
+
+def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings: Settings) -> Passes:
+    """Compare rows, mixed queries and estimators of the labels with their keys, in as few passes as these allow.
+
+    ===========================  ======================================================================================
+    compared                     in
+    ===========================  ======================================================================================
+    rows                         the first pass
+    mixed queries                the first pass; with two views a second one, since they see the second views alone
+    positives, as estimators     the pass of the mixed queries; where both views are rows, these are the positives, and
+                                 take a third pass if sharpening is not 1
+    other estimators             a third pass over their own keys, which averages the keys that labels spread over
+    ===========================  ======================================================================================
+
+    Args:
+        key_set: the rows and their keys.
+        label_keys: the keys that labels spread over, which mixed queries see.
+        mixed: (n, d) unit features of mixed queries, or None.
+        settings: the numbers.
+    """
+    temperature, sharpening, estimator = settings.temperature, settings.sharpening, label_keys.estimator
+    joins = settings.refines and estimator is None and not label_keys.has_both_views()
+    blocks = {} if mixed is None else {"mixed": mixed}
+    if joins:  # divided by tau', they have the logits of tau tau' at the temperature tau
+        blocks["estimators"] = label_keys.positives if sharpening == 1 else label_keys.positives / sharpening
+    longest = 1 / sharpening if joins else 1.0
+    one_hot_pairs = key_set.keys is key_set.rows and mixed is None and not settings.refines
+    if label_keys is key_set:
+        blocks = {"rows": key_set.rows, **blocks}
+        first = second = Comparison(key_set, blocks, temperature, settings, longest, means=not one_hot_pairs)
+    else:
+        first = Comparison(key_set, {"rows": key_set.rows}, temperature, settings)
+        second = Comparison(label_keys, blocks, temperature, settings, longest)
+    third, block = (second, "estimators") if joins else (first, "rows")
+    if settings.refines and not joins and (estimator is not None or sharpening != 1):
+        estimators, values = (label_keys, None) if estimator is None else (estimator, label_keys)
+        blocks = {"rows": estimators.rows}
+        third = Comparison(estimators, blocks, temperature * sharpening, settings, values=values)
+    return Passes(first, second, third, block, one_hot_pairs)
+
+
+class Comparison:
+    """Blocks of rows, compared with the keys of a key set in one pass."""
+
+    def __init__(
+        self,
+        key_set: KeySet,
+        blocks: Mapping[str, Tensor],
+        temperature: float | Tensor,
+        settings: Settings,
+        longest: float = 1.0,
+        values: KeySet | None = None,
+        means: bool = True,
+    ) -> None:
+        """Compute the statistics.
+
+        Args:
+            key_set: the keys.
+            blocks: (n, d) each. Mixed queries see all keys; other blocks belong to the key set's rows one to one, and
+                see what those see.
+            temperature: of the logits.
+            settings: the numbers.
+            longest: the length that no row exceeds.
+            values: what is averaged in the place of the keys: those of this key set.
+            means: whether means of the keys are needed.
+        """
+        self.sizes = {name: len(block) for name, block in blocks.items()}
+        rows = torch.cat(list(blocks.values())) if len(blocks) > 1 else next(iter(blocks.values()))
+        scale, bound = 1.0, math.inf
+        if isinstance(temperature, Tensor):
+            rows = rows / temperature
+        else:
+            scale, bound = 1 / temperature, longest / abs(temperature)
+        groups = key_set.groups if key_set.ignores_group else None
+        self.given = Pass(
+            rows,
+            key_set.keys,
+            key_set.queue,
+            values=None if means and values is None else key_set.keys[:, :0] if values is None else values.keys,
+            queue_values=None if values is None else values.queue,
+            hidden=self._by_block(key_set.hidden()),
+            row_groups=self._by_block(groups),
+            key_groups=None if groups is None else key_set.key_groups,
+            scale=scale,
+            bound=bound,
+            # The keys are the rows: half of the logits are then enough.
+            symmetric=key_set.queue is None and len(blocks) == 1 and blocks.get("rows") is key_set.keys,
+            cross=key_set.cross,
+            chunk=settings.chunk_size or 0,
+        )
+        self.stats = softmax_stats(self.given, repeatable=settings.repeatable)
+        self.by_block = dict(zip(blocks, self.stats.split(list(self.sizes.values())), strict=True))
+        self.row_values: dict[str, Tensor] = {}
+
+    def _by_block(self, mask: Tensor | None) -> Tensor | None:
+        """What the key set's rows do not see, for the rows of all blocks."""
+        if mask is None or list(self.sizes) == ["rows"]:
+            return mask
+        nothing = torch.full_like(mask[:1], -1)
+        shape = mask.shape[1:]
+        return torch.cat([nothing.expand(n, *shape) if name == "mixed" else mask for name, n in self.sizes.items()])
+
+    def send(self, block: str, values: Tensor) -> None:
+        """Let the gradient of the keys be the sum of these (n, d), by the softmax of the block's rows."""
+        self.row_values[block] = self.row_values[block].add_(values) if block in self.row_values else values
+
+    def keys_gradient(self) -> Tensor:
+        """The gradient (b, d) of the keys by what was sent."""
+        zero = torch.zeros_like(next(iter(self.row_values.values()))[:1])
+        parts = [self.row_values.get(name, zero).expand(size, -1) for name, size in self.sizes.items()]
+        return keys_gradient(self.given, self.stats, torch.cat(parts) if len(parts) > 1 else parts[0])
