@@ -103,9 +103,7 @@ class SLRLoss(HasState):
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         if gather_distributed and not dist.is_available():
-            raise ValueError(
-                "gather_distributed=True needs a torch with torch.distributed; pass gather_distributed=False"
-            )
+            raise ValueError("gather_distributed=True needs a torch with torch.distributed")
         self.sharpening = sharpening
         self.confidence = confidence
         self.refined_weight = refined_weight
@@ -114,7 +112,7 @@ class SLRLoss(HasState):
         self.same_group = same_group
         self.chunk_size = None
         self._labels = None
-        self._compared = False  # whether the processes bring the same arguments
+        self._compared = False  # whether the processes were asked if they bring the same arguments
 
     def forward(
         self,
@@ -187,11 +185,11 @@ class SLRLoss(HasState):
         see the second views alone, and so do their labels, which are those in one direction.
 
         Args:
-            out0: (s, d) queries.
-            out1: (s, d) positives.
-            negatives: as in :meth:`forward`, as the next two.
-            estimator: features (s, e).
-            groups: ids (s,).
+            out0: as in :meth:`forward`, and so are all others.
+            out1: see there.
+            negatives: see there.
+            estimator: see there.
+            groups: see there.
 
         Returns:
             Rows that sum to 1. With a queue they have shape (s, K), over the minibatch's keys (the own positive alone
@@ -216,7 +214,7 @@ class SLRLoss(HasState):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS if name != "chunk_size")
 
     def _settings(self, dtype: torch.dtype) -> Settings:
-        """The settings of a call at this step, for features of a dtype. Compiled, it cannot know if it is repeated."""
+        """The settings of a call at this step. Compiled, it cannot know if checkpointing makes it again."""
         return self.settings_at(self.step, dtype, repeatable=not (torch.compiler.is_compiling() and self._moves_on()))
 
     def _key_set(self, features: Features) -> KeySet:
@@ -232,13 +230,8 @@ class SLRLoss(HasState):
         device = features.queries.device
         if gathers and not torch.compiler.is_compiling() and (device.type == "cpu" or not self._compared):
             self._compared = True  # once on an accelerator, since the check waits for it
-            check_alike(
-                device,
-                out0=features.queries,
-                negatives=features.negatives,
-                estimator=features.estimator,
-                groups=features.groups,
-            )
+            optional = {name: getattr(features, name) for name in ("negatives", "estimator", "groups")}
+            check_alike(device, out0=features.queries, **optional)
         build = functools.partial(
             build_key_set,
             in_batch_keys=self.in_batch_keys,

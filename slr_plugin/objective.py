@@ -214,11 +214,6 @@ def _with_keys(
             part = crop * _column(theta, mixed)
             of_refined.sub_(part).index_add_(0, partner, part - crop)
         of_positive[:samples] += of_refined.mul_(push)
-    if settings.refines:
-        moved = of_refined * labels.rest_weight[:, None]
-        of_positive[:samples] -= moved
-        # Each view estimates the other's label.
-        passes.estimators.send(passes.block, moved.roll(-(samples // 2), 0) if label_keys.has_both_views() else moved)
     of_known = of_known_of_samples = None
     if known.targets is not key_set.positives:
         of_known_of_samples = of_refined * labels.known_weight[:, None]
@@ -227,6 +222,12 @@ def _with_keys(
         of_positive -= of_known
         if not apart:
             of_known += of_known_of_samples
+    if settings.refines:
+        moved = of_refined.mul_(labels.rest_weight[:, None])
+        of_positive[:samples] -= moved
+        # Each view estimates the other's label.
+        passes.estimators.send(passes.block, moved.roll(-(samples // 2), 0) if label_keys.has_both_views() else moved)
+    del of_refined, moved
     of_keys = passes.rows.keys_gradient() if both is None else both
     of_label_keys = of_keys[len(of_keys) - len(label_keys.keys) :]
     if apart:

@@ -121,9 +121,9 @@ class Comparison:
         """What the key set's rows do not see, for the rows of all blocks."""
         if mask is None or list(self.sizes) == ["rows"]:
             return mask
-        nothing = torch.full_like(mask[:1], -1)
-        shape = mask.shape[1:]
-        return torch.cat([nothing.expand(n, *shape) if name == "mixed" else mask for name, n in self.sizes.items()])
+        return torch.cat(
+            [mask.new_full((n, *mask.shape[1:]), -1) if name == "mixed" else mask for name, n in self.sizes.items()]
+        )
 
     def send(self, block: str, values: Tensor) -> None:
         """Let the gradient of the keys be the sum of these (n, d), by the softmax of the block's rows."""
