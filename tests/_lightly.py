@@ -108,7 +108,7 @@ def train(model, epochs, views=None, count=32, shuffle=True, ckpt_path=None, **o
 def recipe_options(folder, output, *options):
     """Arguments of the recipe for a short run of a small network."""
     small = "--backbone resnet9 --width 0.125 --batch-size 16 --queue-size 32 --accelerator cpu --workers 0"
-    short = "--epochs 3 --linear-epochs 5 --knn-every 1"
+    short = "--epochs 2 --linear-epochs 1 --knn-every 1"
     return [*small.split(), *short.split(), "--data", str(folder), "--output", str(output), *map(str, options)]
 
 

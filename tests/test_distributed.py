@@ -1,8 +1,10 @@
-"""Two and four real gloo processes under a default DDP wrapper against one process with the whole batch."""
+"""Two and three real gloo processes under a default DDP wrapper against one process with the whole batch."""
+
+import functools
 
 import pytest
 import torch
-from _workers import BATCH, SCENARIOS, STEPS, run, train
+from _workers import BATCH, SCENARIOS, STEPS, WORLDS, run, train
 from torch import multiprocessing
 
 from slr_plugin.distributed import gather, rank, world_size
@@ -10,16 +12,27 @@ from slr_plugin.distributed import gather, rank, world_size
 GATHERED = [name for name, scenario in SCENARIOS.items() if scenario.gather]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def processes(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    multiprocessing.spawn(run, (folder, request.param), nprocs=request.param)
-    return [torch.load(folder / f"rank{number}.pt") for number in range(request.param)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What all processes saw."""
+    path = tmp_path_factory.mktemp("ddp")
+    multiprocessing.spawn(run, (path,), nprocs=max(WORLDS))
+    return path
+
+
+@pytest.fixture(params=WORLDS)
+def processes(request, folder):
+    return [torch.load(folder / f"rank-{number}-of-{request.param}.pt") for number in range(request.param)]
+
+
+@functools.cache
+def train_alone(name, world):
+    return train(SCENARIOS[name], rank=None, world=world)
 
 
 @pytest.mark.parametrize("name", GATHERED)
 def test_processes_train_like_one(processes, name):
-    alone = train(SCENARIOS[name], rank=None, world=len(processes))
+    alone = train_alone(name, len(processes))
     together = [results[name] for results in processes]
     mean_loss = torch.stack([results["loss"] for results in together]).mean(0)
     torch.testing.assert_close(mean_loss, alone["loss"], rtol=0, atol=1e-10)
@@ -29,7 +42,7 @@ def test_processes_train_like_one(processes, name):
 
 @pytest.mark.parametrize("name", GATHERED)
 def test_processes_measure_the_labels_of_one(processes, name):
-    alone = train(SCENARIOS[name], rank=None, world=len(processes))
+    alone = train_alone(name, len(processes))
     mean = torch.stack([results[name]["quality"] for results in processes]).mean(0)
     torch.testing.assert_close(mean, alone["quality"])
     for results in processes:
@@ -38,7 +51,7 @@ def test_processes_measure_the_labels_of_one(processes, name):
 
 @pytest.mark.parametrize("name", [name for name in GATHERED if SCENARIOS[name].queue])
 def test_gathered_queues_are_equal_and_those_of_one_process(processes, name):
-    alone = train(SCENARIOS[name], rank=None, world=len(processes))
+    alone = train_alone(name, len(processes))
     for results in processes:
         for key in ("memory_bank.bank", "memory_bank.bank_ptr", "memory_bank.groups", "step"):
             torch.testing.assert_close(results[name][key], alone[key])

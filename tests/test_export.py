@@ -48,6 +48,10 @@ def small_images():
     return model
 
 
+def shallow(block, **kwargs):
+    return torchvision.models.ResNet(getattr(torchvision.models.resnet, block), [1, 1, 1, 1], **kwargs)
+
+
 def lightlys(name, width):
     model = pytest.importorskip("lightly.models").ResNetGenerator(name, width=width)
     model.linear = nn.Identity()
@@ -87,9 +91,9 @@ def fails(capsys, *argv):
 
 
 @pytest.mark.parametrize(
-    "which", ["backbone", "key_backbone", "momentum_backbone"]
+    ("name", "which"),
+    [("resnet50", "backbone"), ("resnet18", "key_backbone"), ("resnet18", "momentum_backbone")],
 )  # the last two: lightly, solo-learn
-@pytest.mark.parametrize("name", BLOCKS)
 def test_torchvision_and_timm_load_it(tmp_path, capsys, name, which):
     modules = {"head": nn.Linear(2, 2), "backbone": resnet(name), which: resnet(name)}
     checkpoint, output = save(tmp_path / "run.ckpt", **modules), tmp_path / "it's here" / "b.safetensors"
@@ -111,10 +115,10 @@ def test_torchvision_and_timm_load_it(tmp_path, capsys, name, which):
     [
         small_images,
         lambda: lightlys("resnet-9", 0.25),
-        lambda: resnet("resnet50", width_per_group=128),
-        lambda: resnet("resnet50", groups=32, width_per_group=4),
-        lambda: torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]),
-        lambda: timm.create_model("seresnet50", num_classes=0),
+        lambda: shallow("Bottleneck", width_per_group=128),
+        lambda: shallow("Bottleneck", groups=32, width_per_group=4),
+        lambda: shallow("BasicBlock"),
+        lambda: timm.create_model("seresnet18", num_classes=0),
         lambda: timm.create_model("resnet18d", num_classes=0),
     ],
     ids=["small images", "lightly's", "wide", "resnext", "shallow", "squeeze", "deep stem"],

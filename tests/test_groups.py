@@ -160,8 +160,7 @@ def test_no_matrix_of_all_pairs_is_stored(same_group):
     assert 0 < largest < 6000 * 6000  # bytes, where a matrix of bools takes as many
 
 
-@pytest.mark.parametrize("same_group", ["positive", "ignored"])
-@pytest.mark.parametrize("size", [(16, 8), 0])
+@pytest.mark.parametrize(("size", "same_group"), [((16, 8), "positive"), (0, "ignored")])
 def test_compiles_without_a_break(size, same_group):
     criterion = SLRLoss(0.2, size, same_group=same_group)
     compiled = torch.compile(copy.deepcopy(criterion), fullgraph=True, backend="aot_eager")

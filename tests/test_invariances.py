@@ -19,7 +19,7 @@ from slr_plugin import Mix
 
 pytestmark = pytest.mark.filterwarnings("ignore:one sample and no queue")
 
-repeat = settings(derandomize=True, deadline=None, max_examples=60)
+repeat = settings(derandomize=True, deadline=None, max_examples=25)
 seeds = st.integers(0, 9999)
 # No subnormal numbers: torch 2.4's compiler, which other tests run, switches them off for the whole process.
 floats = functools.partial(st.floats, allow_subnormal=False)

@@ -133,8 +133,19 @@ TEACHER = replace(
 )
 # Fashion-MNIST again, for what is known of some images; 468 steps, without bfloat16, which some CPUs only imitate.
 KNOWN = replace(FASHION, epochs=6, evaluations=1, rates=(0.06, 0.18), widens=True, tuning_seeds=1, half=False)
-# For the tests of the harness: seconds, and no result.
-SMOKE = replace(CPU, train_images=96, test_images=64, epochs=2, batch_size=32, queue_size=64, evaluations=2, half=False)
+# For the tests of the harness: a second or less, and no result.
+SMOKE = replace(
+    CPU,
+    encoder=strided_resnet,
+    side=16,
+    train_images=96,
+    test_images=64,
+    epochs=2,
+    batch_size=32,
+    queue_size=64,
+    evaluations=2,
+    half=False,
+)
 BUDGETS = {
     "cpu": CPU,
     "cpu-long": CPU_LONG,
