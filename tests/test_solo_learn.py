@@ -142,7 +142,7 @@ def test_what_is_set_stays():
         ({"queue_size": None}, 0, TypeError, r"method_kwargs.queue_size must be an integer, got None"),
         ({"proj_output_dim": 0}, 0, ValueError, r"method_kwargs.proj_output_dim must be >= 1, got 0"),
         ({"temperature": 0}, 0, ValueError, r"method_kwargs.temperature"),
-        ({"sharpening": 0}, 0, ValueError, r"method_kwargs.sharpening must be in \(0, 1\], got 0"),
+        ({"sharpening": 0}, 0, ValueError, r"method_kwargs.sharpening must be between 1e-08 and 1.0, got 0"),
         ({"kappa": 0}, 0, ValueError, r"method_kwargs.kappa must be between .*, got 0"),
         ({"kappa": True}, 0, TypeError, r"method_kwargs.kappa must be a number, got True"),
         ({"confidence": False}, 0, TypeError, r"method_kwargs.confidence must be a number, got False"),
