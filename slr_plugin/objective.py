@@ -68,9 +68,10 @@ def slr_objective(
         settings: the numbers.
     """
     mixed = unit_rows(torch.cat(list(crops)) if len(crops) > 1 else crops[0]) if crops else None
-    label_keys = key_set.for_mixed() if crops else key_set
+    apart = len(crops) > 0 and key_set.has_both_views()
+    label_keys = key_set.for_mixed() if apart else key_set
     known = group_labels(key_set)
-    known_of_samples = known if label_keys is key_set else group_labels(label_keys)
+    known_of_samples = group_labels(label_keys) if apart else known
     has_groups = known.targets is not key_set.positives
     inputs = Inputs(
         rows=key_set.rows,
@@ -78,13 +79,14 @@ def slr_objective(
         positives=key_set.positives if key_set.positive_index is None else None,
         keys=None if key_set.keys is key_set.rows else key_set.keys,
         known=known.targets if has_groups else None,
-        known_of_samples=known_of_samples.targets if has_groups and label_keys is not key_set else None,
+        known_of_samples=known_of_samples.targets if has_groups and apart else None,
         temperature=settings.temperature if isinstance(settings.temperature, Tensor) else None,
     )
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    keys_too = key_set.keys is key_set.rows or any(needed[2:6])  # what reaches keys, as such or through targets
     with torch.no_grad():
-        call = Call(key_set, label_keys, mixed, mixes, known, known_of_samples, settings)
-        loss, labels, gradients = _evaluate(call, any(needed), key_set.keys is key_set.rows or any(needed[2:6]))
+        call = Call(key_set, label_keys, apart, mixed, mixes, known, known_of_samples, settings)
+        loss, labels, gradients = _evaluate(call, any(needed), keys_too)
     if not any(needed):
         return loss, labels
     pairs = [pair for *pair, needs in zip(inputs, gradients, needed, strict=True) if needs]
@@ -95,7 +97,8 @@ class Call(NamedTuple):
     """What the loss is computed from."""
 
     key_set: KeySet  # the rows and their keys
-    label_keys: KeySet  # the keys that refined labels spread over and mixed queries see; mostly the same
+    label_keys: KeySet  # the keys that refined labels spread over and mixed queries see
+    apart: bool  # whether these are not ``key_set``
     mixed: Tensor | None
     mixes: Sequence[Mix]
     known: GroupLabels  # of the rows
@@ -135,12 +138,12 @@ class _WithGradients(torch.autograd.Function):
         return None, *[gradient * grad for gradient in gradients], *[None] * len(gradients)
 
 
-def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Tensor, Labels, Inputs]:
+def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor, Labels, Inputs]:
     """The loss, its labels and its gradients."""
     key_set, mixed, settings = call.key_set, call.mixed, call.settings
     rows, positives, temperature = key_set.rows, key_set.positives, settings.temperature
     inverse, refined_weight = 1 / temperature, settings.refined_weight
-    passes = compare(key_set, call.label_keys, mixed, settings)
+    passes = compare(key_set, call.label_keys, call.apart, mixed, settings)
     labels, refined = _labels_and_targets(call, passes)
 
     # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
@@ -178,7 +181,7 @@ def _evaluate(call: Call, needs_gradients: bool, of_keys_too: bool) -> tuple[Ten
         if both is not None:  # which has the part of the rows twice, once as that of the keys
             of_temperature -= inverse * _dot(rows, both).sum() / 2
     gradients = Inputs(of_row, of_mixed_row, temperature=of_temperature)
-    if of_keys_too:
+    if keys_too:
         del refined, target  # the passes over the keys need the memory
         gradients = _with_keys(gradients, call, passes, labels, pull * others, both)
     return loss, labels, gradients
@@ -197,9 +200,9 @@ def _with_keys(
         pulls: (r,) what each row's softmax pulls at its keys with, besides the positive.
         both: of rows that are the keys, the softmax's part of both; None otherwise.
     """
-    key_set, label_keys, mixed, mixes, known, _, settings = call
+    key_set, label_keys, apart, mixed, mixes, known, _, settings = call
     rows, inverse, refined_weight = key_set.rows, 1 / settings.temperature, settings.refined_weight
-    samples, apart = len(label_keys.rows), label_keys is not key_set
+    samples = len(label_keys.rows)
     pull = inverse * ((1.0 if mixed is None else 1 - refined_weight) / len(rows))
 
     # Were the positive the target of every row, it would get -pull_i f_i; labels move some of that to other keys.
@@ -238,7 +241,8 @@ def _with_keys(
         of_keys.index_add_(0, key_set.positive_index, of_positive)
     if key_set.keys is rows and gradients.rows is not None:
         gradients.rows.add_(of_keys)
-    return gradients._replace(positives=of_positive, keys=of_keys, known=of_known, known_of_samples=of_known_of_samples)
+    of_row, of_mixed_row, *_, of_temperature = gradients  # torch.compile cannot trace _replace in torch 2.4
+    return Inputs(of_row, of_mixed_row, of_positive, of_keys, of_known, of_known_of_samples, of_temperature)
 
 
 def _labels_and_targets(call: Call, passes: Passes) -> tuple[Labels, Tensor]:

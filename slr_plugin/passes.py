@@ -24,7 +24,7 @@ class Passes(NamedTuple):
     one_hot_pairs: bool  # whether rows are the keys, and labels not refined: the gradient then takes one pass
 
 
-def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings: Settings) -> Passes:
+def compare(key_set: KeySet, label_keys: KeySet, apart: bool, mixed: Tensor | None, settings: Settings) -> Passes:
     """Compare rows, mixed queries and estimators of the labels with their keys, in as few passes as these allow.
 
     ===========================  ======================================================================================
@@ -40,6 +40,7 @@ def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings:
     Args:
         key_set: the rows and their keys.
         label_keys: the keys that labels spread over, which mixed queries see.
+        apart: whether these are not ``key_set``.
         mixed: (n, d) unit features of mixed queries, or None.
         settings: the numbers.
     """
@@ -50,12 +51,12 @@ def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings:
         blocks["estimators"] = label_keys.positives if sharpening == 1 else label_keys.positives / sharpening
     longest = 1 / sharpening if joins else 1.0
     one_hot_pairs = key_set.keys is key_set.rows and mixed is None and not settings.refines
-    if label_keys is key_set:
-        blocks = {"rows": key_set.rows, **blocks}
-        first = second = Comparison(key_set, blocks, temperature, settings, longest, means=not one_hot_pairs)
-    else:
+    if apart:
         first = Comparison(key_set, {"rows": key_set.rows}, temperature, settings)
         second = Comparison(label_keys, blocks, temperature, settings, longest)
+    else:
+        blocks = {"rows": key_set.rows, **blocks}
+        first = second = Comparison(key_set, blocks, temperature, settings, longest, means=not one_hot_pairs)
     third, block = (second, "estimators") if joins else (first, "rows")
     if settings.refines and not joins and (estimator is not None or sharpening != 1):
         estimators, values = (label_keys, None) if estimator is None else (estimator, label_keys)
