@@ -50,7 +50,8 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
 
     Args:
         temperature: as in :class:`slr_plugin.SLRLoss`, and so are ``memory_bank_size``, ``gather_distributed``,
-            ``sharpening``, ``confidence``, ``refined_weight``, ``in_batch_keys`` and ``same_group``.
+            ``sharpening``, ``confidence``, ``refined_weight``, ``in_batch_keys``, ``same_group`` and ``estimator_dim``.
+            With the last, call ``loss.criterion(queries, keys, estimator=...)``: labels do not bring features.
         **kwargs: those of BaseMetricLossFunction: ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer`` (of
             the regulariser alone: the loss is one number), ``collect_stats``, and as ``distance`` CosineSimilarity,
             which it is anyway.
@@ -81,6 +82,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
         refined_weight: float = 0.5,
         in_batch_keys: bool = True,
         same_group: str = "positive",
+        estimator_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -98,6 +100,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
             refined_weight=refined_weight,
             in_batch_keys=in_batch_keys,
             same_group=same_group,
+            estimator_dim=estimator_dim,
         )
         self.add_to_recordable_attributes(list_of_names=_STATS, is_stat=True)
 
@@ -224,6 +227,6 @@ def _matches(labels: Tensor, ref_labels: Tensor) -> tuple[Tensor, Tensor]:
     """The samples whose label occurs in ``ref_labels``, and where."""
     order = ref_labels.argsort(stable=True)
     found = ref_labels[order]
-    place = torch.searchsorted(found, labels).clamp(max=len(found) - 1)
+    place = torch.searchsorted(found, labels.contiguous()).clamp(max=len(found) - 1)
     rows = ((found[place] == labels) & (labels >= 0)).nonzero().flatten()
     return rows, order[place[rows]]

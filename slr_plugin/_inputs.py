@@ -124,7 +124,7 @@ def checked_groups(name: str, groups: Any, size: int, device: torch.device) -> T
         )
     if groups.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), an id for each sample, got {tuple(groups.shape)}")
-    return groups.to(device, torch.int64)
+    return groups.to(device, torch.int64).contiguous()  # a column of a table is not
 
 
 def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[list[Tensor], list[Mix]]:

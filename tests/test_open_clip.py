@@ -156,6 +156,36 @@ def test_several_captions_of_an_image_are_all_right():
     torch.testing.assert_close(SLRClipLoss()(images, texts, scale, groups=groups), expected)
 
 
+@pytest.mark.parametrize("same_group", ["positive", "ignored"])
+def test_a_toy_two_thirds_of_which_are_in_pairs(same_group):
+    """Captions 0 to 3 are of two images, 4 and 5 alone. The same are then in the queue, after a checkpoint too."""
+    ids, labels = torch.tensor([3, 3, 8, 8, 1, -1]), []
+    images, texts = (side[:6].detach().requires_grad_() for side in model_output()[:2])
+    state = None
+    for _ in range(2):
+        loss = SLRClipLoss(memory_bank_size=(9, DIM))
+        if state is not None:
+            loss.load_state_dict(state)
+        for criterion in loss.criteria.values():
+            criterion.same_group = same_group
+            criterion.register_forward_pre_hook(
+                lambda module, args, kwargs: labels.append(module.labels(*args, groups=kwargs["groups"])),
+                with_kwargs=True,
+            )
+        loss(images, texts, 14.0, groups=ids).backward()
+        state = loss.state_dict()
+    same = ((ids[:, None] == ids) & (ids[:, None] >= 0)).double()
+    expected = torch.zeros(2, 6, 15, dtype=torch.float64)
+    expected[:, :, :6] = torch.eye(6)
+    if same_group == "positive":
+        expected[:, :, :6] = expected[:, :, :6].maximum(same)
+        expected[1, :, 6:12] = same
+    expected /= expected.sum(2, keepdim=True)
+    torch.testing.assert_close(labels, [expected[0], expected[0], expected[1], expected[1]])
+    for direction in ("image_to_text", "text_to_image"):
+        assert state[f"criteria.{direction}.memory_bank.groups"].tolist() == [8, 1, -1, 8, 1, -1, 3, 3, 8]
+
+
 @pytest.mark.parametrize("accum_freq", [1, 3])
 def test_groups_pass_through_their_loop_among_what_the_model_returns(accum_freq):
     model, seen = small_clip(), []

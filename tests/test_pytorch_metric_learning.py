@@ -152,6 +152,18 @@ def test_the_queue_is_in_the_state_dict():
     assert torch.equal(first(*views), second(*views))
 
 
+def test_features_that_estimate_the_labels_have_a_queue_and_are_in_the_state_dict():
+    first, second = (SLRLoss(TAU, (10, 6), confidence=2.0, estimator_dim=3) for _ in range(2))
+    plain = slr_plugin.SLRLoss(TAU, (10, 6), confidence=2.0, estimator_dim=3)
+    plain.load_state_dict({name.removeprefix("criterion."): value for name, value in first.state_dict().items()})
+    views, known = features(4, 4), features(4, dim=3)[0].detach()
+    for _ in range(2):
+        assert torch.equal(first.criterion(*views, estimator=known), plain(*views, estimator=known))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.criterion.memory_bank.estimator_bank[:4], first.criterion.memory_bank.estimator_bank[4:8])
+    assert torch.equal(first.criterion(*views, estimator=known), second.criterion(*views, estimator=known))
+
+
 def test_their_record_keeper_finds_the_label_statistics():
     loss = SLRLoss(TAU, confidence=2.0, collect_stats=True)
     SelfSupervisedLoss(loss)(*features(4, 4))
@@ -249,7 +261,8 @@ def test_a_toy_two_thirds_of_which_are_in_pairs(same_group):
     else:
         assert labels.max(1).values.tolist() == [1] * 12
     half = 1 / 2 if same_group == "positive" else 1
-    _, labels = seen(one_hot(same_group=same_group), first, ids, ref_emb=second, ref_labels=ids)
+    column = torch.stack([ids, ids], 1)[:, 0]  # of a table: not contiguous
+    _, labels = seen(one_hot(same_group=same_group), first, column, ref_emb=second, ref_labels=ids)
     assert labels.max(1).values.tolist() == pytest.approx([half] * 4 + [1] * 2)
     assert (labels > 0).sum(1).tolist() == [round(1 / half)] * 4 + [1] * 2
 

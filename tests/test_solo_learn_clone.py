@@ -310,6 +310,22 @@ def test_a_continued_run_mixes_anew_and_has_its_queue(folder, tmp_path):
     assert resumed.mixup.generator.initial_seed() != seeded
 
 
+def test_the_momentum_of_a_continued_run_goes_on(folder, tmp_path):
+    class Momentum(_solo_learn.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.values = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.values.append(pl_module.momentum_updater.cur_tau)
+
+    batches, whole, resumed = loader(build().cfg, folder / "train"), Momentum(), Momentum()
+    train(build(), batches, [whole])
+    train(build(), batches, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt")
+    train(build(), batches, [resumed], ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.values == whole.values[5:]
+    assert whole.values[0] == 0.9 < resumed.values[0]
+
+
 # --- what is known of the images
 
 

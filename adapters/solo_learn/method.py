@@ -126,6 +126,12 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         every = self.cfg.method_kwargs.label_quality_every
         return [] if every is None else [LabelQualityCallback(every)]
 
+    def on_train_start(self) -> None:
+        """Place the momentum too where a run goes on: solo-learn's is ``base_tau`` again for the first step."""
+        super().on_train_start()
+        if step := self.trainer.global_step:
+            self.momentum_updater.update_tau(step, self.trainer.estimated_stepping_batches)
+
     def on_fit_end(self) -> None:
         """Raise where there was nothing to train on, about which Lightning ends without an error."""
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
