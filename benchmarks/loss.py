@@ -101,6 +101,7 @@ def seconds(step: Callable[[], Any], device: str, clock: Callable[[], float] = t
     return clock() - start
 
 
+# By hand: torch.utils.benchmark times one contender after the other, and a shared machine changes meanwhile.
 def paired(
     steps: dict[str, Callable[[], Any]],
     device: str,

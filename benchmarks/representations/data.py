@@ -122,6 +122,7 @@ def _bytes(pixels: Tensor) -> Tensor:
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+# By hand: torchvision reads these files unpacked, and in folders of its own.
 def _idx(path: Path, header: int) -> Tensor:
     with gzip.open(path) as file:
         return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8, offset=header)
