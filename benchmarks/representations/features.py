@@ -146,8 +146,8 @@ def clusters(features: Tensor, count: int) -> Tensor:
     return torch.from_numpy(means.fit_predict(F.normalize(features).cpu().numpy())).long().to(features.device)
 
 
-# By hand, as the next function, in place of sklearn's PCA and skimage's hog: they compute on the device of the images, and
-# the records were made with them.
+# By hand, as the next function, in place of sklearn's PCA and skimage's hog: they compute on the device of the images,
+# and the records were made with them.
 def principal(table: Tensor, reference: Tensor) -> Tensor:
     """The first principal components of the reference, each divided by the root of its standard deviation."""
     mean = reference.mean(0)
