@@ -46,9 +46,7 @@ class Pass(NamedTuple):
     key_groups: Tensor | None = None  # (b + n,) of the keys and then the queue
     scale: float = 1.0  # the factor c
     bound: float = math.inf  # no logit is larger in magnitude; a small bound saves the running maximum
-    symmetric: bool = (
-        False  # rows are the keys, but for a factor, and hidden pairs symmetric: half of the logits suffice
-    )
+    symmetric: bool = False  # rows are the keys, but for a factor, hidden pairs symmetric: half of the logits suffice
     cross: bool = False  # symmetric, and rows see the keys of the other half only
     chunk: int = 0  # keys per tile; 0 chooses by device
 
