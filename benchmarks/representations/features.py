@@ -86,16 +86,16 @@ def guessed_classes(purity: float, images: Images, training: Images) -> Tensor:
     """
     count = int(images.classes.max()) + 1
     right = (1 + ((count - 1) * (count * purity - 1)) ** 0.5) / count
-    generator = torch.Generator().manual_seed(0)
-    is_right = torch.rand(len(images), generator=generator) < right
-    shift = torch.randint(1, count, (len(images),), generator=generator) * ~is_right
+    draws = generator(0)
+    is_right = torch.rand(len(images), generator=draws) < right
+    shift = torch.randint(1, count, (len(images),), generator=draws) * ~is_right
     return F.one_hot((images.classes + shift.to(images.classes.device)) % count).float()
 
 
 def copies(images: Images, training: Images) -> Tensor:
     """Which image each is a copy of, as random signs: the cosine of two others is 0 but for some 0.04."""
     numbers = torch.arange(len(images), device=images.pixels.device) // images.copies
-    signs = torch.randint(2, (int(numbers.max()) + 1, 512), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    signs = torch.randint(2, (int(numbers.max()) + 1, 512), generator=generator(0)) * 2.0 - 1
     return signs.to(numbers.device)[numbers]
 
 
