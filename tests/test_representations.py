@@ -322,6 +322,7 @@ def test_every_method_trains(name, images, views):
             "supcon",
             "guesses",
             "imagenet",
+            "gradients-",
             "drawn-cross",
             "drawn-supcon",
             "classified",

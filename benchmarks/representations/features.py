@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from benchmarks.representations.data import Images
+from benchmarks.representations.data import Images, halved
 
 LABELLED = 250  # of the images, for a classifier that guesses the classes of the others
 PURITIES = (25, 50, 75)  # per cent
@@ -36,6 +36,11 @@ def gradients(images: Images, training: Images) -> Tensor:
     return principal(
         *(torch.cat([histograms(some) for some in part.pixels.split(1000)]) for part in (images, training))
     )
+
+
+def half_gradients(images: Images, training: Images) -> Tensor:
+    """The same of images with half of their pixels a side."""
+    return gradients(halved(images), halved(training))
 
 
 @torch.no_grad()
@@ -102,6 +107,7 @@ def copies(images: Images, training: Images) -> Tensor:
 FEATURES: dict[str, Describe] = {
     "pixels": pixels,
     "gradients": gradients,
+    "half-gradients": half_gradients,
     "copies": copies,
     "guesses": guesses,
     "classes": classes,

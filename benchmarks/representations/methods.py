@@ -50,6 +50,7 @@ WEAK = ("query", "weak")  # the key network sees weakly augmented images, as in 
 FEATURE_WORDS = {
     "pixels": "pixels",
     "gradients": "histograms of gradients",
+    "half-gradients": "histograms of gradients of the images with half of their pixels a side",
     "imagenet": "a network that was trained on ImageNet and sees 96 pixels",
     "guesses": f"the guesses of a classifier of these, from {LABELLED} labelled images",
     "drawn-guesses": f"the guesses of such a classifier, whose {LABELLED} images are drawn for every seed",
@@ -255,7 +256,7 @@ METHODS: dict[str, Method] = {
         for name, text in FEATURE_WORDS.items()
     },
     # The rivals that use the same knowledge, and the knowledge itself.
-    **{f"alone-{name}": _alone(name) for name in ("gradients", "guesses", "imagenet")},
+    **{f"alone-{name}": _alone(name) for name in ("gradients", "half-gradients", "guesses", "imagenet")},
     "guesses-cross-entropy": _told("cross-entropy with these guesses", Classified, "guesses"),
     **{
         f"supcon-{name}": _told(
@@ -297,12 +298,16 @@ METHODS: dict[str, Method] = {
         _slr_loss(WHOLE_BATCH | {"sharpening": 0.1}),
         features="imagenet",
     ),
-    "imagenet-regression": _told("the teacher's features are predicted", Regressed, "imagenet"),
-    "imagenet-clusters": _told(
-        f"cross-entropy with {CLUSTERS} clusters of the teacher's features",
-        lambda known: Classified(_cluster_targets(known)),
-        "imagenet",
-    ),
+    **{
+        f"{name}-regression": _told(f"{text} are predicted", Regressed, name)
+        for name, text in (("imagenet", "the teacher's features"), ("gradients", "histograms of gradients"))
+    },
+    **{
+        f"{name}-clusters": _told(
+            f"cross-entropy with {CLUSTERS} clusters of {text}", lambda known: Classified(_cluster_targets(known)), name
+        )
+        for name, text in (("imagenet", "the teacher's features"), ("gradients", "histograms of gradients"))
+    },
     "imagenet-supcon": _told(
         "SupCon, 0.1, the groups are these clusters",
         lambda known: Grouped(baselines.SupConLoss(COLD), clusters(known, CLUSTERS)),
@@ -322,7 +327,9 @@ METHODS: dict[str, Method] = {
         for name, text in FEATURE_WORDS.items()
     },
     "simclr-cold-sharp-gradients": _both(
-        "the same, tau' 0.25", _slr_loss(WHOLE_BATCH | {"sharpening": 0.25}), features="gradients"
+        "SimCLR, 0.1, all of the label, from histograms of gradients, tau' 0.25",
+        _slr_loss(WHOLE_BATCH | {"sharpening": 0.25}),
+        features="gradients",
     ),
     "whole-plain": Method(
         "all of the label, from the images as they are",

@@ -199,6 +199,22 @@ STUDIES = {
         ("imagenet-clusters", "imagenet-labels", "imagenet-regression"),
         budgets=("teacher",),
     ),
+    # The reference is the one that the held-out images chose, as results/representations/fourteen/README.md says.
+    "fourteen": Study(
+        "Labels from all pixels, for images with a quarter of them",
+        "one-hot-batch",
+        (
+            "one-hot-batch",
+            "decoupled",
+            "simclr-cold-sharp-gradients",
+            "gradients-clusters",
+            "gradients-regression",
+            "alone-half-gradients",
+            "alone-gradients",
+        ),
+        budgets=("fourteen",),
+        primary=("simclr-cold-sharp-gradients", "linear"),
+    ),
     # Decided before the runs of this budget.
     "guesses": Study(
         f"Guesses of a classifier, {GUESSED_FROM} images labelled, drawn for every seed",

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from benchmarks.machine import machine
 from benchmarks.representations.budgets import Budget
-from benchmarks.representations.data import Batch, Images, minibatches, normalize
+from benchmarks.representations.data import Batch, Images, halved, minibatches, normalize
 from benchmarks.representations.features import known
 from benchmarks.representations.methods import METHODS
 from benchmarks.representations.objectives import DIM, Network, Setup
@@ -90,6 +90,8 @@ def training(
         features = Features(estimators, train_images.classes), Features(described, test_images.classes)
         judged = {"knn": knn_accuracy(*features), "linear": (yield from _classified(features, probes))}
         return {"method": name, "seed": seed, "rate": None, "epochs": 0, "passes": 0} | judged | _circumstances(device)
+    if budget.halves_side:
+        train_images, test_images = halved(train_images), halved(test_images)
     if method.teacher:
         teachers: list[Network] = []
         yield from training(
