@@ -9,7 +9,7 @@ PAGES = {
     "slr_plugin.mixup": ["slr_plugin.MomentumMixup", "slr_plugin.Mix"],
     "slr_plugin.schedules": ["slr_plugin.CosineConfidence"],
     "slr_plugin.presets": ["Preset", "CIFAR10", "IMAGENET", "FROM_FEATURES"],
-    "slr_plugin.diagnostics": ["LabelMonitor", "LabelQuality", "label_quality", "summary"],
+    "slr_plugin.diagnostics": ["LabelMonitor", "LabelQuality", "label_quality"],
     "slr_plugin.groups": ["group_labels", "GroupLabels"],
     "slr_plugin.queue": ["KeyQueue"],
     "slr_plugin.dense": ["self_labels", "SelfLabels", "slr_loss", "symmetric_slr_loss"],

@@ -39,7 +39,7 @@ from torch import nn
 from tqdm import tqdm
 
 from slr_plugin import SLRLoss
-from slr_plugin.diagnostics import LabelMonitor, LabelQuality, summary
+from slr_plugin.diagnostics import LabelMonitor, LabelQuality
 from slr_plugin.presets import CIFAR10
 
 METHODS = ("MoCo", "SANE")
@@ -176,7 +176,6 @@ def report(data: Dataset, runs: dict[str, list[Run]]) -> str:
         "",
         "SANE's labels in the last epoch (MoCo's are one-hot)",
         *str(last).splitlines()[1:],
-        summary(last),
     ]
     return "\n".join(lines)
 

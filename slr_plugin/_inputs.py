@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import warnings
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slr_plugin._torch_internals import check_plain
 from slr_plugin.checks import check_float_tensor
 from slr_plugin.mixup import Mix, check_mix
 
@@ -39,6 +38,13 @@ class UnitRows(torch.autograd.Function):
         along = (unit * grad).sum(1, keepdim=True)
         gradient: Tensor = grad.addcmul(unit, along, value=-1).div_(length)
         return gradient
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtypes of the tensors, on devices with autocast and without."""
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type):  # which torch 2.4 cannot trace
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -135,18 +141,19 @@ def _checked_crops(queries: Tensor, mixed: Any, mix: Any, first: str) -> tuple[l
         _check_features("mixed", mixed)  # class labels, perhaps, which come without mix
         if isinstance(mix, tuple) and len(mix) == 2:
             return [mixed], [_checked_mix("", queries, mixed, mix, first)]
-    for name, value in (("mixed", mixed), ("mix", mix)):
-        if not isinstance(value, Tensor | list | tuple | None) or (name == "mix" and isinstance(value, Tensor)):
-            raise TypeError(
-                f"{name} must be features of mixed queries with the (theta, partner) that MomentumMixup returned, or "
-                f"lists of both, one per crop, got {type(value).__name__}"
-            )
-    lists = all(isinstance(value, list | tuple) and not isinstance(value, Mix) for value in (mixed, mix))
-    if not lists or len(mixed) != len(mix) or not mixed:
-        found = [f"{len(value)} of them" if isinstance(value, list) else str(type(value)) for value in (mixed, mix)]
-        raise ValueError(f"mixed and mix must match one to one, got mixed={found[0]} and mix={found[1]}")
+    are_lists = isinstance(mixed, list | tuple) and isinstance(mix, list | tuple) and not isinstance(mix, Mix)
+    if not are_lists or len(mixed) != len(mix) or not mixed:
+        is_known = isinstance(mixed, Tensor | list | tuple | None) and isinstance(mix, list | tuple | None)
+        raise (ValueError if is_known else TypeError)(
+            "mixed and mix must match one to one: features of mixed queries with the (theta, partner) that "
+            f"MomentumMixup returned, or lists of both, got mixed={_found(mixed)} and mix={_found(mix)}"
+        )
     pairs = enumerate(zip(mixed, mix, strict=True))
     return list(mixed), [_checked_mix(f"[{i}]", queries, *pair, first) for i, pair in pairs]
+
+
+def _found(value: Any) -> str:
+    return f"{len(value)} of them" if isinstance(value, list) else type(value).__name__
 
 
 def _checked_mix(where: str, queries: Tensor, features: Any, mix: Any, first: str) -> Mix:
@@ -171,20 +178,5 @@ def _check_features(name: str, value: Any, queries: Tensor | None = None, first:
     check_float_tensor(name, value)
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(f"{name} must have shape (batch, dimension), both >= 1, got {tuple(value.shape)}")
-    check_plain(name, value)
     if queries is not None and value.device != queries.device:
         raise ValueError(f"{name} is on {value.device} and {first} on {queries.device}; move it there")
-
-
-def warn_if_not_finite(loss: Tensor, features: Features, names: Sequence[str] = VIEWS, stacklevel: int = 3) -> None:
-    """Name the argument and the rows that make a loss not finite, on the CPU, where reading does not wait."""
-    if torch.compiler.is_compiling() or loss.device.type != "cpu" or math.isfinite(loss.item()):
-        return
-    crops = {f"mixed[{i}]": crop for i, crop in enumerate(features.crops)}
-    others = {"negatives": features.negatives, "estimator": features.estimator}
-    for name, rows in {names[0]: features.queries, names[1]: features.positives, **crops, **others}.items():
-        bad = [] if rows is None else (~rows.isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            found = f"{bad[:5]}{' and others' if len(bad) > 5 else ''}"
-            warnings.warn(f"the loss is not finite: {name} is not finite in rows {found}", stacklevel=stacklevel)
-            return

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slr_plugin._inputs import checked_features, checked_groups, warn_if_not_finite
-from slr_plugin._torch_internals import no_autocast
+from slr_plugin._inputs import checked_features, checked_groups, no_autocast
 from slr_plugin.checks import check_flag, check_float_tensor
 from slr_plugin.key_sets import build_cross_key_set, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
@@ -120,7 +119,6 @@ def slr_loss(
         )
         loss = slr_objective(key_set, features.crops, features.mixes, settings)[0]
     warn_if_alone(key_set, loss, stacklevel=3)
-    warn_if_not_finite(loss, features, names)
     return loss
 
 
@@ -160,5 +158,4 @@ def clip_loss(
         key_set = build_cross_key_set(features)
         loss = slr_objective(key_set, [], [], settings)[0]
     warn_if_alone(key_set, loss, stacklevel=3)
-    warn_if_not_finite(loss, features, names)
     return loss

@@ -11,15 +11,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from slr_plugin import dense
-from slr_plugin._inputs import Features, checked_features, warn_if_not_finite
-from slr_plugin._torch_internals import no_autocast
+from slr_plugin._inputs import Features, checked_features, no_autocast
 from slr_plugin.distributed import broadcast, check_alike, gather, rank, world_size
 from slr_plugin.key_sets import KeySet, build_key_set, warn_if_alone
 from slr_plugin.mixup import Mix
 from slr_plugin.objective import slr_objective
 from slr_plugin.queue import KeyQueue
 from slr_plugin.refinery import Labels
-from slr_plugin.settings import SETTINGS, Confidence, Settings
+from slr_plugin.settings import SETTINGS, Confidence
 from slr_plugin.state import HasState
 
 
@@ -151,13 +150,12 @@ class SLRLoss(HasState):
         updates = self._updates(out0, update)
         with no_autocast(out0.device):
             key_set = self._key_set(features)
-            settings = self._settings(key_set.rows.dtype)
+            settings = self.settings_at(self.step, key_set.rows.dtype)
             loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
         self._confidence = settings.confidence
         warn_if_alone(key_set, loss, stacklevel=5)  # the caller of the module
-        warn_if_not_finite(loss, features, stacklevel=5)
         if updates:
-            self._advance(key_set, loss.requires_grad)
+            self._advance(key_set)
         return loss
 
     @property
@@ -207,15 +205,11 @@ class SLRLoss(HasState):
         features = checked_features(out0, out1, *args, **kwargs)
         with no_autocast(out0.device):
             key_set = self._key_set(features).for_mixed() if features.mixes else self._key_set(features)
-            return key_set, dense.labels(key_set, self._settings(key_set.rows.dtype))
+            return key_set, dense.labels(key_set, self.settings_at(self.step, key_set.rows.dtype))
 
     def extra_repr(self) -> str:
         """The settings, for print(criterion)."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in SETTINGS if name != "chunk_size")
-
-    def _settings(self, dtype: torch.dtype) -> Settings:
-        """The settings of a call at this step. Compiled, it cannot know if checkpointing makes it again."""
-        return self.settings_at(self.step, dtype, repeatable=not (torch.compiler.is_compiling() and self._moves_on()))
 
     def _key_set(self, features: Features) -> KeySet:
         """The keys of a call. Gathering may raise, and comes before the queue changes."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +72,7 @@ class MomentumMixup:
         theta: Tensor | float | None = None,
         partner: Tensor | None = None,
     ) -> tuple[Tensor, Mix]:
-        """Mix two views of the same minibatch. One sample alone is its own partner, which warns once.
+        """Mix two views of the same minibatch. One sample alone is its own partner.
 
         Args:
             queries: (s, ...) floating point tensor of any kind: images, audio, EEG, tabular.
@@ -100,12 +99,6 @@ class MomentumMixup:
         if queries.ndim == 0 or len(queries) == 0:
             raise ValueError(f"queries must hold at least one sample, got shape {tuple(queries.shape)}")
         size = len(queries)
-        if size == 1 and partner is None and not torch.compiler.is_compiling():
-            warnings.warn(
-                "a minibatch of one sample is mixed with itself, which makes no virtual query; take larger batches (a "
-                "DataLoader's drop_last=True leaves out a last batch of one)",
-                stacklevel=2,
-            )
         mix = Mix(
             theta=(self._draw_theta(queries) if theta is None else _as_theta(theta, queries)).to(queries),
             partner=self._draw_partner(queries) if partner is None else partner,

@@ -114,7 +114,7 @@ class Comparison:
             cross=key_set.cross,
             chunk=settings.chunk_size or 0,
         )
-        self.stats = softmax_stats(self.given, repeatable=settings.repeatable)
+        self.stats = softmax_stats(self.given)
         self.by_block = dict(zip(blocks, self.stats.split(list(self.sizes.values())), strict=True))
         self.row_values: dict[str, Tensor] = {}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slr_plugin.checks import check_integer, check_number
+from slr_plugin.checks import check_integer
 from slr_plugin.loss import SLRLoss
 from slr_plugin.mixup import MomentumMixup
 from slr_plugin.schedules import CosineConfidence
@@ -57,8 +57,6 @@ class Preset:
     def __post_init__(self) -> None:
         for name, low in (("queue_size", 0), ("batch_size", 1), ("epochs", 1)):
             check_integer(name, getattr(self, name), low=low)
-        for name in ("learning_rate", "momentum", "weight_decay"):
-            check_number(name, getattr(self, name), low=0.0)
         if not isinstance(self.confidence, tuple | list) or len(self.confidence) != 2:
             raise ValueError(f"confidence must be (m1, m2), its start and its end, got {self.confidence!r}")
 

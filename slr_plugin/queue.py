@@ -48,7 +48,6 @@ class KeyQueue(nn.Module):
                 raise ValueError("estimator_dim is the width of a second queue: set memory_bank_size, or leave it out")
         self.generation = 0
         self._is_shared = False
-        self.knows_groups = False  # whether any key has had a group; else their ids are not written
         # Without a queue the buffers are empty and not saved, as in NTXentLoss(memory_bank_size=0).
         persistent = self.size > 0
         self.register_buffer("bank", _random_keys(self.size, dim), persistent=persistent)
@@ -112,7 +111,7 @@ class KeyQueue(nn.Module):
             return False
         for ring in self.buffers():
             broadcast(ring)
-        self._is_shared = self.knows_groups = True
+        self._is_shared = True
         return True
 
     @torch.no_grad()
@@ -134,8 +133,7 @@ class KeyQueue(nn.Module):
         newest = min(len(keys), self.size)
         start = self.bank_ptr + (len(keys) - newest) if newest < len(keys) else self.bank_ptr
         places = (start + torch.arange(newest, device=self.bank.device)) % self.size
-        self.knows_groups |= groups is not None
-        if groups is None and self.knows_groups:
+        if groups is None:
             groups = self.groups.new_full((len(keys),), -1)
         for ring, rows in ((self.bank, keys), (self.estimator_bank, estimators), (self.groups, groups)):
             if ring is not None and rows is not None:
@@ -168,42 +166,29 @@ class KeyQueue(nn.Module):
             )
         return ""
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: Any,
-        unexpected: Any,
-        errors: Any,
-    ) -> None:
-        self.knows_groups = True
-        refusal = self.refusal(state_dict, prefix)
-        if refusal:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        *_, errors = args
+        if refusal := self.refusal(state_dict, prefix):
             errors.append(refusal)
             return
-        local = dict(state_dict)
-        mine = {name: value for name, value in self._buffers.items() if value is not None and self.size}
-        stored = {name for name in self._buffers if local.get(prefix + name, self.bank_ptr[:0]).numel()}
-        if "bank" in stored and self.size:
-            self.set_dim(local[f"{prefix}bank"].shape[-1])
-            self.generation += 1
-            mine |= {"bank": self.bank, "groups": torch.full_like(self.groups, -1)}  # unknown where not stored
-        elif self.size:
+        stored = {name for name in self._buffers if state_dict.get(prefix + name, self.bank_ptr[:0]).numel()}
+        if "bank" not in stored:
             stored = set()
-            _warn(f"the checkpoint holds no queue ({prefix + 'bank'!r}): the keys in place stay, not those of its run")
-        for name in {"estimator_bank"} & mine.keys() - stored:
-            _warn(f"the checkpoint holds no {prefix + name!r}: the features in place stay, not those of its keys")
-        for name in {"bank", "estimator_bank"} & stored - mine.keys():
-            shape = tuple(local[prefix + name].shape)
-            _warn(f"{prefix + name!r} of the checkpoint, of shape {shape}, is dropped: this loss has none")
-        for name in self._buffers:
-            if name not in mine:
-                local.pop(prefix + name, None)
-            elif name not in stored:
-                local[prefix + name] = mine[name]
-        super()._load_from_state_dict(local, prefix, metadata, strict, missing, unexpected, errors)
+        elif self.size:
+            self.set_dim(state_dict[f"{prefix}bank"].shape[-1])
+            self.generation += 1
+        own = {name: value for name, value in self._buffers.items() if self.size and value is not None}
+        for name in ("bank", "estimator_bank"):
+            if name in own and name not in stored:
+                _warn(f"the checkpoint holds no {prefix + name!r}: the rows in place stay, not those of its run")
+            elif name in stored and name not in own:
+                shape = tuple(state_dict[prefix + name].shape)
+                _warn(f"{prefix + name!r} of the checkpoint, of shape {shape}, is dropped: this loss has none")
+        if stored and "groups" in own:
+            own["groups"] = torch.full_like(self.groups, -1)  # unknown where not stored
+        local = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in self._buffers}
+        local |= {prefix + name: state_dict[prefix + name] if name in stored else own[name] for name in own}
+        super()._load_from_state_dict(local, prefix, *args)
 
 
 def _warn(message: str) -> None:

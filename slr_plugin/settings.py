@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slr_plugin._torch_internals import check_plain
 from slr_plugin.checks import check_confidence, check_flag, check_integer, check_number
 from slr_plugin.schedules import CosineConfidence
 
@@ -26,7 +24,6 @@ class Settings(NamedTuple):
     confidence: float | Tensor
     refines: bool  # False only where the confidence is known to be 0: the labels need no pass then
     chunk_size: int | None = None
-    repeatable: bool = True  # see softmax_stats
 
 
 def check_setting(name: str, value: Any) -> Any:
@@ -56,19 +53,12 @@ class HasSettings(nn.Module):
                     "symmetric=True needs memory_bank_size=0: with a queue only out0 is compared with keys; for both "
                     "directions call one loss per direction"
                 )
-            is_leaf = name == "temperature" and isinstance(value, Tensor) and value.is_leaf and value.requires_grad
-            if is_leaf and not isinstance(value, nn.Parameter):
-                warnings.warn(
-                    "temperature asks for a gradient and is no torch.nn.Parameter, so parameters() does not have it "
-                    "and no optimizer steps it: pass torch.nn.Parameter(temperature)",
-                    stacklevel=3,
-                )
             # A parameter or module that had this name; torch takes no number in its place.
             self._parameters.pop(name, None)
             self._modules.pop(name, None)
         super().__setattr__(name, value)
 
-    def settings_at(self, step: Tensor, dtype: torch.dtype, repeatable: bool = True) -> Settings:
+    def settings_at(self, step: Tensor, dtype: torch.dtype) -> Settings:
         """Return the settings of a call at a step () of the schedule, for features of a dtype."""
         mu: float | Tensor
         if isinstance(self.confidence, CosineConfidence):
@@ -80,15 +70,12 @@ class HasSettings(nn.Module):
             mu = self.confidence
         refines = callable(self.confidence) or self.confidence > 0
         temperature = as_scalar(self.temperature, dtype)
-        return Settings(temperature, self.sharpening, self.refined_weight, mu, refines, self.chunk_size, repeatable)
+        return Settings(temperature, self.sharpening, self.refined_weight, mu, refines, self.chunk_size)
 
 
 def as_scalar(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """A temperature as the objective takes it: a tensor () of the features' dtype, or a number."""
-    if not isinstance(temperature, Tensor):
-        return temperature
-    check_plain("temperature", temperature)
-    return temperature.reshape(()).to(dtype)
+    return temperature.reshape(()).to(dtype) if isinstance(temperature, Tensor) else temperature
 
 
 def _checked_temperature(name: str, value: Any) -> float | Tensor:

@@ -1,4 +1,9 @@
-"""What a call of the loss leaves behind: the queue and the step count. When they advance, and how they are loaded."""
+"""What a call of the loss leaves behind: the queue and the step count. When they advance, and how they are loaded.
+
+Activation checkpointing computes a call again in the backward. The reentrant kind records a gradient only then, so the
+second run is the one that counts; in every other kind the first run has advanced the queue and the schedule already.
+What torch keeps private tells of that; where a torch does not tell, the answer is the usual case.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr_plugin._torch_internals import is_in_reentrant_checkpoint, is_repeated, refuse_repetition
 from slr_plugin.checks import check_flag, check_integer
 from slr_plugin.key_sets import KeySet
 from slr_plugin.queue import KeyQueue
@@ -58,14 +62,17 @@ class HasState(HasSettings):
         updates = check_flag("update", out0.requires_grad and torch.is_grad_enabled() if update is None else update)
         if torch.compiler.is_compiling():
             return updates
-        if not is_repeated():
+        if not _is_repeated():
             if not updates:
                 self._step_of_idle_call = self.step.clone()
             return updates
         # A repetition is right where the first run advanced nothing, and nothing has advanced since.
-        first_was_quiet = is_in_reentrant_checkpoint() or not updates
+        first_was_quiet = _is_in_reentrant_checkpoint() or not updates
         if self._moves_on() and not (first_was_quiet and self._step_of_idle_call == self.step):
-            refuse_repetition()
+            raise RuntimeError(
+                "activation checkpointing computes SLRLoss again after its queue or schedule moved on, so its gradient "
+                "would be wrong: checkpoint the encoder without the loss, which needs O(s d) memory anyway"
+            )
         return updates and first_was_quiet
 
     def _moves_on(self) -> bool:
@@ -73,15 +80,11 @@ class HasState(HasSettings):
         return len(self.memory_bank) > 0 or callable(self.confidence)
 
     @torch.no_grad()
-    def _advance(self, key_set: KeySet, has_backward: bool) -> None:
+    def _advance(self, key_set: KeySet) -> None:
         """Enqueue the keys and count the step; a batch with a non-finite key or estimator does neither."""
         estimators = None if key_set.estimator is None else key_set.estimator.keys_to_enqueue
         accepted = self.memory_bank.enqueue(key_set.keys_to_enqueue, estimators, key_set.groups_to_enqueue)
-        accepted = accepted.to(self.step.device)
-        if torch.compiler.is_compiling() and has_backward:
-            self.step = self.step + accepted  # out of place: a compiled backward may read the old one again
-        else:
-            self.step.add_(accepted)  # a CUDA graph writes to the buffer that it has recorded
+        self.step.add_(accepted.to(self.step.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HasState:
         """Move or convert; what leaves the meta device, where it had no values, starts afresh."""
@@ -107,3 +110,15 @@ class HasState(HasSettings):
                 )
             state_dict = state_dict | {prefix + "step": self.step}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _is_repeated() -> bool:
+    """Whether the current call is made in a backward and records a gradient, as checkpointing does."""
+    number = getattr(torch._C, "_current_graph_task_id", None)
+    return torch.is_grad_enabled() and number is not None and number() != -1
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    """Whether the backward under way is that of reentrant activation checkpointing."""
+    node = getattr(torch._C, "_current_autograd_node", None)
+    return node is not None and "CheckpointFunction" in type(node()).__name__

@@ -496,5 +496,5 @@ def test_estimators_that_are_not_finite_change_nothing(size):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_forward_mode_derivative_by_the_temperature_raises(symmetric):
     views, temperature = torch.randn(2, 4, 8), torch.tensor(0.5)
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError):
         SLRLoss(forward_ad.make_dual(temperature, torch.ones(())), symmetric=symmetric)(*views)

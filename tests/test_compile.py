@@ -5,10 +5,8 @@ import shutil
 
 import pytest
 import torch
-from _pairwise import pairwise
 from lightly.loss import NTXentLoss
 from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
 
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
 
@@ -131,51 +129,6 @@ def test_losses_with_other_schedules_compile_beside_each_other(backend, dynamic)
         queries, keys = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
         for _ in range(2):
             torch.testing.assert_close(compiled(queries, keys), eager(queries, keys))
-
-
-compiles_where_it_checkpoints = pytest.mark.skipif(
-    torch.__version__ < "2.5", reason="this torch raises errors of its own where a compiled call is checkpointed"
-)
-
-
-@compiles_where_it_checkpoints
-@pytest.mark.parametrize(
-    ("memory_bank_size", "reentrant", "backend"), pairwise([(16, 8), 0], [False, True], ["eager", "aot_eager"])
-)
-def test_checkpointing_a_compiled_call_that_moves_on_gives_the_plain_gradient_or_raises(
-    memory_bank_size, reentrant, backend
-):
-    encoder = torch.nn.Linear(8, 8)
-    criterion = SLRLoss(0.2, memory_bank_size, confidence=CosineConfidence(0.0, 5.0, total_steps=4))
-    compiled = torch.compile(criterion, backend=backend)
-    queries, keys = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
-    plain = copy.deepcopy(criterion)(encoder(queries), keys)
-    (expected,) = torch.autograd.grad(plain, encoder.weight)
-    loss = checkpoint(lambda x, k: compiled(encoder(x), k), queries, keys, use_reentrant=reentrant)
-    calls = int(criterion.step)
-    try:
-        loss.backward()
-    except RuntimeError as error:
-        assert "checkpoint the encoder without the loss" in str(error)  # noqa: PT017
-    else:  # the gradient of the first run was kept
-        torch.testing.assert_close(encoder.weight.grad, expected)
-    assert criterion.step == calls
-    assert criterion.memory_bank.bank_ptr == (4 * calls if memory_bank_size else 0)
-
-
-@compiles_where_it_checkpoints
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_checkpointing_a_compiled_call_that_stays_gives_the_plain_gradient(backend):
-    encoder, criterion = torch.nn.Linear(8, 8), SLRLoss(0.2)
-    compiled = torch.compile(criterion, backend=backend)
-    queries, keys = torch.randn(2, 4, 8)
-
-    def step(x, k):
-        return compiled(encoder(x), k)
-
-    (expected,) = torch.autograd.grad(step(queries, keys), encoder.weight)
-    (gradient,) = torch.autograd.grad(checkpoint(step, queries, keys, use_reentrant=False), encoder.weight)
-    torch.testing.assert_close(gradient, expected)
 
 
 def test_training_goes_on_after_a_compiled_call_in_inference_mode():

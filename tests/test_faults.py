@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 
 import pytest
 import torch
@@ -40,19 +39,8 @@ def test_copies_of_a_watched_loss_and_of_a_mixup_go_their_own_way():
 # -------------------------------------------------------------------------------------------------- the temperature
 
 
-def test_a_tensor_that_asks_for_a_gradient_and_is_no_parameter_warns():
-    with pytest.warns(UserWarning, match=r"pass torch\.nn\.Parameter") as record:
-        criterion = SLRLoss(torch.tensor(0.2, requires_grad=True))
-    assert record[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        criterion.temperature = torch.nn.Parameter(torch.tensor(0.2))
-        criterion.temperature = torch.tensor(0.2)
-        criterion.temperature = 1 / torch.nn.Parameter(torch.tensor(1.6)).exp()
-
-
 @pytest.mark.parametrize("argument", ["out0", "out1", "temperature"])
-def test_sharded_tensors_are_refused_by_name(argument, tmp_path):
+def test_sharded_tensors_are_refused(argument, tmp_path):
     from torch import distributed as dist
 
     if not hasattr(torch.distributed, "tensor"):
@@ -67,10 +55,8 @@ def test_sharded_tensors_are_refused_by_name(argument, tmp_path):
         values[argument] = distribute_tensor(values[argument].detach(), mesh)
         criterion = SLRLoss()
         criterion.temperature = values["temperature"]
-        with pytest.raises(TypeError, match=f"{argument} is a DTensor"):
+        with pytest.raises(RuntimeError, match="DTensor"):
             criterion(values["out0"], values["out1"])
-        with pytest.raises(TypeError, match="is a DTensor"):
-            slr_loss(values["out0"], values["out1"], temperature=values["temperature"])
     finally:
         dist.destroy_process_group()
 
@@ -149,24 +135,6 @@ def test_a_queue_that_is_not_of_unit_length_is_refused(length):
 def test_ids_in_the_place_of_an_estimator_are_told_of_groups(ids):
     with pytest.raises((TypeError, ValueError), match="groups="):
         SLRLoss(0.2)(*views(), estimator=ids)
-
-
-@SIZES
-@pytest.mark.parametrize("argument", ["out0", "out1", "mixed", "negatives", "estimator"])
-def test_features_that_are_not_finite_are_named_with_their_rows(argument, size):
-    out0, out1 = (view.detach() for view in views())
-    arguments = {"out0": out0, "out1": out1}
-    if argument == "mixed":
-        arguments |= {"mixed": [out0.clone(), out1.clone()], "mix": [Mix(torch.rand(6), torch.arange(6))] * 2}
-    elif argument not in arguments:
-        arguments[argument] = torch.rand(6, 5 if argument == "estimator" else 8)
-    spoiled = arguments[argument][1] if argument == "mixed" else arguments[argument]
-    spoiled[3] = torch.full_like(spoiled[3], 0.0).log()
-    name = r"mixed\[1\]" if argument == "mixed" else argument
-    criterion = SLRLoss(0.2, size, estimator_dim=5 if size and argument == "estimator" else None)
-    with pytest.warns(UserWarning, match=rf"not finite: {name} is not finite in rows \[3\]") as record:
-        assert not criterion(**arguments).isfinite()
-    assert record[0].filename == __file__
 
 
 @pytest.mark.filterwarnings("error")

@@ -89,12 +89,15 @@ def test_both_views_without_refinement_are_supcon():
 
 def test_ids_enqueue_with_their_keys_and_are_saved():
     criterion = SLRLoss(0.2, (10, 4))
-    for ids in (torch.tensor([1, 2, 3, 4]), None, torch.tensor([5, -1, 6, 7], dtype=torch.int32)):
+    for ids in (torch.tensor([1, 2, 3, 4]), torch.tensor([5, -1, 6, 7], dtype=torch.int32), None):
         criterion(torch.randn(4, 4, requires_grad=True), torch.randn(4, 4), groups=ids)
-    assert criterion.memory_bank.groups.tolist() == [6, 7, 3, 4, -1, -1, -1, -1, 5, -1]
+    assert criterion.memory_bank.groups.tolist() == [-1, -1, 3, 4, 5, -1, 6, 7, -1, -1]
     other = SLRLoss(0.2, (10, 4))
     other.load_state_dict(criterion.state_dict())
     assert torch.equal(other.memory_bank.groups, criterion.memory_bank.groups)
+    other(torch.randn(8, 4, requires_grad=True), torch.randn(8, 4))
+    assert other.memory_bank.groups.tolist() == [-1] * 10
+    other.load_state_dict(criterion.state_dict())
     # A queue that was saved without ids has unknown ones, without a warning.
     state = {name: value for name, value in criterion.state_dict().items() if not name.endswith("groups")}
     other.load_state_dict(state)

@@ -238,16 +238,6 @@ def test_one_sample_alone_mixes_its_own_two_views():
     torch.testing.assert_close(mixed, mix.theta * queries + (1 - mix.theta) * positives)
 
 
-@pytest.mark.filterwarnings("error")
-def test_one_sample_mixed_with_itself_warns_once_but_a_partner_that_was_asked_for_does_not():
-    mixup = MomentumMixup()
-    mixup(*views(1, 4), partner=torch.zeros(1, dtype=torch.long))
-    with pytest.warns(UserWarning, match="one sample is mixed with itself"):
-        mixup(*views(1, 4))
-    mixup(*views(1, 4))
-    mixup(*views(2, 4))
-
-
 # --------------------------------------------------------------------------------------------------------- compiled
 
 

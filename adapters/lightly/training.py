@@ -38,7 +38,7 @@ from slr_plugin.adapters.lightly.networks import cifar_stem
 from slr_plugin.adapters.lightly.recipe import plain
 from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION, SANETransform
 from slr_plugin.adapters.lightning import LabelQualityCallback
-from slr_plugin.diagnostics import LabelQuality, summary
+from slr_plugin.diagnostics import LabelQuality
 
 SMALL = 64  # pixels: up to here the stem, the views and the colours of CIFAR-10, above those of ImageNet
 KNN_K, KNN_T = 50, 0.05
@@ -77,7 +77,7 @@ class Record(LabelQualityCallback):
     def summary(self, criterion: SLRLoss) -> str:
         """How good the labels of the last epoch were."""
         values = [torch.tensor(self.epochs[-1].get(name, math.nan)) for name in LabelQuality._fields]
-        return summary(LabelQuality.average([LabelQuality(*values)]), criterion)
+        return str(LabelQuality.average([LabelQuality(*values)]))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

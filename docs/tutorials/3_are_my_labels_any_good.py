@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from slr_plugin import presets
-from slr_plugin.diagnostics import LabelMonitor, label_quality, summary
+from slr_plugin.diagnostics import LabelMonitor, label_quality
 
 torch.manual_seed(0)
 digits = load_digits()
@@ -35,7 +35,7 @@ for name, features in candidates.items():
     standardised = (features - features.mean(0)) / (features.std(0) + 0.1)
     labels = criterion.labels(*torch.randn(2, few, 16), estimator=standardised)
     quality = label_quality(labels, both, both, own=torch.arange(2 * few).roll(few))
-    print(f"{name}: {summary(quality)}\n")
+    print(f"{name}: {quality}\n")
 
 # %%
 # *Purity* is the share of the right class in what a label gives away. Labels of noise are as
@@ -78,11 +78,6 @@ for _ in range(epochs):
         loss.backward()
         optimizer.step()
     rows.append(monitor.mean())  # of this epoch
-print(monitor.summary())
-
-# %%
-# ``monitor.mean()`` returns all measures of an epoch.
-
 print(rows[-1])
 
 figure, (upper, lower) = plt.subplots(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slr_plugin.checks import check_index_tensor
-from slr_plugin.diagnostics.quality import LabelQuality, label_quality, summary
+from slr_plugin.diagnostics.quality import LabelQuality, label_quality
 from slr_plugin.distributed import gather
 from slr_plugin.loss import SLRLoss
 
@@ -46,7 +46,6 @@ class LabelMonitor:
             raise TypeError(f"criterion must be a slr_plugin.SLRLoss, got {type(criterion).__name__}")
         self.criterion = criterion
         self.measured: list[LabelQuality] = []
-        self._averaged: list[LabelQuality] = []  # by the last call of mean()
         self._announced: Tensor | None = None  # of the next call
         self._measures = False
         self._queue_classes, self._generation = torch.empty(0, dtype=torch.long), -1  # of no queue so far
@@ -73,12 +72,8 @@ class LabelMonitor:
 
     def mean(self) -> LabelQuality:
         """The mean of what was measured since the last call of this method; not a number if nothing was."""
-        self._averaged, self.measured = self.measured, []
-        return LabelQuality.average(self._averaged)
-
-    def summary(self) -> str:
-        """Say in words how good the labels are that were measured since the last :meth:`mean`, or else up to then."""
-        return summary(LabelQuality.average(self.measured or self._averaged), self.criterion)
+        measured, self.measured = self.measured, []
+        return LabelQuality.average(measured)
 
     def remove(self) -> None:
         """Let go of the criterion; a second time does nothing."""

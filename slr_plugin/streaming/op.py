@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slr_plugin._torch_internals import is_recomputed, refuse_repetition
 from slr_plugin.streaming import tiled
 from slr_plugin.streaming.stats import Pass, SoftmaxStats
 
@@ -22,16 +21,10 @@ _PASS = (
 )
 
 
-def softmax_stats(given: Pass, repeatable: bool = True) -> SoftmaxStats:
-    """Compute the softmax statistics of every row over its keys (equations in ``stats.py``).
-
-    Args:
-        given: the rows and the keys.
-        repeatable: False where a compiled call reads a queue or a schedule that have moved on when activation
-            checkpointing computes the pass again; that then raises RuntimeError.
-    """
+def softmax_stats(given: Pass) -> SoftmaxStats:
+    """Compute the softmax statistics of every row over its keys (equations in ``stats.py``)."""
     if torch.compiler.is_compiling():
-        return SoftmaxStats(*_softmax_stats(*given, repeatable))
+        return SoftmaxStats(*_softmax_stats(*given))
     return tiled.softmax_stats(given)
 
 
@@ -57,21 +50,15 @@ def symmetric_gradient(given: Pass, stats: SoftmaxStats, weights: Tensor) -> Ten
 
 
 def _operator(name: str, compute: Callable[..., Any], arguments: str, fake: Callable[..., Any]) -> Any:
-    """An operator of a function of a pass and ``arguments``, the schema's; ``fake`` gives the shapes of its results."""
+    """An operator of a function of a pass; ``arguments`` end the schema, ``fake`` gives the shapes of its results."""
 
     def flat(*args: Any) -> Any:
         found = compute(Pass(*args[: len(Pass._fields)]), *args[len(Pass._fields) :])
         return tuple(found) if isinstance(found, tuple) else found
 
-    operator = torch.library.custom_op(f"slr_plugin::{name}", flat, mutates_args=(), schema=f"({_PASS}, {arguments}")
+    operator = torch.library.custom_op(f"slr_plugin::{name}", flat, mutates_args=(), schema=f"({_PASS}{arguments}")
     operator.register_fake(fake)
     return operator
-
-
-def _stats_if_repeatable(given: Pass, repeatable: bool) -> SoftmaxStats:
-    if not repeatable and is_recomputed():
-        refuse_repetition()
-    return tiled.softmax_stats(given)
 
 
 def _like_stats(rows: Tensor, keys: Tensor, queue: Tensor | None, values: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
@@ -87,15 +74,13 @@ def _like_rows(rows: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(rows)
 
 
-_softmax_stats = _operator(
-    "softmax_stats", _stats_if_repeatable, "bool repeatable) -> (Tensor, Tensor, Tensor, Tensor)", _like_stats
-)
+_softmax_stats = _operator("softmax_stats", tiled.softmax_stats, ") -> (Tensor, Tensor, Tensor, Tensor)", _like_stats)
 _keys_gradient = _operator(
-    "keys_gradient", tiled.keys_gradient, "Tensor reference, Tensor offset, Tensor row_values) -> Tensor", _like_keys
+    "keys_gradient", tiled.keys_gradient, ", Tensor reference, Tensor offset, Tensor row_values) -> Tensor", _like_keys
 )
 _symmetric_gradient = _operator(
     "symmetric_gradient",
     tiled.symmetric_gradient,
-    "Tensor reference, Tensor offset, Tensor weights) -> Tensor",
+    ", Tensor reference, Tensor offset, Tensor weights) -> Tensor",
     _like_rows,
 )
