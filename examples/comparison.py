@@ -3,7 +3,8 @@
 Every method trains on pairs of augmented views without a queue, chooses its settings on held-out training groups, and
 is judged on held-out groups by its neighbours and by a linear classifier. Methods with mixed queries take two thirds of
 the steps, since a step costs them three passes where the others have two. Beside labels from what is known stand its
-rivals: that itself, untrained; the encoder that predicts it; and SupCon where it is a number, such as a recording's.
+rivals: that itself, untrained, and the encoder that predicts it. Where it is a number, such as a recording's, samples of
+one number can be each other's positives instead, which is SupCon, or no negatives of each other.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def methods(task: Task) -> dict[str, str]:
         names[name] = f"labels from {name}"
         if is_number(table):
             names[f"supcon {name}"] = f"SupCon with {name}"
+            names[f"apart {name}"] = f"others of {name} left out"
         else:
             names[f"alone {name}"] = f"{name}, untrained"
             names[f"predict {name}"] = f"{name} predicted"
@@ -108,7 +110,9 @@ def head() -> nn.Module:
 
 def loss_of(method: str, sharpening: float, steps: int) -> SLRLoss:
     """The criterion of a method."""
-    if method in ("nt-xent", "contrast", "mixup"):
+    if method == "apart":
+        return SLRLoss(TEMPERATURE, confidence=0.0, same_group="ignored")
+    if method in ("nt-xent", "contrast", "mixup", "supcon"):
         return SLRLoss(TEMPERATURE, confidence=0.0)
     assert method not in UNTRAINED
     if method in ("refined", "both"):
@@ -117,20 +121,11 @@ def loss_of(method: str, sharpening: float, steps: int) -> SLRLoss:
     return SLRLoss(TEMPERATURE, sharpening=sharpening, confidence=1000.0, refined_weight=1.0)
 
 
-def supcon(projections: Sequence[Tensor], numbers: Tensor) -> Tensor:
-    """SupCon (Khosla and others, 2020): all views of a number are each other's positives."""
-    views, numbers = F.normalize(torch.cat(list(projections)), dim=1), numbers.repeat(2)
-    itself = torch.eye(len(views), dtype=torch.bool)
-    logits = (views @ views.T / TEMPERATURE).masked_fill(itself, -torch.inf)
-    positive = (numbers[:, None] == numbers) & ~itself
-    return -(logits.log_softmax(1).masked_fill(~positive, 0.0).sum(1) / positive.sum(1)).mean()
-
-
 def train(method: str, task: Task, chosen: Tensor, settings: Settings, steps: int, seed: int = 0) -> nn.Module:
     """Train an encoder on some of the samples."""
     torch.manual_seed(seed)
     kind, known = taken_apart(method, task)
-    method = known if kind == "beside" else method
+    method = {"beside": known, "supcon": "supcon", "apart": "apart"}.get(kind, method)
     encoder, projection = task.encoder(), head()
     networks, second = [encoder, projection], None
     if kind == "predict":
@@ -158,8 +153,8 @@ def train(method: str, task: Task, chosen: Tensor, settings: Settings, steps: in
         if kind == "predict":
             target = task.estimators[known][batch]
             loss = 1 - torch.stack([F.cosine_similarity(predictor(part), target) for part in projections]).mean()
-        elif kind == "supcon":
-            loss = supcon(projections, task.estimators[known][batch].argmax(1))
+        elif kind in ("supcon", "apart"):
+            loss = criterion(*projections, groups=task.estimators[known][batch].argmax(1))
         elif method in MIXED:
             mixed, mix = mixup(first, other)
             loss = criterion(*projections, projection(encoder(mixed)), mix)

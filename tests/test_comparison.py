@@ -147,18 +147,19 @@ def test_intervals_know_that_folds_share_training_samples():
         assert margin == pytest.approx(wider * (high - low) / 2)
 
 
-def test_supcon_is_that_of_pytorch_metric_learning():
-    losses = pytest.importorskip("pytorch_metric_learning.losses", reason='pip install "slr-plugin[dev]"')
-    projections, numbers = torch.randn(2, 6, 5), torch.tensor([4, 4, 0, 1, 0, 0])
-    theirs = losses.SupConLoss(comparison.TEMPERATURE)(torch.cat(list(projections)), numbers.repeat(2))
-    torch.testing.assert_close(comparison.supcon(projections, numbers), theirs)
-
-
 def test_what_is_known_has_its_rivals():
     task = small(TASKS["tabular: wines"], 178)
     task = task._replace(estimators={"sums": torch.randn(178, 3), "the number": torch.eye(178)})
     names = comparison.methods(task)
-    assert {"sums", "alone sums", "predict sums", "beside sums", "the number", "supcon the number"} < set(names)
+    assert {
+        "sums",
+        "alone sums",
+        "predict sums",
+        "beside sums",
+        "the number",
+        "supcon the number",
+        "apart the number",
+    } < set(names)
     assert not {"supcon sums", "alone the number"} & set(names)
     part = comparison.folds(task, 3)[0]
     alone = comparison.run("alone sums", task, *part, comparison.Settings(0.03), steps=1)
@@ -166,6 +167,11 @@ def test_what_is_known_has_its_rivals():
     beside = comparison.train("beside sums", task, part[0], comparison.Settings(0.03), 3)
     labels = comparison.train("sums", task, part[0], comparison.Settings(0.03), 3)
     torch.testing.assert_close(beside.state_dict(), labels.state_dict())
+    positives = comparison.train("supcon the number", task, part[0], comparison.Settings(0.03), 3)
+    left_out = comparison.train("apart the number", task, part[0], comparison.Settings(0.03), 3)
+    plain = comparison.train("nt-xent", task, part[0], comparison.Settings(0.03), 3)
+    # A number of its own for each sample: both are NT-Xent.
+    torch.testing.assert_close([positives.state_dict(), left_out.state_dict()], [plain.state_dict()] * 2)
 
 
 def test_a_comparison_goes_on_from_its_records(tmp_path, monkeypatch, one_thread):
