@@ -3,8 +3,8 @@
 Every method trains on pairs of augmented views without a queue, chooses its settings on held-out training groups, and
 is judged on held-out groups by its neighbours and by a linear classifier. Methods with mixed queries take two thirds of
 the steps, since a step costs them three passes where the others have two. Beside labels from what is known stand its
-rivals: that itself, untrained, and the encoder that predicts it. Where it is a number, such as a recording's, samples of
-one number can be each other's positives instead, which is SupCon, or no negatives of each other.
+rivals: that itself, untrained, and the encoder that predicts it. Where it is a number, such as a recording's, samples
+of one number can be each other's positives instead, which is SupCon, or be left out of the negatives.
 """
 
 from __future__ import annotations
