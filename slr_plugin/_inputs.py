@@ -99,8 +99,6 @@ def checked_features(
         _check_features("estimator", estimator, queries, first)
         if len(estimator) != size:
             raise ValueError(f"estimator must have one row per row of {first}, {size}, got {tuple(estimator.shape)}")
-        if estimator.shape[1] == 1:
-            raise ValueError("estimator has one number a sample, whose length 1 says nothing: pass ids as groups=")
         if negatives is not None:
             raise ValueError("negatives have no features to be estimated by: pass either estimator or negatives")
     if groups is not None:

@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-# Devices whose processes exchange gradients by reduce-scatter, half the bytes of an all-reduce.
-SCATTERING = {"cuda"}
-
 
 def world_size() -> int:
     """The number of processes, 1 without a process group."""
@@ -74,11 +71,6 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        world = dist.get_world_size()
-        if gradient.device.type in SCATTERING:
-            own = gradient.new_empty(len(gradient) // world, *gradient.shape[1:])
-            dist.reduce_scatter_tensor(own, gradient.contiguous())
-            return own
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
-        return gradient.chunk(world)[dist.get_rank()]
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -39,7 +39,7 @@ def group_labels(key_set: KeySet) -> GroupLabels:
     ids, size = groups.sort().values, len(groups)
 
     def places(of: Tensor) -> Tensor:
-        """Where ids stand among the rows' ids; for others one of as many spare places, so that no place is crowded."""
+        """Where ids stand among the rows' ids; others go to spare places, many, since ``index_add`` waits at one."""
         place = torch.searchsorted(ids, of).clamp(max=size - 1)
         spare = size + torch.arange(len(of), device=of.device) % size
         return place.where((ids[place] == of) & (of >= 0), spare)

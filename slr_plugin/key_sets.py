@@ -177,6 +177,7 @@ def build_key_set(
         positive_index = self_index.roll(len(queries))
     else:
         rows, positives = unit_rows(queries), unit_rows(positives)
+        # Where the batch's keys are not seen, they only enter the queue.
         batch = gather(positives if in_batch_keys else positives.detach()) if gather else positives
         to_enqueue, views = batch, 1
         positive_index, self_index = index if in_batch_keys else None, None
@@ -186,14 +187,14 @@ def build_key_set(
         negatives = unit_rows(negatives)
         keys.append(gather(negatives) if gather else negatives)
 
-    groups = to_enqueue_groups = key_groups = features.groups
+    groups, to_enqueue_groups, key_groups = features.groups, None, None
     if groups is not None:
         to_enqueue_groups = gather(groups) if gather else groups
         unknown = groups.new_full((1,), -1)
         ids = [to_enqueue_groups] * views if sees_batch else []
         ids += [] if negatives is None else [unknown.expand(len(keys[-1]))]
         ids += [] if queue is None else [unknown.expand(len(queue)) if queue_groups is None else queue_groups]
-        groups, key_groups = groups.repeat(views), torch.cat(ids)
+        groups, key_groups = groups.repeat(views), torch.cat([part.to(groups.device) for part in ids])
     return KeySet(
         rows,
         positives,

@@ -143,8 +143,7 @@ class SLRLoss(HasState):
         Raises:
             ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
             TypeError: an argument is not a tensor, or not of a float dtype.
-            RuntimeError: a second or a forward-mode derivative is asked for, or activation checkpointing makes the call
-                again after the queue or the schedule moved on.
+            RuntimeError: activation checkpointing makes the call again after the queue or the schedule moved on.
         """
         features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
         updates = self._updates(out0, update)
@@ -179,15 +178,9 @@ class SLRLoss(HasState):
     ) -> Tensor:
         r"""Compute the refined labels :math:`\bar y` over the current keys, dense, for looking at. Nothing advances.
 
-        With ``gather_distributed`` all processes must call it, since it gathers the keys. Mixed queries without a queue
-        see the second views alone, and so do their labels, which are those in one direction.
-
-        Args:
-            out0: as in :meth:`forward`, and so are all others.
-            out1: see there.
-            negatives: see there.
-            estimator: see there.
-            groups: see there.
+        Arguments are those of :meth:`forward`. With ``gather_distributed`` all processes must call it, since it gathers
+        the keys. Mixed queries without a queue see the second views alone, and so do their labels, which are those in
+        one direction.
 
         Returns:
             Rows that sum to 1. With a queue they have shape (s, K), over the minibatch's keys (the own positive alone

@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from slr_plugin import refinery
 from slr_plugin._inputs import unit_rows
@@ -68,8 +69,8 @@ def slr_objective(
         settings: the numbers.
     """
     mixed = unit_rows(torch.cat(list(crops)) if len(crops) > 1 else crops[0]) if crops else None
-    apart = len(crops) > 0 and key_set.has_both_views()
-    label_keys = key_set.for_mixed() if apart else key_set
+    label_keys = key_set.for_mixed() if crops else key_set
+    apart = mixed is not None and key_set.has_both_views()  # whether these are not the key set itself
     known = group_labels(key_set)
     known_of_samples = group_labels(label_keys) if apart else known
     has_groups = known.targets is not key_set.positives
@@ -85,7 +86,7 @@ def slr_objective(
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     keys_too = key_set.keys is key_set.rows or any(needed[2:6])  # what reaches keys, as such or through targets
     with torch.no_grad():
-        call = Call(key_set, label_keys, apart, mixed, mixes, known, known_of_samples, settings)
+        call = Call(key_set, label_keys, mixed, mixes, known, known_of_samples, settings)
         loss, labels, gradients = _evaluate(call, any(needed), keys_too)
     if not any(needed):
         return loss, labels
@@ -98,7 +99,6 @@ class Call(NamedTuple):
 
     key_set: KeySet  # the rows and their keys
     label_keys: KeySet  # the keys that refined labels spread over and mixed queries see
-    apart: bool  # whether these are not ``key_set``
     mixed: Tensor | None
     mixes: Sequence[Mix]
     known: GroupLabels  # of the rows
@@ -128,12 +128,9 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times that of the loss."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # under create_graph=True only
-            raise RuntimeError(
-                "SLRLoss has no second derivative: its gradient is in closed form; drop create_graph=True"
-            )
         gradients = ctx.saved_tensors
         return None, *[gradient * grad for gradient in gradients], *[None] * len(gradients)
 
@@ -143,7 +140,7 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
     key_set, mixed, settings = call.key_set, call.mixed, call.settings
     rows, positives, temperature = key_set.rows, key_set.positives, settings.temperature
     inverse, refined_weight = 1 / temperature, settings.refined_weight
-    passes = compare(key_set, call.label_keys, call.apart, mixed, settings)
+    passes = compare(key_set, call.label_keys, mixed, settings)
     labels, refined = _labels_and_targets(call, passes)
 
     # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
@@ -166,7 +163,7 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
     # Of rows and mixed queries: the softmax's mean of the keys, minus the target.
     pull = inverse * ((1.0 if mixed is None else 1 - refined_weight) / len(rows))
     others = torch.sigmoid(excess)  # the softmax's weight on the keys besides the positive
-    both = of_mixed_row = of_temperature = None
+    both = of_mixed_row = of_temperature = None  # both: the softmax's part of rows that are keys too
     if passes.one_hot_pairs:
         both = symmetric_gradient(passes.rows.given, passes.rows.stats, pull * others)
         of_row = (positives * (1 - others)[:, None]).sub_(target).mul_(pull)
@@ -183,32 +180,41 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
     gradients = Inputs(of_row, of_mixed_row, temperature=of_temperature)
     if keys_too:
         del refined, target  # the passes over the keys need the memory
-        gradients = _with_keys(gradients, call, passes, labels, pull * others, both)
+        gradients = _with_keys(gradients, call, passes, labels, pull, others, both)
     return loss, labels, gradients
 
 
 def _with_keys(
-    gradients: Inputs, call: Call, passes: Passes, labels: Labels, pulls: Tensor, both: Tensor | None
+    gradients: Inputs,
+    call: Call,
+    passes: Passes,
+    labels: Labels,
+    pull: float | Tensor,
+    others: Tensor,
+    both: Tensor | None,
 ) -> Inputs:
     """The gradients with those of the keys: as the softmax's keys, and through the targets, which are means of them.
+
+    Were the positive the target of every row, it would get -w f, with w the softmax's weight on the other keys times
+    ``pull``. A part of the label that lies on other keys gives its share of -pull f to them, and takes it back from the
+    positive.
 
     Args:
         gradients: of rows, mixed queries and temperature.
         call: what is differentiated.
         passes: over its keys.
         labels: of its rows.
-        pulls: (r,) what each row's softmax pulls at its keys with, besides the positive.
+        pull: the derivative of the loss by a row's logits, where labels and softmax are 1.
+        others: (r,) the softmax's weight on the keys besides the positive.
         both: of rows that are the keys, the softmax's part of both; None otherwise.
     """
-    key_set, label_keys, apart, mixed, mixes, known, _, settings = call
+    key_set, label_keys, mixed, mixes, known, _, settings = call
     rows, inverse, refined_weight = key_set.rows, 1 / settings.temperature, settings.refined_weight
-    samples = len(label_keys.rows)
-    pull = inverse * ((1.0 if mixed is None else 1 - refined_weight) / len(rows))
+    samples, apart = len(label_keys.rows), mixed is not None and key_set.has_both_views()
 
-    # Were the positive the target of every row, it would get -pull_i f_i; labels move some of that to other keys.
-    moved = rows * pulls[:, None]
-    of_positive, of_refined = -moved, rows * (-refined_weight * pull)
-    passes.rows.send("rows", moved)
+    of_others = rows * (pull * others)[:, None]
+    of_positive, of_refined = -of_others, rows * (-refined_weight * pull)
+    passes.rows.send("rows", of_others)
     if mixed is not None:
         push = inverse * (refined_weight / len(mixed))
         passes.mixed.send("mixed", mixed * push)
@@ -226,11 +232,12 @@ def _with_keys(
         if not apart:
             of_known += of_known_of_samples
     if settings.refines:
-        moved = of_refined.mul_(labels.rest_weight[:, None])
-        of_positive[:samples] -= moved
-        # Each view estimates the other's label.
-        passes.estimators.send(passes.block, moved.roll(-(samples // 2), 0) if label_keys.has_both_views() else moved)
-    del of_refined, moved
+        of_others = of_refined.mul_(labels.rest_weight[:, None])
+        of_positive[:samples] -= of_others
+        if label_keys.has_both_views():  # each view estimates the other's label
+            of_others = of_others.roll(-(samples // 2), 0)
+        passes.estimators.send(passes.block, of_others)
+    del of_refined, of_others
     of_keys = passes.rows.keys_gradient() if both is None else both
     of_label_keys = of_keys[len(of_keys) - len(label_keys.keys) :]
     if apart:
@@ -259,7 +266,7 @@ def _labels_and_targets(call: Call, passes: Passes) -> tuple[Labels, Tensor]:
     # Means of other values say nothing of the estimators' logits, and labels of groups have another entropy.
     tells_entropy = label_keys.estimator is None and known.targets is label_keys.positives
     mean_logit = _dot(label_keys.positives, stats.mean) * inverse if tells_entropy else None
-    labels = refinery.estimate(stats, positive_logit, mean_logit, settings.confidence, known.positive_share)
+    labels = refinery.refine(stats, positive_logit, mean_logit, settings.confidence, known.positive_share)
     return labels, labels.targets(known.targets, label_keys.positives, stats.mean)
 
 

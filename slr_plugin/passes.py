@@ -24,7 +24,7 @@ class Passes(NamedTuple):
     one_hot_pairs: bool  # whether rows are the keys, and labels not refined: the gradient then takes one pass
 
 
-def compare(key_set: KeySet, label_keys: KeySet, apart: bool, mixed: Tensor | None, settings: Settings) -> Passes:
+def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings: Settings) -> Passes:
     """Compare rows, mixed queries and estimators of the labels with their keys, in as few passes as these allow.
 
     ===========================  ======================================================================================
@@ -40,29 +40,29 @@ def compare(key_set: KeySet, label_keys: KeySet, apart: bool, mixed: Tensor | No
     Args:
         key_set: the rows and their keys.
         label_keys: the keys that labels spread over, which mixed queries see.
-        apart: whether these are not ``key_set``.
         mixed: (n, d) unit features of mixed queries, or None.
         settings: the numbers.
     """
     temperature, sharpening, estimator = settings.temperature, settings.sharpening, label_keys.estimator
-    joins = settings.refines and estimator is None and not label_keys.has_both_views()
-    blocks = {} if mixed is None else {"mixed": mixed}
-    if joins:  # divided by tau', they have the logits of tau tau' at the temperature tau
-        blocks["estimators"] = label_keys.positives if sharpening == 1 else label_keys.positives / sharpening
-    longest = 1 / sharpening if joins else 1.0
+    positives_join = settings.refines and estimator is None and not label_keys.has_both_views()
+    joining = {} if mixed is None else {"mixed": mixed}
+    if positives_join:  # divided by tau', they have the logits of tau tau' at the temperature tau
+        joining["estimators"] = label_keys.positives if sharpening == 1 else label_keys.positives / sharpening
+    longest = 1 / sharpening if positives_join else 1.0
     one_hot_pairs = key_set.keys is key_set.rows and mixed is None and not settings.refines
-    if apart:
-        first = Comparison(key_set, {"rows": key_set.rows}, temperature, settings)
-        second = Comparison(label_keys, blocks, temperature, settings, longest)
+    if mixed is not None and key_set.has_both_views():
+        of_rows = Comparison(key_set, {"rows": key_set.rows}, temperature, settings)
+        of_mixed = Comparison(label_keys, joining, temperature, settings, longest)
     else:
-        blocks = {"rows": key_set.rows, **blocks}
-        first = second = Comparison(key_set, blocks, temperature, settings, longest, means=not one_hot_pairs)
-    third, block = (second, "estimators") if joins else (first, "rows")
-    if settings.refines and not joins and (estimator is not None or sharpening != 1):
-        estimators, values = (label_keys, None) if estimator is None else (estimator, label_keys)
-        blocks = {"rows": estimators.rows}
-        third = Comparison(estimators, blocks, temperature * sharpening, settings, values=values)
-    return Passes(first, second, third, block, one_hot_pairs)
+        blocks = {"rows": key_set.rows, **joining}
+        of_rows = of_mixed = Comparison(key_set, blocks, temperature, settings, longest, means=not one_hot_pairs)
+    if positives_join:
+        return Passes(of_rows, of_mixed, of_mixed, "estimators", one_hot_pairs)
+    of_estimators = of_rows
+    if settings.refines and (estimator is not None or sharpening != 1):
+        keys, values = (label_keys, None) if estimator is None else (estimator, label_keys)
+        of_estimators = Comparison(keys, {"rows": keys.rows}, temperature * sharpening, settings, values=values)
+    return Passes(of_rows, of_mixed, of_estimators, "rows", one_hot_pairs)
 
 
 class Comparison:
@@ -102,7 +102,7 @@ class Comparison:
             rows,
             key_set.keys,
             key_set.queue,
-            values=None if means and values is None else key_set.keys[:, :0] if values is None else values.keys,
+            values=values.keys if values is not None else None if means else key_set.keys[:, :0],
             queue_values=None if values is None else values.queue,
             hidden=self._by_block(key_set.hidden()),
             row_groups=self._by_block(groups),

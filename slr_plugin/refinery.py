@@ -21,7 +21,11 @@ where no groups are known,
     \bar y_i = \tfrac{1}{z_i}\, y^0_i + \alpha_i p_{ii}\, \mathrm{onehot}_i + v_i\, q_i, \quad
     v_i = \alpha_i (1 - p_{ii}) + \beta_i .
 
-The loss sees the label only through its target centroid :math:`t_i = \sum_k \bar y_{ik} \bar b_k`.
+The loss sees the label only through its target centroid, with :math:`g_i` the positive and :math:`t^0_i` the centroid
+of the known label,
+
+.. math::
+    t_i = \sum_k \bar y_{ik} \bar b_k = (1 - v_i)\, g_i + v_i\, a_i + \tfrac{1}{z_i} (t^0_i - g_i) .
 """
 
 from __future__ import annotations
@@ -59,7 +63,7 @@ class Labels(NamedTuple):
         return {name: value.mean() for name, value in means.items()}
 
 
-def estimate(
+def refine(
     stats: SoftmaxStats,
     positive_logit: Tensor,
     mean_logit: Tensor | None,

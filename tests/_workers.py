@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from slr_plugin import CosineConfidence, Mix, SLRLoss, distributed
+from slr_plugin import CosineConfidence, Mix, SLRLoss
 from slr_plugin.diagnostics import LabelMonitor
 from slr_plugin.streaming import tiled
 
@@ -25,7 +25,6 @@ class Scenario(NamedTuple):
     mixed: bool
     trains_both: bool
     gather: bool = True
-    scatters: bool = False  # exchanges gradients as GPUs do
     one_direction: bool = False
     negatives: bool = False
     estimator: bool = False
@@ -40,7 +39,6 @@ SCENARIOS = {
     "queue, both views trained": Scenario(7, True, True, True),
     "symmetric": Scenario(0, True, False, True),
     "symmetric and mixed": Scenario(0, True, True, True),
-    "symmetric, scattering": Scenario(0, True, True, True, scatters=True),
     "one direction": Scenario(0, True, True, True, one_direction=True),
     "queue and negatives": Scenario(20, True, True, False, negatives=True),
     "own positive and negatives": Scenario(20, False, False, False, negatives=True),
@@ -101,8 +99,6 @@ class Model(nn.Module):
 
 def train(scenario: Scenario, rank: int | None, world: int) -> dict[str, object]:
     """Some SGD steps on the whole batch (rank None) or on one process's part of it, under DDP's defaults."""
-    if rank is not None:
-        distributed.SCATTERING = {"cpu"} if scenario.scatters else set()
     model = Model(scenario, scenario.gather and rank is not None, seed=rank or 0 if scenario.own_seeds else 0)
     if rank and scenario.own_seeds:
         model.criterion.set_step(7)  # as where process 0 alone has loaded a checkpoint

@@ -125,16 +125,16 @@ def test_the_entropy_of_a_label_is_at_most_that_of_a_uniform_one(size):
 
 @pytest.mark.parametrize("length", [49.0, 0.5, 0.0, math.nan])
 def test_a_queue_that_is_not_of_unit_length_is_refused(length):
-    queue = normalize(torch.randn(9, 8), dim=1)
+    queue = normalize(torch.randn(400, 8), dim=1)
     slr_loss(*views(), queue)
+    queue[300] *= length
     with pytest.raises(ValueError, match=r"normalize\(queue, dim=1\)"):
-        slr_loss(*views(), queue * length)
+        slr_loss(*views(), queue)
 
 
-@pytest.mark.parametrize("ids", [torch.arange(6), torch.arange(6.0)[:, None]], ids=["integers", "one column of floats"])
-def test_ids_in_the_place_of_an_estimator_are_told_of_groups(ids):
-    with pytest.raises((TypeError, ValueError), match="groups="):
-        SLRLoss(0.2)(*views(), estimator=ids)
+def test_ids_in_the_place_of_an_estimator_are_told_of_groups():
+    with pytest.raises(TypeError, match="groups="):
+        SLRLoss(0.2)(*views(), estimator=torch.arange(6))
 
 
 @pytest.mark.filterwarnings("error")

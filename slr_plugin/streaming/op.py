@@ -29,10 +29,7 @@ def softmax_stats(given: Pass) -> SoftmaxStats:
 
 
 def keys_gradient(given: Pass, stats: SoftmaxStats, row_values: Tensor) -> Tensor:
-    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) of every key k, for row values u (r, v), from the pass's statistics.
-
-    The softmax's weights are computed anew.
-    """
+    r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) of every key k, for row values u (r, v), from the pass's statistics."""
     if torch.compiler.is_compiling():
         return _keys_gradient(*given, stats.reference, stats.offset, row_values)  # type: ignore[no-any-return]
     return tiled.keys_gradient(given, stats.reference, stats.offset, row_values)
