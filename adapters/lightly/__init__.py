@@ -9,8 +9,7 @@ require("lightly", "lightly", "pytorch_lightning", "torchvision")
 
 from slr_plugin.adapters.knowledge import Indexed  # noqa: E402
 from slr_plugin.adapters.lightly.methods import VARIANTS, register  # noqa: E402
-from slr_plugin.adapters.lightly.module import SANE  # noqa: E402
-from slr_plugin.adapters.lightly.networks import cifar_stem  # noqa: E402
+from slr_plugin.adapters.lightly.module import SANE, cifar_stem  # noqa: E402
 from slr_plugin.adapters.lightly.transforms import MULTI, SINGLE, SANETransform, transform  # noqa: E402
 
 __all__ = ["MULTI", "SANE", "SINGLE", "VARIANTS", "Indexed", "SANETransform", "cifar_stem", "register", "transform"]

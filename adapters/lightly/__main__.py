@@ -12,9 +12,8 @@ measures whether what you know of your images pays: with it, without it, and it 
     python -m slr_plugin.adapters.lightly lightly/benchmarks/imagenet/resnet50/main.py --methods sane [mocov2 ...]
         --train-dir DIR/train --val-dir DIR/val --num-classes 1000 [the script's other arguments]
 
-adds sane, sane_single, sane_multi, and each with _strong, to the script's methods. On a CPU add
-``--accelerator cpu --devices 1 --precision 32``. The script's own --help follows its path. SANE's labels take what is
-known of the training images from ``--groups FILE`` or ``--estimator FILE.npy``, as in the recipe.
+adds sane, sane_single, sane_multi, and each with _strong, to the script's methods, and to its options ``--groups FILE``
+and ``--estimator FILE.npy`` of the recipe. On a CPU add ``--accelerator cpu --devices 1 --precision 32``.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
     python -m slr_plugin.adapters.lightly compare --data DIR --seeds 5 --groups FILE --estimator FILE.npy [options]
 
-DIR holds train/<class>/* and test/<class>/*. Both losses are trained by the recipe, for equally many epochs from the
-same initial weights, and judged on the test images. The options are the recipe's, which explains the files, and hold
-for both; ``--method`` is ``mocov2`` unless you say ``sane``: one-hot labels, no mixup. ``--seed`` is the first of
-``--seeds``.
+Both losses are trained by the recipe (``cifar10 --help``) with the same options, for equally many epochs from the same
+initial weights, and judged on the test images. ``--method`` is ``mocov2`` unless you say ``sane``: one-hot labels, no
+mixup. ``--seed`` is the first of ``--seeds``.
 
 The knowledge alone is judged without training: features by kNN and a linear classifier, groups by the vote of an
 image's group (without one: the most frequent class). It has no rows for the test images, so every seed draws a fifth of

@@ -16,15 +16,22 @@ from lightly.utils.scheduler import CosineWarmupScheduler
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD
-from torchvision.models import resnet50
+from torchvision.models import ResNet, resnet50
 
 from slr_plugin import Mix
 from slr_plugin.adapters._run import SelfLabelingModule, schedule
 from slr_plugin.adapters.knowledge import Knowledge
-from slr_plugin.adapters.lightly.networks import width
 from slr_plugin.checks import check_integer
 from slr_plugin.distributed import world_size
 from slr_plugin.presets import IMAGENET, Preset
+
+
+def cifar_stem(resnet: ResNet) -> ResNet:
+    """A torchvision ResNet for 32 x 32 images, changed in place: first convolution 3 x 3, stride 1, no pooling."""
+    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
+    resnet.maxpool = nn.Identity()
+    return resnet
 
 
 class SANE(SelfLabelingModule, LightningModule):
@@ -68,7 +75,7 @@ class SANE(SelfLabelingModule, LightningModule):
         criterion: the :class:`slr_plugin.SLRLoss`; its stats are logged as ``slr/...``.
 
     Raises:
-        ValueError: an argument is out of range, or the backbone ends in a classifier; in training, a batch has no views.
+        ValueError: an argument is out of range, the backbone ends in a classifier; in training, a batch has no views.
         TypeError: an argument is of the wrong type.
     """
 
@@ -115,14 +122,14 @@ class SANE(SelfLabelingModule, LightningModule):
         if feature_dim is None:
             if isinstance([*self.backbone.modules()][-1], nn.Linear):
                 raise ValueError("backbone seems to end in a classifier: take that off, or pass feature_dim")
-            feature_dim = width(self.backbone, 2, 3, 224, 224)
+            feature_dim = _width(self.backbone, 2, 3, 224, 224)
         if projection_head is None:
             projection_head = MoCoProjectionHead(feature_dim, feature_dim, num_layers=3)
         self.projection_head = projection_head
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
         self.criterion = preset.loss(
-            width(self.projection_head, 2, feature_dim),
+            _width(self.projection_head, 2, feature_dim),
             total_steps=1,
             gather_distributed=True,
             confidence=schedule(self.confidence, total_steps=1),  # the run's length is not known before on_train_start
@@ -251,3 +258,11 @@ class _KNNVote(KNNClassifier):  # type: ignore[misc]  # lightly is untyped
 
     def log_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Lightning lets only the outermost module log."""
+
+
+@torch.no_grad()
+def _width(network: nn.Module, *shape: int) -> int:
+    """The width of what a network makes of inputs of a shape, measured on a copy without data."""
+    network = copy.deepcopy(network).to("meta").eval()
+    like = next(network.parameters(), torch.empty(0, device="meta"))
+    return int(network(like.new_empty(shape)).flatten(start_dim=1).shape[1])

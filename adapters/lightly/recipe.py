@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = run(args)
     training.draw({args.output: results} | others, args.output / "curves.png")
     found = "not evaluated, since that takes class folders in train and in test"
-    if results["knn"] is not None:
+    if results["tested"]:
         found = f"kNN {results['knn']:.2f} %, linear {results['linear']:.2f} % of {results['tested']:,} test images"
     print(f"{args.method}: {found}\n{results['labels']}\nfigures, logs and checkpoint: {args.output}")
     paths = f"{args.output / 'last.ckpt'} {args.output / 'backbone.safetensors'}"
@@ -117,9 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.resume:
             check(arguments, json.loads(stored.read_text()))
         elif (args.output / "last.ckpt").is_file():
-            raise ValueError(
-                f"{args.output} holds a run already: continue it with --resume, or choose another --output"
-            )
+            raise ValueError(f"{args.output} holds a run: continue it with --resume, or choose another --output")
         if args.resume and path.is_file():
             results: dict[str, Any] = json.loads(path.read_text())
             epochs = results["arguments"]["epochs"]

@@ -31,15 +31,14 @@ from torchvision.utils import save_image
 from slr_plugin import presets
 from slr_plugin.adapters.export import read_backbone
 from slr_plugin.adapters.knowledge import Indexed, read
-from slr_plugin.adapters.lightly.module import SANE
-from slr_plugin.adapters.lightly.networks import cifar_stem
+from slr_plugin.adapters.lightly.module import SANE, cifar_stem
 from slr_plugin.adapters.lightly.transforms import CIFAR10_AUGMENTATION, SANETransform
 from slr_plugin.adapters.lightning import LabelQualityCallback
 from slr_plugin.diagnostics import summary
 
 SMALL = 64  # pixels: up to here the stem, the views and the colours of CIFAR-10, above those of ImageNet
 KNN_K, KNN_T = 50, 0.05
-LAYOUT = "DIR/train/<class>/* with DIR/test/<class>/* to evaluate, or images without classes in DIR/train or DIR"
+QUIET: dict[str, Any] = {"devices": 1, "enable_progress_bar": False, "enable_model_summary": False}  # of trainers
 Features = tuple[Tensor, Tensor]  # of images (n, d), and their classes (n,)
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # else every trainer tells its devices and tips
@@ -64,7 +63,9 @@ def load(args: argparse.Namespace) -> Data:
     if classes and (args.data is None or (args.data / "test").is_dir()):
         judged = [part(args, place, as_they_are) for place in ("train", "test")]
         if getattr(judged[1].dataset, "classes", []) != classes:
-            raise ValueError(f"--data: training and test images must have the same classes; expected {LAYOUT}")
+            raise ValueError(
+                "training and test images must have the same classes: DIR/train/<class>/*, DIR/test/<class>/*"
+            )
     if len(train) < args.batch_size:
         raise ValueError(f"{len(train)} training images are fewer than --batch-size {args.batch_size}")
     train.dataset = Indexed(train.dataset)
@@ -77,10 +78,7 @@ def part(args: argparse.Namespace, place: str, transform: Any) -> Any:
         data = CIFAR10("datasets/cifar10", train=place == "train", download=True, transform=transform)
     else:
         folder = args.data / place
-        try:
-            data = LightlyDataset(str(folder if folder.is_dir() else args.data), transform).dataset
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"--data: {error}; expected {LAYOUT}") from error
+        data = LightlyDataset(str(folder if folder.is_dir() else args.data), transform).dataset
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     return Subset(data, order[: args.limit] if args.limit else range(len(data)))
 
@@ -131,22 +129,17 @@ def run(args: argparse.Namespace, data: Data, model: SANE) -> dict[str, Any]:
     trainer = Trainer(
         max_epochs=args.epochs,
         accelerator=args.accelerator,
-        devices=1,
         precision=args.precision,
         logger=TensorBoardLogger(args.output, name="tensorboard"),
         callbacks=[record, LearningRateMonitor(), last],
         check_val_every_n_epoch=args.knn_every,
         num_sanity_val_steps=0,
         log_every_n_steps=min(50, len(loader)),
-        enable_progress_bar=False,
+        **QUIET,
     )
     trainer.fit(model, loader, judges, ckpt_path=args.output / "last.ckpt" if args.resume else None)
 
-    labels = "Labels: not measured, since no epoch was left to train."
-    if args.method == "mocov2" and args.estimator is args.groups is None:
-        labels = "Labels: one-hot, as the baseline's are."
-    elif record.quality is not None:
-        labels = summary(record.quality, model.criterion)
+    labels = "No epoch was left to train." if record.quality is None else summary(record.quality, model.criterion)
     results: dict[str, Any] = {"knn": None, "linear": None, "tested": 0, "labels": labels, "epochs": record.epochs}
     if judges is not None:
         voting, tested = (extract(model, judge) for judge in judges)
@@ -207,17 +200,10 @@ def vote(train: Features, test: Features, num_classes: int) -> float:
 
 def judge_linearly(train: Features, test: Features, num_classes: int, args: argparse.Namespace) -> float:
     """Test accuracy in per cent of lightly's linear classifier on frozen features of images as they are."""
-    width = train[0].shape[1]
+    width, epochs = train[0].shape[1], args.linear_epochs
     classifier = LinearClassifier(nn.Identity(), args.batch_size, feature_dim=width, num_classes=num_classes, topk=(1,))
-    trainer = Trainer(
-        max_epochs=args.linear_epochs,
-        accelerator=args.accelerator,
-        devices=1,
-        check_val_every_n_epoch=args.linear_epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    options = QUIET | {"accelerator": args.accelerator, "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(max_epochs=epochs, check_val_every_n_epoch=epochs, **options)
     loader = DataLoader(TensorDataset(*train), args.batch_size, shuffle=True)
     trainer.fit(classifier, loader, DataLoader(TensorDataset(*test), args.batch_size))
     return float(100 * trainer.callback_metrics["val_top1"])
@@ -240,7 +226,7 @@ def draw(runs: Mapping[Path, Mapping[str, Any]], path: Path) -> None:
         for folder, run in runs.items():
             points = [(row["epoch"], row[name]) for row in run["epochs"] if name in row]  # where it was measured
             if points:
-                axes.plot(*zip(*points, strict=True), ".-", label=f"{run['arguments']['method']}: {folder}")
+                axes.plot(*zip(*points, strict=True), ".-", label=f"{run['arguments']['method']}: {folder.name}")
                 axes.legend(frameon=False)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

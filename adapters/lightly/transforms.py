@@ -91,9 +91,8 @@ class SANETransform(MultiViewTransform):
     def __call__(self, image: Image | np.ndarray | Tensor) -> list[Tensor]:
         """``2 + 2 * len(crops)`` tensors (channels, side, side).
 
-        Images of PIL and numpy become RGB, as in torchvision's loaders. Grey ones and tensors keep their channels up to
-        the normalisation, which makes three of one where it has three; but ``strong`` makes grey ones RGB, and takes no
-        tensors.
+        Images of PIL and numpy become RGB, as in torchvision's loaders. Tensors, and without ``strong`` grey images,
+        keep their channels up to the normalisation, which makes three of one where it has three.
         """
         image = to_pil_image(image) if isinstance(image, np.ndarray) else image
         if isinstance(image, Image):
