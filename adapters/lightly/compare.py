@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightly.utils.benchmarking import knn_predict
 from matplotlib.figure import Figure
 from pytorch_lightning import seed_everything
 from torch import Tensor
@@ -111,10 +112,18 @@ def alone(data: training.Data, tables: dict[str, Tensor], options: argparse.Name
         train, test = ((features["estimator"][rows], classes[rows]) for rows in (voting, judged))
         if "tested" in tables:
             train, test = (features["estimator"], classes), (features["tested"], test_classes)
-        knn = training.vote(train, test, len(data.classes))
+        knn = vote(train, test, len(data.classes))
         linear = training.judge_linearly(train, test, len(data.classes), options)
         records.append({"arm": "estimator alone", "seed": seed, "knn": knn, "linear": linear})
     return records
+
+
+def vote(train: training.Features, test: training.Features, num_classes: int) -> float:
+    """Test accuracy in per cent of lightly's kNN vote, as during training."""
+    bank, classes = F.normalize(train[0]).T, train[1]
+    k, parts = min(training.KNN_K, len(classes)), torch.split(F.normalize(test[0]), 500)
+    votes = [knn_predict(part, bank, classes, num_classes, k, training.KNN_T)[:, 0] for part in parts]
+    return 100 * (torch.cat(votes) == test[1]).float().mean().item()
 
 
 def vote_of_groups(groups: Tensor, classes: Tensor, asked: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lightly.data import LightlyDataset
 from lightly.models import ResNetGenerator
 from lightly.transforms.utils import IMAGENET_NORMALIZE
-from lightly.utils.benchmarking import LinearClassifier, knn_predict
+from lightly.utils.benchmarking import LinearClassifier
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pytorch_lightning import LightningModule, Trainer, seed_everything
@@ -142,10 +141,11 @@ def run(args: argparse.Namespace, data: Data, model: SANE) -> dict[str, Any]:
     labels = "No epoch was left to train." if record.quality is None else summary(record.quality, model.criterion)
     results: dict[str, Any] = {"knn": None, "linear": None, "tested": 0, "labels": labels, "epochs": record.epochs}
     if judges is not None:
+        trainer.validate(model, judges, verbose=False)  # the last epoch need not have been one with kNN
+        results["knn"] = 100 * trainer.callback_metrics["val_knn_top1"].item()
+        record.epochs[-1].setdefault("knn", results["knn"])
         voting, tested = (extract(model, judge) for judge in judges)
-        results |= {"knn": vote(voting, tested, len(data.classes)), "tested": len(tested[1])}
-        results["linear"] = judge_linearly(voting, tested, len(data.classes), args)
-        record.epochs[-1].setdefault("knn", results["knn"])  # it need not have been one with kNN
+        results |= {"linear": judge_linearly(voting, tested, len(data.classes), args), "tested": len(tested[1])}
     return results
 
 
@@ -188,14 +188,6 @@ def extract(model: SANE, loader: DataLoader[Any]) -> Features:
     parts = [(model(images.to(model.device, model.dtype)).flatten(1), targets) for images, targets in loader]
     features, targets = zip(*parts, strict=True)
     return torch.cat(features).float().cpu(), torch.cat(targets)
-
-
-def vote(train: Features, test: Features, num_classes: int) -> float:
-    """Test accuracy in per cent of lightly's kNN vote, as during training."""
-    bank, classes = F.normalize(train[0]).T, train[1]
-    k, parts = min(KNN_K, len(classes)), torch.split(F.normalize(test[0]), 500)
-    votes = [knn_predict(part, bank, classes, num_classes, k, KNN_T)[:, 0] for part in parts]
-    return 100 * (torch.cat(votes) == test[1]).float().mean().item()
 
 
 def judge_linearly(train: Features, test: Features, num_classes: int, args: argparse.Namespace) -> float:
