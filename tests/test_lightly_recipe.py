@@ -233,7 +233,7 @@ def picture(path):
         (["test/cat/1.png"], [], "training and test images must have the same classes"),
     ],
 )
-def test_folders_that_are_no_data_are_told_with_the_layout(images, others, message, tmp_path, capsys):
+def test_folders_that_are_no_data_are_told(images, others, message, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for name in images:
         picture(tmp_path / "data" / name)
