@@ -399,3 +399,9 @@ def test_without_safetensors_the_pip_command_is_named(checkpoint, tmp_path, caps
     message = 'safetensors is not installed: pip install "slr-plugin[lightly]"'
     assert fails(capsys, checkpoint, tmp_path / "b.safetensors").startswith(message)
     assert write(resnet("resnet18").state_dict(), tmp_path / "b.pkl", "detectron2") > 0  # which does not need it
+
+
+def test_help_waits_for_no_framework():
+    code = "import sys, slr_plugin.adapters.export; print({'lightly', 'torchvision', 'timm'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout == "set()\n", result.stderr

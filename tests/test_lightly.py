@@ -90,12 +90,6 @@ def test_warmup_epochs():
     assert losses.values[0] == pytest.approx(max(losses.values) / steps)
 
 
-def test_warmup_epochs_need_epochs():
-    with pytest.raises(ValueError, match="set max_epochs"):
-        train(build(warmup_epochs=1), epochs=-1, max_steps=5)
-    train(build(), epochs=-1, max_steps=5)
-
-
 def test_a_run_without_end_is_refused():
     with pytest.raises(ValueError, match="set max_epochs or max_steps"):
         train(build(), epochs=-1)
@@ -183,14 +177,6 @@ def test_a_confidence_that_was_assigned_stays():
 def test_can_be_sent_to_the_processes_that_a_strategy_spawns():
     twin = pickle.loads(pickle.dumps(build()))
     assert twin.mixup(torch.zeros(4, 1), torch.zeros(4, 1))[1].theta.shape == (4,)
-
-
-@pytest.mark.parametrize(
-    ("value", "message"), [("CIFAR10", "preset must be one of slr_plugin.presets, got 'CIFAR10'"), ({}, "temperature")]
-)
-def test_another_preset_is_refused(value, message):
-    with pytest.raises(TypeError, match=message):
-        build(preset=value)
 
 
 def test_a_checkpoint_goes_on_in_the_same_trainer_too(tmp_path):
@@ -406,12 +392,9 @@ def test_two_processes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"mixup": True, "in_batch_keys": False}, ValueError, "add mixup=False"),
         ({"queue_size": 0}, ValueError, "queue_size must be >= 1"),
         ({"preset": FROM_FEATURES}, ValueError, "queue_size must be >= 1"),
-        ({"ema_momentum": 1.5}, ValueError, "ema_momentum must be between"),
         ({"confidence": -1.0}, ValueError, "confidence must be between 0"),
-        ({"feature_dim": 0}, ValueError, "feature_dim must be >= 1"),
         ({"preset": {"tau": 1}}, TypeError, "tau"),
     ],
 )
@@ -421,25 +404,20 @@ def test_wrong_arguments(change, error, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (lambda views, targets: [views[0], targets], "got Tensor; give the data set"),
-        (lambda views, targets: [views[:1], targets], "got 1 views; give the data set transform=SANETransform"),
-        (lambda views, targets: [views + views[:1], targets], "got 3 views"),
+        lambda views, targets: [views[0], targets],
+        lambda views, targets: [views[:1], targets],
+        lambda views, targets: [views + views[:1], targets],
     ],
 )
-def test_wrong_batches(change, message):
+def test_wrong_batches(change):
     model = build()
     before = model.criterion.memory_bank.bank.clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"give the data set transform=SANETransform"):
         model.training_step(change(*batch()), 0)
     assert torch.equal(model.criterion.memory_bank.bank, before)
     assert model.criterion.step == 0
-
-
-def test_crops_without_mixup_are_refused():
-    with pytest.raises(ValueError, match="unless mixup=False, pairs of crops, got 4 views"):
-        build(mixup=False).training_step(batch(4), 0)
 
 
 def test_a_batch_of_another_size_warns():
@@ -517,8 +495,6 @@ def test_register():
     assert methods["sane_single_strong"]["transform"].crops == SINGLE
     assert methods["sane_single_strong"]["transform"].strong
     assert methods["sane_strong"]["transform"].crops == (224,)
-    register(methods, "sane_multi_strong")
-    assert methods["sane_multi_strong"]["transform"].strong
     with pytest.raises(ValueError, match="names must be among sane, "):
         register(methods, ["sane_tiny"])
 
@@ -594,18 +570,11 @@ TABLE = """
         (["--meth=sane_strong"], "sane_strong"),
     ],
 )
-def test_the_launcher_reads_options_as_the_script_does(options, trained, tmp_path, capsys):
+def test_the_launcher_reads_options_as_the_script_does(options, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "table", raising=False)
     (tmp_path / "table.py").write_text(textwrap.dedent(TABLE))
     launcher.main([str(tmp_path / "table.py"), *options])
     assert capsys.readouterr().out == f"trains {trained}\n"
-
-
-@pytest.mark.parametrize("options", [["--methods", "tiny"], ["--methods=tiny"], ["--methods", "sane", "tiny"]])
-def test_the_launcher_names_the_methods_that_there_are(options, tmp_path, capsys):
-    (tmp_path / "table.py").write_text(textwrap.dedent(TABLE))
-    with pytest.raises(SystemExit):
-        launcher.main([str(tmp_path / "table.py"), *options])
-    assert f"--methods must be among other, {', '.join(VARIANTS)}, got tiny\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,7 @@ def headless_resnet():
         (lambda: timm.create_model("resnet18"), 512),
         (lambda: timm.create_model("resnet18", num_classes=0), 512),
         (lambda: timm.create_model("mobilenetv3_small_050", num_classes=0), 1024),
-        (lambda: timm.create_model("mobilenetv3_small_050", num_classes=0, in_chans=1), 1024),
         (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=0), 192),
-        (lambda: timm.create_model("vit_tiny_patch16_384", num_classes=0), 192),
     ],
 )
 def test_the_width_of_the_features_is_found(create, width):
@@ -45,19 +43,10 @@ def test_the_width_of_the_features_is_found(create, width):
     assert model.projection_head.layers[0].in_features == width
 
 
-@pytest.mark.parametrize(
-    ("create", "arguments", "message"),
-    [
-        (mobilenet_v3_small, {}, "take off its classifier and pass feature_dim"),
-        (vit_b_16, {}, "take off its classifier"),
-        (lambda: timm.create_model("mobilenetv3_small_050"), {}, "take off its classifier"),
-        (lambda: timm.create_model("resnet18", features_only=True), {}, "pass feature_dim"),
-        (backbone, {"feature_dim": 0}, "feature_dim must be >= 1"),
-    ],
-)
-def test_networks_that_do_not_fit_are_refused_at_construction(create, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        SANE(8, 10, backbone=create(), queue_size=8, **arguments)
+@pytest.mark.parametrize("create", [mobilenet_v3_small, vit_b_16, lambda: timm.create_model("mobilenetv3_small_050")])
+def test_networks_with_a_classifier_are_refused(create):
+    with pytest.raises(ValueError, match="end in a classifier: take that off, or pass feature_dim"):
+        SANE(8, 10, backbone=create(), queue_size=8)
 
 
 def test_modes_are_left_as_they_are():

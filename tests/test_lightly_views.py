@@ -78,20 +78,8 @@ def test_a_small_image_warns_and_says_what_to_do():
         assert SANETransform(input_size=96)(image())[0].shape == (3, 96, 96)
 
 
-def test_tensors_are_views_too_but_not_strong_ones():
-    tensor = torch.zeros(3, 40, 40, dtype=torch.uint8)
-    assert len(SANETransform(input_size=32)(tensor)) == 2
-    with pytest.raises(TypeError, match="strong=True needs PIL images"):
-        SANETransform(input_size=32, strong=True)(tensor)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [({"input_size": 0}, ValueError), ({"crops": (0,)}, ValueError), ({"strong": 1}, TypeError)],
-)
-def test_wrong_views(arguments, error):
-    with pytest.raises(error):
-        SANETransform(**arguments)
+def test_tensors_are_views_too():
+    assert len(SANETransform(input_size=32)(torch.zeros(3, 40, 40, dtype=torch.uint8))) == 2
 
 
 def kinds():
@@ -143,6 +131,3 @@ def test_images_of_more_bits_are_refused(wrong):
 
 def test_one_crop_needs_no_tuple():
     assert SANETransform(crops=96).crops == (96,)
-    for wrong in (None, 96.0, "96", True):
-        with pytest.raises(TypeError, match="crops must be an integer"):
-            SANETransform(crops=wrong)

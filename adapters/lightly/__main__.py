@@ -12,71 +12,59 @@ measures whether what you know of your images pays: with it, without it, and it 
     python -m slr_plugin.adapters.lightly lightly/benchmarks/imagenet/resnet50/main.py --methods sane [mocov2 ...]
         --train-dir DIR/train --val-dir DIR/val --num-classes 1000 [the script's other arguments]
 
-adds sane, sane_single, sane_multi, and each with _strong, to the script's methods. On a CPU add
-``--accelerator cpu --devices 1 --precision 32``. The script's own --help follows its path. SANE's labels take what is
-known of the training images from ``--groups FILE`` or ``--estimator FILE.npy``, as in the recipe.
+adds sane, sane_single, sane_multi, and each with _strong, to the script's methods, and to its options ``--groups FILE``
+and ``--estimator FILE.npy`` of the recipe. On a CPU add ``--accelerator cpu --devices 1 --precision 32``.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 from slr_plugin.adapters._require import require
+from slr_plugin.adapters.knowledge import read
+from slr_plugin.adapters.lightly.methods import VARIANTS, register
+
+RECIPES = {"cifar10": "recipe", "compare": "compare"}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the recipe; or import the script as a module, add the methods, call its ``main``.
+    """Run a recipe, or a script of lightly's."""
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__)
+        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    command, *rest = arguments
+    if command in RECIPES:
+        require("lightly", "matplotlib", "tensorboard")
+        import_module(f"slr_plugin.adapters.lightly.{RECIPES[command]}").main(rest)
+    else:
+        run_script(Path(command), rest)
+
+
+def run_script(path: Path, arguments: Sequence[str]) -> None:
+    """Import a benchmark script, add the methods, call its ``main``.
 
     Lightning starts DDP children with the command line of this process. As the script is imported, not executed, that
     stays ``python -m slr_plugin.adapters.lightly PATH/main.py ...``, and the children know the methods too.
     """
-    if not arguments or arguments[0].startswith("-"):
-        print(__doc__)
-        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    if arguments[0] in ("cifar10", "compare"):
-        require("lightly", "matplotlib", "tensorboard", "tqdm")
-        name = "recipe" if arguments[0] == "cifar10" else "compare"
-        importlib.import_module(f"slr_plugin.adapters.lightly.{name}").main(arguments[1:])
-        return
-    script = load(Path(arguments[0]))
-    from slr_plugin.adapters.knowledge import read
-    from slr_plugin.adapters.lightly.methods import VARIANTS, register
-
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--estimator", "--groups"):
-        own.add_argument(option, type=Path)
-    files, rest = own.parse_known_args(arguments[1:])
-    options = vars(script.parser.parse_args(rest))
-    methods = options.get("methods") or []
-    try:
-        register(script.METHODS, ["sane", *(name for name in methods if name in VARIANTS)], **read("--", **vars(files)))
-    except ValueError as error:
-        script.parser.error(str(error))
-    if unknown := [name for name in methods if name not in script.METHODS]:
-        known = ", ".join({**script.METHODS, **VARIANTS})
-        script.parser.error(f"--methods must be among {known}, got {', '.join(unknown)}")
-    script.main(**options)
-
-
-def load(path: Path) -> ModuleType:
-    """The script as a module, importing its neighbours as if it had been run."""
-    spec = importlib.util.spec_from_file_location(path.stem, path) if path.is_file() else None
-    if spec is None or spec.loader is None:  # or no .py
+    if path.suffix != ".py" or not path.is_file():
         raise SystemExit(
             f"there is no script {path}; get lightly's with: git clone https://github.com/lightly-ai/lightly, and pass "
             "lightly/benchmarks/imagenet/resnet50/main.py"
         )
     sys.path.insert(0, str(path.resolve().parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # for pickle: what the script defines belongs to this name
-    spec.loader.exec_module(module)
-    return module
+    script = import_module(path.stem)
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--groups", type=Path)
+    known.add_argument("--estimator", type=Path)
+    files, rest = known.parse_known_args(arguments)
+    options = vars(script.parser.parse_args(rest))
+    names = ["sane", *(name for name in options["methods"] or [] if name in VARIANTS)]
+    register(script.METHODS, names, **read("--", files.groups, files.estimator))
+    script.main(**options)
 
 
 if __name__ == "__main__":

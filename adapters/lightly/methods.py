@@ -29,7 +29,7 @@ def register(
 
     Args:
         methods: changed in place: ``methods[name] = {"model": SANE, "transform": ...}``.
-        names: which of ``sane``, ``sane_single``, ``sane_multi``, and each of them with ``_strong``.
+        names: which of ``VARIANTS``: ``sane``, ``sane_single``, ``sane_multi``, and each of them with ``_strong``.
         knowledge: ``groups`` and ``estimator`` of :class:`SANE`.
 
     Raises:
@@ -41,12 +41,10 @@ def register(
     >>> sorted(methods["sane"])
     ['model', 'transform']
     """
-    names = (names,) if isinstance(names, str) else tuple(names)
-    for name in names:
-        if name not in VARIANTS:
-            raise ValueError(f"names must be among {', '.join(VARIANTS)}, got {name!r}")
     # A class, since the script asks for the names of its arguments.
     model = type("SANE", (SANE,), {"__init__": partialmethod(SANE.__init__, **knowledge)}) if knowledge else SANE
     for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"names must be among {', '.join(VARIANTS)}, got {name!r}")
         views = SANETransform(**VARIANTS[name]) if VARIANTS[name] else transform
         methods[name] = {"model": model, "transform": views}

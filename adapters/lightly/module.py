@@ -9,36 +9,41 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import batch_shuffle, batch_unshuffle, get_weight_decay_parameters, update_momentum
-from lightly.utils.benchmarking import OnlineLinearClassifier
+from lightly.utils.benchmarking import KNNClassifier, OnlineLinearClassifier
 from lightly.utils.scheduler import CosineWarmupScheduler
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import SGD
+from torchvision.models import ResNet, resnet50
 
 from slr_plugin import Mix
 from slr_plugin.adapters._run import SelfLabelingModule, schedule
 from slr_plugin.adapters.knowledge import Knowledge
-from slr_plugin.adapters.lightly.knn import KNNVote
-from slr_plugin.adapters.lightly.networks import complete
-from slr_plugin.adapters.lightly.transforms import checked_views
-from slr_plugin.checks import check_integer, check_number
+from slr_plugin.checks import check_integer
 from slr_plugin.distributed import world_size
 from slr_plugin.presets import IMAGENET, Preset
+
+
+def cifar_stem(resnet: ResNet) -> ResNet:
+    """A torchvision ResNet for 32 x 32 images, changed in place: first convolution 3 x 3, stride 1, no pooling."""
+    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision
+    resnet.maxpool = nn.Identity()
+    return resnet
 
 
 class SANE(SelfLabelingModule, LightningModule):
     r"""MoCo v2 with refined labels and momentum mixup; the paper's settings for ImageNet by default.
 
-    A batch is ``(views, targets, ...)`` with the views of :class:`SANETransform`: the key view, the query view, then
-    for every crop in the mixup term the positive that is mixed in and the query. Of two views alone these are mixed.
-    Classes train the online linear classifier and vote in the kNN classifier; they never reach backbone or projection
-    head. With ``groups`` or ``estimator`` the batch goes on with the names of the images, as in lightly's
-    LightlyDataset, or with their indices: wrap another data set in :class:`Indexed`.
+    A batch is ``(views, targets, ...)`` with the views of :class:`SANETransform`. Classes train the online linear
+    classifier and vote in the kNN classifier; they never reach backbone or projection head. With ``groups`` or
+    ``estimator`` the batch goes on with the names of the images, as in lightly's LightlyDataset, or with their indices:
+    wrap another data set in :class:`Indexed`.
 
-    Checkpoints hold both networks and the queue. A run from ``ckpt_path`` goes on in the schedules of the learning rate
-    and the confidence, which end with it where its ``max_epochs`` is larger; any other run begins them, whatever
-    weights it starts from.
+    A run from ``ckpt_path`` goes on in the schedules of the learning rate and the confidence, which end with it where
+    its ``max_epochs`` is larger; any other run begins them.
 
     Args:
         batch_size_per_device: scales the learning rate, 0.03 for 256 images over all devices.
@@ -70,7 +75,7 @@ class SANE(SelfLabelingModule, LightningModule):
         criterion: the :class:`slr_plugin.SLRLoss`; its stats are logged as ``slr/...``.
 
     Raises:
-        ValueError: an argument is out of range or does not fit the others; in training, a batch is not one of views.
+        ValueError: an argument is out of range, the backbone ends in a classifier; in training, a batch has no views.
         TypeError: an argument is of the wrong type.
     """
 
@@ -96,13 +101,8 @@ class SANE(SelfLabelingModule, LightningModule):
         estimator: Tensor | None = None,
     ) -> None:
         preset = Preset(**preset) if isinstance(preset, Mapping) else preset  # what a checkpoint keeps of one
-        if not isinstance(preset, Preset):
-            raise TypeError(f"preset must be one of slr_plugin.presets, got {preset!r}")
         preset = preset if queue_size is None else replace(preset, queue_size=queue_size)
         check_integer("queue_size", preset.queue_size, low=1)  # a preset may go without
-        check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
-        if mixup and not in_batch_keys:
-            raise ValueError("in_batch_keys=False leaves mixed queries without keys for their labels: add mixup=False")
         super().__init__()
         # Plain values alone, for a checkpoint that loads with weights_only=True.
         objects = ["backbone", "projection_head", "preset", "groups", "estimator"]
@@ -116,11 +116,20 @@ class SANE(SelfLabelingModule, LightningModule):
         self.warmup_epochs = warmup_epochs
         self.knowledge = Knowledge(groups, estimator)
 
-        self.backbone, self.projection_head, feature_dim, dim = complete(backbone, projection_head, feature_dim)
+        self.backbone = resnet50() if backbone is None else backbone
+        if isinstance(getattr(self.backbone, "fc", None), nn.Linear):
+            self.backbone.fc = nn.Identity()
+        if feature_dim is None:
+            if isinstance([*self.backbone.modules()][-1], nn.Linear):
+                raise ValueError("backbone seems to end in a classifier: take that off, or pass feature_dim")
+            feature_dim = _width(self.backbone, 2, 3, 224, 224)
+        if projection_head is None:
+            projection_head = MoCoProjectionHead(feature_dim, feature_dim, num_layers=3)
+        self.projection_head = projection_head
         self.key_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.key_projection_head = copy.deepcopy(self.projection_head).requires_grad_(False)
         self.criterion = preset.loss(
-            dim,
+            _width(self.projection_head, 2, feature_dim),
             total_steps=1,
             gather_distributed=True,
             confidence=schedule(self.confidence, total_steps=1),  # the run's length is not known before on_train_start
@@ -132,16 +141,18 @@ class SANE(SelfLabelingModule, LightningModule):
 
         topk = (1, 5) if num_classes >= 5 else (1,)
         self.online_classifier = OnlineLinearClassifier(feature_dim, num_classes, topk)
-        self.knn_classifier = KNNVote(num_classes, knn_k, knn_t, topk)
+        self.knn_classifier = _KNNVote(None, num_classes, knn_k, knn_t, 0, 1, topk)
 
     def forward(self, x: Tensor) -> Tensor:
         """Backbone features of images (s, channels, height, width)."""
-        features: Tensor = self.backbone(x)
-        return features
+        return self.backbone(x)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Equation (9), plus the loss of the online classifier on detached features."""
-        views, targets = checked_views(batch, mixes=self.mixup is not None), batch[1]
+        views, targets = batch[0], batch[1]
+        if isinstance(views, Tensor) or len(views) % 2:
+            wanted = "transform=SANETransform(...) of slr_plugin.adapters.lightly"
+            raise ValueError(f"batch[0] must be a list of key, query, and pairs of crops: give the data set {wanted}")
         features = self(views[1]).flatten(start_dim=1)
         queries = self.projection_head(features)
         # Between queries and keys, as in the MoCo authors' code.
@@ -156,8 +167,7 @@ class SANE(SelfLabelingModule, LightningModule):
 
         class_loss, logs = self.online_classifier.training_step((features.detach(), targets), batch_idx)
         self.log_dict(logs, sync_dist=True, batch_size=size)
-        total: Tensor = loss + class_loss
-        return total
+        return loss + class_loss  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def forward_keys(self, x: Tensor) -> Tensor:
@@ -165,23 +175,20 @@ class SANE(SelfLabelingModule, LightningModule):
         distributed = world_size() > 1
         x, shuffle = batch_shuffle(x, distributed=distributed)
         projections = self.key_projection_head(self.key_backbone(x).flatten(start_dim=1))
-        keys: Tensor = batch_unshuffle(projections, shuffle, distributed=distributed)
-        return keys
+        return batch_unshuffle(projections, shuffle, distributed=distributed)  # type: ignore[no-any-return]
 
     def validation_step(self, batch: Sequence[Any], batch_idx: int, dataloader_idx: int | None = None) -> Tensor | None:
         """Both online classifiers on the last of one or two loaders; of two, the first holds the images that vote."""
         features, targets = self(batch[0]).flatten(start_dim=1).detach(), batch[1]
         logs: dict[str, Tensor] = {}
-        # The trainer's sanity check shows two batches, which are too few to vote.
-        if dataloader_idx is not None and not self.trainer.sanity_checking:
+        if dataloader_idx is not None:
             logs = self.knn_classifier.validation_step((features, targets), batch_idx, dataloader_idx)
         if dataloader_idx == 0:
             return None
         class_loss, class_logs = self.online_classifier.validation_step((features, targets), batch_idx)
-        logs = logs | class_logs
+        logs |= class_logs
         self.log_dict(logs, prog_bar=True, sync_dist=True, batch_size=len(targets), add_dataloader_idx=False)
-        loss: Tensor = class_loss
-        return loss
+        return class_loss  # type: ignore[no-any-return]
 
     def on_validation_epoch_end(self) -> None:
         """Drop the images that voted."""
@@ -201,10 +208,8 @@ class SANE(SelfLabelingModule, LightningModule):
             momentum=self.preset.momentum,
             weight_decay=self.preset.weight_decay,
         )
-        steps, epochs = self.total_steps(), self.trainer.max_epochs or -1
-        if self.warmup_epochs and epochs < 1:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} needs epochs to count: set max_epochs of the Trainer")
-        warmup = int(self.trainer.estimated_stepping_batches / epochs * self.warmup_epochs)
+        steps = self.total_steps()
+        warmup = int(self.trainer.estimated_stepping_batches / (self.trainer.max_epochs or -1) * self.warmup_epochs)
         scheduler = _Cosine(optimizer, warmup_epochs=warmup, max_epochs=steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
@@ -237,3 +242,27 @@ class _Cosine(CosineWarmupScheduler):  # type: ignore[misc]  # lightly is untype
         super().load_state_dict(state_dict | own)
         for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = rate * self.scale_lr(self.last_epoch)
+
+
+class _KNNVote(KNNClassifier):  # type: ignore[misc]  # lightly is untyped
+    """lightly's vote on features, in float32; of fewer than ``knn_k`` images all vote. The module around it logs."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # lists that grow would be compiled anew at every batch
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> Any:
+        with torch.autocast(batch[0].device.type, enabled=False):
+            return super().validation_step(batch, batch_idx, dataloader_idx)
+
+    def concat_train_features(self) -> None:
+        super().concat_train_features()
+        self.knn_k = min(self.hparams.knn_k, len(self._train_targets_tensor))
+
+    def log_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: Lightning lets only the outermost module log."""
+
+
+@torch.no_grad()
+def _width(network: nn.Module, *shape: int) -> int:
+    """The width of what a network makes of inputs of a shape, measured on a copy without data."""
+    network = copy.deepcopy(network).to("meta").eval()
+    like = next(network.parameters(), torch.empty(0, device="meta"))
+    return int(network(like.new_empty(shape)).flatten(start_dim=1).shape[1])

@@ -17,180 +17,130 @@ each training image, class by class and name by name, as ``sorted`` orders them:
 
 It writes into ``--output``: ``arguments.json``, ``views.png`` (what the network sees: a row of queries, one of their
 positives, with ``--strong`` both again as they are mixed, and the mixed queries), ``last.ckpt``, TensorBoard's logs,
-then ``curves.png`` and ``results.json``. The paper trains ResNet-50 for 2,000 epochs: ``--backbone resnet50
---epochs 2000``.
+then ``curves.png`` and ``results.json``. The paper trains ResNet-50 for 2,000 epochs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slr_plugin import presets
+from slr_plugin.adapters.lightly import training
 
-# Nothing here imports a framework, so that help answers at once; ``training.py`` does.
 COMMAND = "python -m slr_plugin.adapters.lightly cifar10"
 WIDE = ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
 BACKBONES = ("resnet9", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", *WIDE)
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "16", "bf16", "32", "64")
-# Options in which a run may go on differently; --epochs may grow.
-FREE = {"resume", "output", "data", "workers", "accelerator", "beside", "linear_epochs", "init"}
+# Options in which a run may go on differently, the last two of compare; --epochs may grow.
+FREE = {
+    *("resume", "output", "data", "workers", "accelerator", "beside", "linear_epochs", "init"),
+    "seeds",
+    "test_estimator",
+}
 
 
-def number(kind: Callable[[str], Any], low: float, high: float = math.inf) -> Callable[[str], Any]:
-    """A type of argparse: a number in [low, high], whole for ``kind=int``."""
-
-    def parse_number(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}, got {text}")
-        return value
-
-    parse_number.__name__ = kind.__name__  # as argparse calls it where it is none
-    return parse_number
+def count(text: str) -> int:
+    """A type of argparse: a whole number from 1 on."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(command: str = COMMAND, description: str | None = __doc__) -> argparse.ArgumentParser:
     """The options and their defaults."""
-    parser = argparse.ArgumentParser(
-        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    preset, count, positive = presets.CIFAR10, number(int, 1), number(float, 1e-6)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(command, None, description, formatter_class=formatter, allow_abbrev=False)
+    preset = presets.CIFAR10
 
-    def add(option: str, help: str = "", **settings: Any) -> None:  # noqa: A002  # argparse's word
-        default = "" if settings.get("default") in (None, []) else "default: %(default)s"
-        parser.add_argument(option, help=f"{help} ({default})" if help and default else help or default, **settings)
+    def add(option: str, help: str, default: Any = None, **settings: Any) -> None:  # noqa: A002  # argparse's word
+        text = f"{help} (default: %(default)s)" if default else help
+        parser.add_argument(option, help=text, default=default, **settings)
 
     add("--data", "image folders; without it, torchvision's CIFAR-10", type=Path, metavar="DIR")
     add("--groups", "ids of groups, .npy or a text file, negative: alone", type=Path, metavar="FILE")
     add("--estimator", "features (images, dimensions) that the labels follow", type=Path, metavar="FILE.npy")
-    add("--method", "sane, or one-hot labels and no mixup", choices=["sane", "mocov2"], default="sane")
-    add("--strong", "strong augmentation of the mixed positives (CLSA's)", action="store_true")
-    add("--backbone", "resnet9 is lightly's, the others torchvision's", choices=BACKBONES, default="resnet18")
-    add("--width", "of lightly's ResNet instead, for 32 to 56 pixels, e.g. 0.25 on a CPU", type=positive, default=1.0)
+    add("--method", "sane, or one-hot labels and no mixup", "sane", choices=["sane", "mocov2"])
+    add("--strong", "strong augmentation of the mixed positives (CLSA's)", False, action="store_true")
+    add("--backbone", "resnet9 is lightly's, the others torchvision's", "resnet18", choices=BACKBONES)
+    add("--width", "of lightly's ResNet instead, for 32 to 56 pixels, e.g. 0.25 on a CPU", 1.0, type=float)
     add("--init", "start from the backbone in this checkpoint of SANE", type=Path, metavar="CHECKPOINT")
-    add("--image-size", "pixels; above 64 with ImageNet's stem and views", type=number(int, 32), default=32)
-    add("--epochs", type=count, default=200)
-    add("--linear-epochs", type=count, default=100)
-    add("--batch-size", type=count, default=preset.batch_size)
-    add("--learning-rate", "for 256 images a batch", type=positive, default=preset.learning_rate)
-    add("--temperature", type=positive, default=preset.temperature)
-    add("--queue-size", type=count, default=preset.queue_size)
-    add("--ema-momentum", "of the momentum network", type=number(float, 0, 1), default=0.99)
-    add("--knn-every", "epochs between kNN evaluations", type=count, default=5)
+    add("--image-size", "pixels; above 64 with ImageNet's stem and views", 32, type=count)
+    add("--epochs", "of pretraining", 200, type=count)
+    add("--linear-epochs", "of the linear classifier", 100, type=count)
+    add("--batch-size", "images", preset.batch_size, type=count)
+    add("--learning-rate", "for 256 images a batch", preset.learning_rate, type=float)
+    add("--temperature", "of the loss", preset.temperature, type=float)
+    add("--queue-size", "keys", preset.queue_size, type=count)
+    add("--ema-momentum", "of the momentum network", 0.99, type=float)
+    add("--knn-every", "epochs between kNN evaluations", 5, type=count)
     add("--limit", "use at most so many training images, and so many test images", type=count)
-    add("--workers", "that load images", type=number(int, 0), default=min(8, os.cpu_count() or 1))
-    add("--accelerator", choices=["auto", "cpu", "gpu", "cuda", "mps"], default="auto")
-    add("--precision", "16-mixed or bf16-mixed on a GPU", choices=PRECISIONS, default="32-true")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    add("--resume", "go on from the last checkpoint in --output; a larger --epochs extends it", action="store_true")
-    add("--beside", "draw the runs in these --output folders too", type=Path, nargs="+", default=[], metavar="RUN")
-    add("--output", type=Path, default=Path("outputs/cifar10"))
+    add("--workers", "that load images", min(8, os.cpu_count() or 1), type=int)
+    add("--accelerator", "cpu, gpu, or another of Lightning's", "auto")
+    add("--precision", "16-mixed or bf16-mixed on a GPU, or another of Lightning's", "32-true")
+    add("--seed", "of weights, views and mixing, 0 unless given", 0, type=int)
+    add("--resume", "go on from --output's last checkpoint; a larger --epochs extends it", False, action="store_true")
+    add("--beside", "draw the runs in these --output folders too", (), type=Path, nargs="+", metavar="RUN")
+    add("--output", "where the run is kept", Path("outputs/cifar10"), type=Path)
     return parser
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; those of the run in ``--output``, if it is resumed, which only those in FREE may change."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    has_run = (args.output / "last.ckpt").is_file()
-    if args.resume != has_run:
-        parser.error(
-            f"{args.output} holds a run already: continue it with --resume, or choose another --output"
-            if has_run
-            else f"--resume: there is no {args.output / 'last.ckpt'}; start without --resume"
-        )
-    for folder in args.beside:
-        if not (folder / "results.json").is_file():
-            parser.error(f"--beside: there is no {folder / 'results.json'}; name the --output of a finished run")
-    if not args.resume:
-        return args
-    stored = json.loads((args.output / "arguments.json").read_text())
-    parser.set_defaults(**{name: stored[name] for name in stored.keys() - {"resume", "output", "beside"}})
-    args, before = parser.parse_args(argv), parser.parse_args([])
-    for name, value in vars(before).items():
-        is_extended = name == "epochs" and args.epochs > value
-        if name not in FREE and getattr(args, name) != value and not is_extended:
-            option = f"--{name.replace('_', '-')}"
-            parser.error(
-                f"the run in {args.output} has {option} {value}: resume it without {option} or choose another --output "
-                "for a new run"
-            )
-    return args
-
-
-def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The options, for JSON."""
-    result: dict[str, Any] = json.loads(json.dumps(vars(args), default=str))
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate, draw; returns what results.json holds."""
-    args = parse(argv)
-    from slr_plugin.adapters.lightly import training
-
-    results = finished(args)
-    if is_new := results is None:
-        try:
-            results = train(args)
-        except BaseException:  # Lightning turns Ctrl-C into SystemExit
-            if (args.output / "last.ckpt").is_file():
-                again = f"{COMMAND} --resume --output {args.output}"
-                print(f"stopped; go on from the last whole epoch: {again}", file=sys.stderr)
-            raise
-    training.draw(results, args.output, args.beside)
-    report(results, args.output)
-    if not is_new:
-        print(f"the run was finished already; extend it with --resume --epochs {2 * args.epochs}")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    stored = args.output / "arguments.json"
+    if args.resume and stored.is_file():
+        before = json.loads(stored.read_text())
+        parser.set_defaults(**{name: before[name] for name in before.keys() - {"resume", "output", "beside"}})
+        args = parser.parse_args(argv)
+    others = {folder: json.loads((folder / "results.json").read_text()) for folder in args.beside}
+    results = run(args)
+    training.draw({args.output: results} | others, args.output / "curves.png")
+    found = "not evaluated, since that takes class folders in train and in test"
+    if results["tested"]:
+        found = f"kNN {results['knn']:.2f} %, linear {results['linear']:.2f} % of {results['tested']:,} test images"
+    print(f"{args.method}: {found}\n{results['labels']}\nfigures, logs and checkpoint: {args.output}")
+    paths = f"{args.output / 'last.ckpt'} {args.output / 'backbone.safetensors'}"
+    print(f"the encoder alone: python -m slr_plugin.adapters.export {paths}")
     return results
 
 
-def finished(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What results.json holds of a run that has reached its epochs; that of a shorter run is put aside."""
-    path = args.output / "results.json"
-    if not args.resume or not path.is_file():
-        return None
-    results: dict[str, Any] = json.loads(path.read_text())
-    if results["arguments"]["epochs"] == args.epochs:
-        return results
-    path.replace(args.output / f"results-{results['arguments']['epochs']}-epochs.json")
-    return None
-
-
-def train(args: argparse.Namespace, bar: Any = None) -> dict[str, Any]:
-    """Train and evaluate, in place of lines with a bar of tqdm that counts epochs; writes results.json."""
-    from slr_plugin.adapters.lightly import training
-
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and evaluate, unless the run has reached its epochs; returns what results.json then holds."""
+    arguments = json.loads(json.dumps(vars(args), default=str))
+    stored, path = args.output / "arguments.json", args.output / "results.json"
     try:
+        if args.resume:
+            check(arguments, json.loads(stored.read_text()))
+        elif (args.output / "last.ckpt").is_file():
+            raise ValueError(f"{args.output} holds a run: continue it with --resume, or choose another --output")
+        if args.resume and path.is_file():
+            results: dict[str, Any] = json.loads(path.read_text())
+            epochs = results["arguments"]["epochs"]
+            if epochs == args.epochs:
+                print(f"the run was finished already; extend it with --resume --epochs {2 * epochs}")
+                return results
+            path.replace(args.output / f"results-{epochs}-epochs.json")
         data = training.load(args)
         model = training.build(args, data)
         args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "arguments.json").write_text(json.dumps(plain(args), indent=1))
+        stored.write_text(json.dumps(arguments, indent=1))
     except (OSError, ValueError) as error:
         build_parser().error(" ".join(str(error).split()))
-    results = training.run(args, data, model, bar)
-    (args.output / "results.json").write_text(json.dumps(results, indent=1))
+    print(f"after an interruption, go on with: {COMMAND} --resume --output {args.output}", flush=True)
+    results = {"arguments": arguments} | training.run(args, data, model)
+    path.write_text(json.dumps(results, indent=1))
     return results
 
 
-def report(results: Mapping[str, Any], output: Path) -> None:
-    """What came out, in words."""
-    method, knn, linear = results["arguments"]["method"], results["knn"], results["linear"]
-    if knn is None:
-        print(f"{method}: not evaluated, since that takes class folders in train and in test")
-    else:
-        print(f"{method}: kNN {knn:.2f} %, linear {linear:.2f} % of {results['tested']:,} test images")
-    print(f"{results['labels']}\nfigures, logs and checkpoint: {output}")
-    paths = f"{output / 'last.ckpt'} {output / 'backbone.safetensors'}"
-    print(f"the encoder alone: python -m slr_plugin.adapters.export {paths}")
-
-
-if __name__ == "__main__":
-    main()
+def check(arguments: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raise ValueError where a run that is resumed had other options."""
+    for name in before.keys() - FREE:
+        old, new = before[name], arguments[name]
+        if new != old and not (name == "epochs" and new > old):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"the run has {option} {old}: resume it without {option} or choose another --output")

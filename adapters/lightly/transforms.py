@@ -13,10 +13,9 @@ from lightly.transforms.torchvision_v2_compatibility import ToTensor
 from PIL.Image import Image
 from torch import Tensor
 from torchvision.transforms import Compose
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import get_dimensions, to_pil_image
 
 from slr_plugin.adapters._require import require
-from slr_plugin.checks import check_flag, check_integer
 
 #: Crops of the paper's variant with one small crop.
 SINGLE = (96,)
@@ -58,8 +57,7 @@ class SANETransform(MultiViewTransform):
         augmentation: arguments of lightly's MoCoV2Transform in place of its defaults, for all views alike.
 
     Raises:
-        ValueError: a size is below 1.
-        TypeError: an argument is of the wrong type, or an image of none that has views.
+        TypeError: an image has more than 8 bits per channel.
         ImportError: ``strong`` without timm.
 
     >>> from PIL import Image
@@ -71,11 +69,7 @@ class SANETransform(MultiViewTransform):
     def __init__(
         self, input_size: int = 224, crops: Sequence[int] | int = (), strong: bool = False, **augmentation: Any
     ) -> None:
-        check_integer("input_size", input_size, low=1)
         crops = tuple(crops) if isinstance(crops, Sequence) else (crops,)
-        for crop in crops:
-            check_integer("crops", crop, low=1)
-        check_flag("strong", strong)
         self.input_size = input_size
         self.crops = crops or ((input_size,) if strong else ())
         self.strong = strong
@@ -97,34 +91,24 @@ class SANETransform(MultiViewTransform):
     def __call__(self, image: Image | np.ndarray | Tensor) -> list[Tensor]:
         """``2 + 2 * len(crops)`` tensors (channels, side, side).
 
-        Images of PIL and numpy become RGB, as in torchvision's loaders. Grey ones and tensors keep their channels up to
-        the normalisation, which makes three of one where it has three; but ``strong`` makes grey ones RGB, and takes no
-        tensors.
+        Images of PIL and numpy become RGB, as in torchvision's loaders. Tensors, and without ``strong`` grey images,
+        keep their channels up to the normalisation, which makes three of one where it has three.
         """
-        image = self._prepared(image)
-        views: list[Tensor] = super().__call__(image)  # type: ignore[assignment]
-        for pair in self._pairs:
-            views += [crop(image) if crop else view for crop, view in zip(pair, views[:2], strict=True)]
-        return views
-
-    def __repr__(self) -> str:
-        return f"SANETransform(input_size={self.input_size}, crops={self.crops}, strong={self.strong})"
-
-    def _prepared(self, image: Any) -> Image | Tensor:
         image = to_pil_image(image) if isinstance(image, np.ndarray) else image
-        if isinstance(image, Tensor) and self.strong:
-            raise TypeError("strong=True needs PIL images, got a tensor; take strong=False")
         if isinstance(image, Image):
             if image.mode[0] in "IF":  # RGB would cut their values off at 255
                 raise TypeError(f"an image must have 8 bits per channel, got one of mode {image.mode}")
             image = image if image.mode == "L" and not self.strong else image.convert("RGB")
-        if min(image.size if isinstance(image, Image) else image.shape[1:]) < self.input_size:
+        if min(get_dimensions(image)[1:]) < self.input_size:
             warnings.warn(  # the default filter shows it once per process
                 f"images smaller than {self.input_size} x {self.input_size} pixels are enlarged: if the whole data set "
                 "is small, pass its size, SANETransform(input_size=...), or SANETransform.cifar10()",
-                stacklevel=3,
+                stacklevel=2,
             )
-        return image  # type: ignore[no-any-return]
+        views: list[Tensor] = super().__call__(image)  # type: ignore[assignment]
+        for pair in self._pairs:
+            views += [crop(image) if crop else view for crop, view in zip(pair, views[:2], strict=True)]
+        return views
 
 
 def _strengthen(view: View) -> View:
@@ -137,18 +121,6 @@ def _strengthen(view: View) -> View:
     steps = view.transform.transforms  # type: ignore[attr-defined]
     last = next(place for place, step in enumerate(steps) if isinstance(step, ToTensor))
     return Compose([*steps[:last], operations, *steps[last:]])  # type: ignore[no-any-return]
-
-
-def checked_views(batch: Any, mixes: bool) -> list[Tensor]:
-    """The views of a batch, or a ValueError that says what the data set should do."""
-    views = batch[0]
-    if not isinstance(views, list | tuple) or len(views) < 2 or len(views) % 2 or (len(views) > 2 and not mixes):
-        found = f"{len(views)} views" if isinstance(views, list | tuple) else type(views).__name__
-        raise ValueError(
-            f"batch[0] must hold key, query, and, unless mixup=False, pairs of crops, got {found}; give the data set "
-            "transform=SANETransform(...) of slr_plugin.adapters.lightly"
-        )
-    return list(views)
 
 
 #: The views of :class:`slr_plugin.adapters.lightly.SANE` where nothing else is said: ImageNet's size.
