@@ -35,7 +35,7 @@ class LabelQualityCallback(Callback):
     the queue are saved in checkpoints. Classes are -1 where unknown; training never sees them.
 
     Args:
-        every_n_steps: measure in every n-th step, >= 1.
+        every_n_steps: measure in every n-th step, >= 1, and in the first of an epoch.
         classes: the classes (s,) of a batch as the trainer gives it.
 
     Attributes:
@@ -51,7 +51,6 @@ class LabelQualityCallback(Callback):
         self.every_n_steps = every_n_steps
         self.classes = classes
         self.quality: LabelQuality | None = None
-        self._is_new = True  # whether no batch was seen since the training began or went on
         self._monitors: list[LabelMonitor] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -63,15 +62,10 @@ class LabelQualityCallback(Callback):
         if not self._monitors:
             raise ValueError(f"{type(pl_module).__name__} has no slr_plugin.SLRLoss whose labels could be measured")
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the first batch, also where an epoch goes on in its middle and would have nothing measured."""
-        self._is_new = True
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Tell the classes, which the loss is not given."""
-        measures, self._is_new = self._is_new or batch_idx % self.every_n_steps == 0, False
         for monitor in self._monitors:
-            monitor.announce(self.classes(batch), measures)
+            monitor.announce(self.classes(batch), not monitor.measured or batch_idx % self.every_n_steps == 0)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means."""

@@ -1,14 +1,4 @@
-"""SANE as a ``forward`` of stable-pretraining's Module, from Python or by its name in a YAML.
-
-module:
-  _target_: stable_pretraining.Module
-  forward: slr_plugin.adapters.stable_pretraining.sane
-  backbone: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
-  projector: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
-  criterion: {_target_: slr_plugin.SLRLoss, temperature: 0.2, memory_bank_size: [4096, 128]}
-  mixup: {_target_: slr_plugin.MomentumMixup, kappa: 2.0}
-  optim: ...
-"""
+"""SANE as a ``forward`` of stable-pretraining's Module, from Python or by its name in a YAML."""
 
 from __future__ import annotations
 
@@ -19,8 +9,8 @@ import torch
 from torch import Tensor
 
 from slr_plugin import SLRLoss
-from slr_plugin.adapters._random import mixing_generator
 from slr_plugin.adapters._require import require
+from slr_plugin.adapters._run import mixing_generator
 
 require("stable-pretraining", "stable_pretraining")
 
@@ -55,17 +45,14 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
         Embeddings are the trained backbone's: of the queries, or of both views if both are trained.
 
     Raises:
-        ValueError: not two views in training, or a teacher for the backbone or the projector alone.
+        ValueError: not two views in training.
     """
     views = _views(batch)
-    has_teacher = hasattr(self.backbone, "forward_teacher")
-    if has_teacher != hasattr(self.projector, "forward_teacher"):
-        raise ValueError("backbone and projector must both be TeacherStudentWrappers, or neither: got one of them")
-    backbone, projector = (
-        network.forward_student if has_teacher else network for network in (self.backbone, self.projector)
-    )
     if self.training and len(views) != 2:
         raise ValueError(f"SANE needs two views of each image in training, got {len(views)}: use MultiViewTransform")
+    networks = self.backbone, self.projector
+    has_teacher = any(hasattr(network, "forward_teacher") for network in networks)
+    backbone, projector = (network.forward_student for network in networks) if has_teacher else networks
     encoded = views[:1] if self.training and has_teacher else views
     embeddings = [backbone(view["image"]) for view in encoded]
     out = {"embedding": torch.cat(embeddings)}
@@ -84,14 +71,13 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
             mixup.generator = mixing_generator(self.trainer.global_step)
         mixed, mix = mixup(queries, positives)
         projections += [projector(backbone(mixed)), mix]
-    refines = isinstance(self.criterion, SLRLoss)
     known = {}
-    if refines:
+    if isinstance(self.criterion, SLRLoss):
         self.criterion.set_step(self.trainer.global_step)
         known = {name: place[name] for place in (views[0], batch) for name in ("groups", "estimator") if name in place}
     out["loss"] = self.criterion(*projections, **known)
     self.log(f"{stage}/loss", out["loss"], on_step=True, on_epoch=True, sync_dist=True, batch_size=len(queries))
-    if refines:
+    if isinstance(self.criterion, SLRLoss):
         stats = {f"slr/{name}": value for name, value in self.criterion.stats.items()}
         self.log_dict(stats, on_step=True, on_epoch=True, batch_size=len(queries))
     return out
