@@ -61,8 +61,8 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
     except Exception as error:  # of damaged or foreign bytes torch.load raises what it will
         needed = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{checkpoint} is damaged, or needs {needed[1] if needed else 'objects'}, whose loading can run code; if you "
-            "trust it, load it with weights_only=False and save {'state_dict': its state_dict} alone"
+            f"{checkpoint} is damaged, or needs {needed[1] if needed else 'objects'}, whose loading can run code; if "
+            "you trust it, load it with weights_only=False and save {'state_dict': its state_dict} alone"
         ) from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
