@@ -61,7 +61,7 @@ class SelfLabelingModule(_Hooks):  # type: ignore[misc]
     def on_train_start(self) -> None:
         """Seed the mixing, lay the schedules over the run, and see that what is known is of these images."""
         super().on_train_start()
-        images = getattr(self.trainer.train_dataloader, "dataset", None)
+        images: Any = getattr(self.trainer.train_dataloader, "dataset", None)
         if self.knowledge.tables:
             self.knowledge.attach(images)
         if self.mixup is not None:

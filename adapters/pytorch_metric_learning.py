@@ -140,9 +140,7 @@ class _LossByLabels(slr_plugin.SLRLoss):
             return loss
         rows, positive = _pairs(labels, refines=self.confidence != 0) if is_one_set else _matches(labels, ref_labels)
         if not len(rows):
-            raise ValueError(
-                "no sample has a key of its label: take MPerClassSampler, or SelfSupervisedLoss of two views"
-            )
+            raise ValueError("no sample has a key of its label: take MPerClassSampler, or SelfSupervisedLoss")
         self.symmetric = False
         self._keys = ref_labels, positive, rows if is_one_set else None
         try:

@@ -34,8 +34,10 @@ def mix_views(
         return [mixup(large[0], large[1]), mixup(large[1], large[0])]
     mixed = []
     for place, crop in enumerate(small):
-        query, positive = large[place % 2], large[1 - place % 2]
-        mixed.append(mixup(_resized(query, crop), crop) if strong else mixup(crop, _resized(positive, crop)))
+        whole = large[place % 2] if strong else large[1 - place % 2]
+        if whole.shape != crop.shape:
+            whole = F.interpolate(whole, crop.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+        mixed.append(mixup(whole, crop) if strong else mixup(crop, whole))
     return mixed
 
 
@@ -62,9 +64,3 @@ def symmetric_loss(
         for view, criterion in enumerate(criteria)
     ]
     return torch.stack(losses).mean()
-
-
-def _resized(images: Tensor, like: Tensor) -> Tensor:
-    if images.shape == like.shape:
-        return images
-    return F.interpolate(images, like.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
