@@ -18,15 +18,9 @@ _Hooks: Any = object  # those of a LightningModule, of pytorch_lightning for lig
 
 
 class SelfLabelingModule(_Hooks):  # type: ignore[misc]
-    """Hooks for a LightningModule, its first base, that has one or more :class:`slr_plugin.SLRLoss`.
+    """Hooks for a LightningModule, its first base, that has one or more :class:`slr_plugin.SLRLoss`."""
 
-    Attributes:
-        confidence: a number, ``(m1, m2)`` for a growth from m1 to m2 over the run, or a callable ``step -> mu``.
-        mixup: the :class:`slr_plugin.MomentumMixup`, or None.
-        knowledge: what is known of the images.
-    """
-
-    confidence: float | tuple[float, float] | Callable[[int], float]
+    confidence: float | tuple[float, float] | Callable[[int], float]  # of (m1, m2) it grows from m1 to m2 over the run
     mixup: MomentumMixup | None
     knowledge: Knowledge
     queue_setting = "queue_size"  # how the user knows it

@@ -111,9 +111,8 @@ def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvisio
     output = Path(output)
     if output.suffix != _SUFFIX.get(to):
         raise ValueError(f"output must end in .safetensors for torchvision, .pkl for detectron2; got {output} for {to}")
-    content: Mapping[str, Any]
     if to == "detectron2":
-        content = to_detectron2(state)
+        content: Any = to_detectron2(state)
         data = _pickle(content)
     else:
         require("lightly", "safetensors")

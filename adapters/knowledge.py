@@ -86,17 +86,14 @@ def read(prefix: str, groups: str | Path | None = None, estimator: str | Path | 
     """The tables in files, as :class:`Knowledge` takes them; ``prefix`` is what users write before their names.
 
     ``groups`` is a text with a whole number a line, or an .npy file of whole numbers (n,); ``estimator`` an .npy file
-    of numbers (n, e). Features in float32 are read from the file as they are needed.
-
-    Raises:
-        ValueError: a file is missing, damaged, or holds something else; one line that begins with prefix and name.
+    of numbers (n, e). A file that is missing, damaged, or holds something else is a ValueError of one line.
     """
     files = {"groups": groups, "estimator": estimator}
     return {name: read_table(prefix + name, path, name == "groups") for name, path in files.items() if path is not None}
 
 
 def read_table(option: str, path: str | Path, is_ids: bool = False) -> Tensor:
-    """The table in one file, of ids or of features; raises as :func:`read`."""
+    """The table in one file, of ids or of features; features in float32 are read as they are needed."""
     try:
         is_text = Path(path).suffix != ".npy"
         table = np.loadtxt(path, dtype=np.int64, ndmin=1) if is_text else np.load(path, mmap_mode="c")

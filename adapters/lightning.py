@@ -30,9 +30,9 @@ def targets(batch: Any) -> Tensor:
 class LabelQualityCallback(Callback):
     """Logs ``labels/<field>`` of :class:`slr_plugin.diagnostics.LabelQuality` once per epoch.
 
-    Every :class:`slr_plugin.SLRLoss` in the module is watched, and the mean over them is logged. A measurement builds
-    one dense (s, K) matrix of labels. With several processes, those of process 0 are logged. The classes of the keys in
-    the queue are saved in checkpoints. Classes are -1 where unknown; training never sees them.
+    It is the mean over every :class:`slr_plugin.SLRLoss` in the module. A measurement builds one dense (s, K) matrix of
+    labels. With several processes, those of process 0 are logged. Classes are -1 where unknown; training never sees
+    them. Checkpoints keep the classes of the keys in the queue.
 
     Args:
         every_n_steps: measure in every n-th step, >= 1, and in the first of an epoch.
@@ -43,7 +43,6 @@ class LabelQualityCallback(Callback):
 
     Raises:
         ValueError: ``every_n_steps`` is below 1, or at the start of training there is no SLRLoss in the module.
-        TypeError: ``every_n_steps`` is not an integer.
     """
 
     def __init__(self, every_n_steps: int = 50, classes: Callable[[Any], Tensor] = targets) -> None:

@@ -19,30 +19,27 @@ class SLRClipLoss(nn.Module):
 
     The mean of both directions: each image against all texts, each text against all images. With ``confidence=0``,
     value and gradients are ClipLoss's, that of the scale too, for each ``local_loss`` and ``gather_with_grad``. Logits
-    are never stored, and with several processes each computes the rows of its own pairs only, whatever ``local_loss``
-    says. Nothing of open_clip is imported.
+    are never stored, and each process computes the rows of its own pairs only. Nothing of open_clip is imported.
 
-    Features are normalised here, as open_clip's models have done already. The gradient of a feature then has no part
-    along it, which ClipLoss leaves to the model's normalisation to drop.
+    Features are normalised here too, so their gradient has no part along them, which the model's normalisation drops.
 
     Args:
         local_loss: with several processes, return the loss of this process's pairs; else the mean over all processes.
         gather_with_grad: with several processes, the features of others get gradients too. Without it DDP's gradient is
             not that of one process with the whole batch, as in ClipLoss.
-        cache_labels: not used: there are no labels to cache.
-        rank: not used: it is torch.distributed's.
+        cache_labels: not used, and neither is ``rank``.
+        rank: see there.
         world_size: the number of processes. Above 1 all bring equally many pairs.
         use_horovod: must be False.
-        confidence: as in :class:`slr_plugin.SLRLoss`, one for each direction, and so are ``sharpening``,
-            ``refined_weight``, and ``memory_bank_size``. 0 means one-hot labels, or those of the groups.
+        confidence: as in :class:`slr_plugin.SLRLoss`, for each direction, and so are ``sharpening`` and
+            ``refined_weight``. 0 means one-hot labels, or those of the groups.
         memory_bank_size: ``(n, d)``, a queue for each direction, whose features lag behind towers that are both
             trained. open_clip's checkpoints do not hold it, and its ``accum_freq`` must be 1: the loss is else called
             several times with the same pairs, which meet themselves in the queue.
 
     Attributes:
-        criteria: the :class:`slr_plugin.SLRLoss` of each direction, ``"image_to_text"`` and ``"text_to_image"``. Their
-            settings may be assigned; their temperature is that of the last call. On one process, at ``confidence=0``
-            and without a queue, both directions are computed in one pass, which leaves these alone.
+        criteria: the :class:`slr_plugin.SLRLoss` of each direction, ``"image_to_text"`` and ``"text_to_image"``, whose
+            settings may be assigned. On one process, at ``confidence=0`` and without a queue, they are not called.
 
     Raises:
         ValueError: an argument is out of range; ``use_horovod``.
@@ -74,7 +71,6 @@ class SLRClipLoss(nn.Module):
             raise ValueError("use_horovod must be False: features are gathered by torch.distributed only")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
         self.criteria: Any = nn.ModuleDict()
@@ -102,14 +98,13 @@ class SLRClipLoss(nn.Module):
         """Compute the loss, a scalar.
 
         Args:
-            image_features: (s, d), normalised here.
+            image_features: (s, d)
             text_features: (s, d), row i belongs to image i.
             logit_scale: 1 / temperature, one value, such as the model's; it gets its gradient.
             logit_bias: must be None.
             output_dict: return ``{"contrastive_loss": loss}``.
             groups: (s,) int64, which pairs belong together, such as the number of the image of which there are several
-                captions; negative: alone. Each image's label is then uniform over the texts of its group, and each
-                text's over the images. Gathered over processes as the features are.
+                captions; negative: alone. Labels are then uniform over the group, in all processes.
 
         Raises:
             ValueError: shapes do not fit, or there is a ``logit_bias``.
@@ -153,9 +148,5 @@ def _is_plain(criterion: SLRLoss) -> bool:
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of one value over processes.
-
-    Of losses it hands the gradient on as it came, since every process asks for that of the mean; of equal scales it
-    averages the gradient.
-    """
+    """The mean over processes; hands the gradient of a mean loss on as it came, and averages that of equal scales."""
     return distributed.gather(value.reshape(1, 1)).mean()

@@ -42,8 +42,8 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
     queries, second ones the keys, which enter the queue without a label. Further rows of ``ref_emb`` do not.
 
     A queue takes the place of CrossBatchMemory, and ``gather_distributed=True`` that of DistributedLossWrapper (every
-    process brings equally many samples that share a label with another of its own); neither wraps this loss, nor does a
-    miner choose its pairs. For mixed queries call ``loss.criterion(queries, keys, mixed, mix)``.
+    process brings equally many samples that share a label with another of its own). No miner chooses the pairs.
+    For mixed queries call ``loss.criterion(queries, keys, mixed, mix)``.
 
     SelfSupervisedLoss takes a loss if its class has one of thirteen names. This class therefore goes by the name of the
     loss that it replaces: ``type(loss).__name__ == "NTXentLoss"``. Pickled losses and printed ones say SLRLoss.
@@ -56,8 +56,8 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
 
     Attributes:
         criterion: the :class:`slr_plugin.SLRLoss`, whose settings may be assigned.
-        positive_weight: with ``collect_stats=True``, from its ``stats`` of the last call, as a number that their record
-            keeper logs; so are ``alpha``, ``beta``, ``mu`` and ``label_entropy``.
+        positive_weight: a number of the last call for their record keeper, with ``collect_stats=True``; so are
+            ``alpha``, ``beta``, ``mu`` and ``label_entropy``, the other ``stats`` of SLRLoss.
 
     Raises:
         ValueError: an argument is out of range; in a call, no label occurs twice, or pairs were mined.

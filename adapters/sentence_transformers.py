@@ -109,25 +109,21 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         if self.uses_gradient_cache:
             cached: Tensor = self.forward_cached(sentence_features, labels)  # type: ignore[operator]
             return cached
-        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
-
-    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of embedded columns, (s, d) each."""
-        if self.knowledge and labels is None:
-            raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
-        known = {self.knowledge: labels} if self.knowledge else {}
-        anchors, positives, *negatives = embeddings
-        further = torch.cat(negatives) if negatives else None
-        losses = [self.criteria["query_to_doc"](anchors, positives, negatives=further, **known)]
-        if "doc_to_query" in self.criteria:
-            losses.append(self.criteria["doc_to_query"](positives, anchors, **known))
-        return torch.stack(losses).mean()
+        return self.calculate_loss([[column] for column in embed_columns(self.model, sentence_features)], labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """Compute the loss of embedded mini-batches, column by column; the gradient caching calls it."""
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        if self.knowledge and labels is None:
+            raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
+        known = {self.knowledge: labels} if self.knowledge else {}
+        anchors, positives, *negatives = (torch.cat(column) for column in reps)
+        further = torch.cat(negatives) if negatives else None
+        losses = [self.criteria["query_to_doc"](anchors, positives, negatives=further, **known)]
+        if "doc_to_query" in self.criteria:
+            losses.append(self.criteria["doc_to_query"](positives, anchors, **known))
+        loss = torch.stack(losses).mean()
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() if with_backward else loss
@@ -165,12 +161,10 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the type checker
     """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
 
-    ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
-    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed: from
-    ``output_dir``, or from the training arguments' ``resume_from_checkpoint``. The schedule follows the trainer's
-    ``global_step``, whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside
-    the loss, the trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of
-    the evaluation during training as ``eval_slr/positive_weight``.
+    ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The losses' queues and steps, which the trainer does
+    not save, go into ``checkpoint-N/slr_loss.pt``, and are read where training is resumed: from ``output_dir``, or from
+    the training arguments' ``resume_from_checkpoint``. The schedule follows the trainer's ``global_step``, whatever the
+    gradient accumulation. Means of :attr:`slr_plugin.SLRLoss.stats` are logged as ``slr/positive_weight`` and so on.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 

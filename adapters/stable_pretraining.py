@@ -24,10 +24,6 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
     and the teachers the second ones, the keys. Their Manager adds the callback that updates teachers; give a plain
     Trainer a TeacherStudentCallback. Where they are not, both views are trained. Queue and step are in checkpoints.
 
-    What is known comes with the batch: ``batch["groups"]`` (s,), ids of samples that belong together, and
-    ``batch["estimator"]`` (s, e), features that estimate the labels, for which a criterion with a queue has
-    ``estimator_dim=e``. They stand beside the views, or in the first view as everything of an image does.
-
     A schedule of the confidence goes by ``trainer.global_step``: give CosineConfidence the run's optimizer steps as
     ``total_steps``. With several processes give the loss ``gather_distributed=True``. Logs ``{stage}/loss`` and
     the loss's statistics as ``slr/...``.
@@ -36,8 +32,8 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
         self: the Module, with attributes ``backbone`` and ``projector``, both or neither TeacherStudentWrappers;
             ``criterion``, a :class:`slr_plugin.SLRLoss` (or another loss of two views, as a baseline); and ``mixup``, a
             :class:`slr_plugin.MomentumMixup`, or None for none.
-        batch: as MultiViewTransform makes it, of two views with ``image`` and perhaps ``label``. Beside training one
-            view is enough.
+        batch: as MultiViewTransform makes it, of two views with ``image`` and perhaps ``label``; one is enough beside
+            training. ``groups`` (s,) and ``estimator`` (s, e), beside the views or in the first, go to the criterion.
         stage: ``"fit"``, ``"validate"`` or another, for the log.
 
     Returns:
