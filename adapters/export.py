@@ -8,10 +8,10 @@ has the names of the network that was trained; or with ``--to detectron2`` it en
 
 - torchvision's, trained above 64 pixels: ``model = resnet18(); model.fc = torch.nn.Identity()``, or timm's,
   ``timm.create_model("resnet18", num_classes=0, checkpoint_path=OUTPUT)``;
-- torchvision's with the stem for small images, which lightly's recipe takes at 64 pixels or below: ``model =
-  slr_plugin.adapters.lightly.cifar_stem(resnet18()); model.fc = torch.nn.Identity()``. It does not load into timm's;
+- torchvision's with the stem for small images, which lightly's recipe takes at 64 pixels or below, and timm has not:
+  ``model = slr_plugin.adapters.lightly.cifar_stem(resnet18()); model.fc = torch.nn.Identity()``;
 - lightly's, ``resnet9`` and all with ``--width``: ``model = lightly.models.ResNetGenerator("resnet-9", WIDTH)``, with
-  ``strict=False``, as the file has no classifier. It loads into neither torchvision's nor timm's.
+  ``strict=False``, as the file has no classifier.
 
 detectron2's defaults belong to another ResNet. Set ``MODEL.RESNETS.DEPTH`` (for 18 and 34 also ``RES2_OUT_CHANNELS``
 64), ``STRIDE_IN_1X1`` False, ``INPUT.FORMAT`` RGB, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` to the pretraining's

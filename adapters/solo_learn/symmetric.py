@@ -14,18 +14,11 @@ from slr_plugin import Mix, MomentumMixup, SLRLoss
 def mix_views(
     large: Sequence[Tensor], small: Sequence[Tensor], mixup: MomentumMixup | None, strong: bool
 ) -> list[tuple[Tensor, Mix]]:
-    """What the trained network sees besides the two large crops, and how it was mixed.
+    """What the trained network sees besides the two large crops, and how it was mixed, of direction 0, 1, 0, ...
 
-    Args:
-        large: two batches of images (s, channels, side, side); in direction v ``large[v]`` are the queries,
-            ``large[1 - v]`` the positives.
-        small: further crops of the same images, of any sizes. If there are some, they are mixed in place of the large
-            ones, with a large one resized.
-        mixup: None leaves the small crops as they are.
-        strong: small crops are positives, mixed into the large queries. Otherwise they are queries.
-
-    Returns:
-        Mixed images of direction 0, of direction 1, of direction 0, ...
+    In direction v the images (s, channels, side, side) of ``large[v]`` are the queries, ``large[1 - v]`` the positives.
+    Further crops in ``small``, of any sizes, are mixed in place of the large ones, with a large one resized: as
+    positives if ``strong``, else as queries. Without a mixup they stay as they are.
     """
     if mixup is None:
         theta = torch.ones(len(large[0]), device=large[0].device)
@@ -55,8 +48,8 @@ def symmetric_loss(
         criteria: one per direction.
         queries: (s, d) features of the two large crops by the trained network.
         positives: (s, d) features of the two large crops by the momentum network.
-        mixed: (s, d) features of what :func:`mix_views` returned, in its order.
-        mixes: and how it was mixed.
+        mixed: (s, d) features of what :func:`mix_views` returned, in its order, and ``mixes``.
+        mixes: see there.
         known: what is known of the images, as SLRLoss takes it.
     """
     losses = [
