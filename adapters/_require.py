@@ -7,10 +7,9 @@ from importlib.util import find_spec
 
 def require(extra: str, *modules: str) -> None:
     """Raise ImportError with the pip command unless all top-level ``modules`` can be imported."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise ImportError(f"{', '.join(missing)} {verb} not installed: {install(extra)}", name=missing[0])
+    for module in modules:
+        if find_spec(module) is None:
+            raise ImportError(f"{module} is not installed: {install(extra)}", name=module)
 
 
 def install(extra: str) -> str:

@@ -1,4 +1,4 @@
-"""What SANE in lightly and SANE in solo-learn share: schedules over the run, and what is known of the images."""
+"""What SANE in lightly and SANE in solo-learn share: seeds, schedules over the run, and what is known of the images."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+
 from slr_plugin import CosineConfidence, MomentumMixup, SLRLoss
-from slr_plugin.adapters._random import mixing_generator
 from slr_plugin.adapters.knowledge import Knowledge
+from slr_plugin.distributed import rank
 
 _Hooks: Any = object  # those of a LightningModule, of pytorch_lightning for lightly, of lightning for solo-learn
 
 
 class SelfLabelingModule(_Hooks):  # type: ignore[misc]
-    """Hooks for a LightningModule, its first base, that has one or more :class:`slr_plugin.SLRLoss`.
+    """Hooks for a LightningModule, its first base, that has one or more :class:`slr_plugin.SLRLoss`."""
 
-    Attributes:
-        confidence: a number, ``(m1, m2)`` for a growth from m1 to m2 over the run, or a callable ``step -> mu``.
-        mixup: the :class:`slr_plugin.MomentumMixup`, or None.
-        knowledge: what is known of the images.
-    """
-
-    confidence: float | tuple[float, float] | Callable[[int], float]
+    confidence: float | tuple[float, float] | Callable[[int], float]  # of (m1, m2) it grows from m1 to m2 over the run
     mixup: MomentumMixup | None
     knowledge: Knowledge
     queue_setting = "queue_size"  # how the user knows it
@@ -33,7 +30,7 @@ class SelfLabelingModule(_Hooks):  # type: ignore[misc]
     def _follow(self, *losses: SLRLoss) -> None:
         """Let the losses follow the run; to be called at the end of ``__init__``."""
         self._losses = losses  # in a tuple, so that torch does not register them once more
-        self._confidences = [loss.confidence for loss in losses]  # that this module has set: another is the user's
+        self._schedule = losses[0].confidence  # that this module has set: another is the user's
 
     def total_steps(self) -> int:
         """The optimizer steps of this run; ValueError if it has no known end."""
@@ -58,16 +55,23 @@ class SelfLabelingModule(_Hooks):  # type: ignore[misc]
     def on_train_start(self) -> None:
         """Seed the mixing, lay the schedules over the run, and see that what is known is of these images."""
         super().on_train_start()
-        images = getattr(self.trainer.train_dataloader, "dataset", None)
+        images: Any = getattr(self.trainer.train_dataloader, "dataset", None)
         if self.knowledge.tables:
             self.knowledge.attach(images)
         if self.mixup is not None:
             self.mixup.generator = mixing_generator(self.trainer.global_step)
-        for number, loss in enumerate(self._losses):
-            if isinstance(self.confidence, tuple | list) and loss.confidence is self._confidences[number]:
-                loss.confidence = schedule(self.confidence, self.total_steps())
-                self._confidences[number] = loss.confidence
-        self._warn_of_long_queue(images)
+        follow = [loss for loss in self._losses if loss.confidence is self._schedule]
+        if isinstance(self.confidence, tuple | list) and follow:
+            self._schedule = schedule(self.confidence, self.total_steps())
+            for loss in follow:
+                loss.confidence = self._schedule
+        queue_size = len(self._losses[0].memory_bank)
+        if hasattr(images, "__len__") and queue_size > len(images):
+            warnings.warn(
+                f"the queue of {queue_size:,} keys is longer than the training set of {len(images):,} images: it holds "
+                f"earlier keys of the batch's own images, as negatives; set {self.queue_setting} well below that",
+                stacklevel=2,
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Place the schedules at the optimizer's step, to which several batches may belong."""
@@ -84,18 +88,9 @@ class SelfLabelingModule(_Hooks):  # type: ignore[misc]
                 f"with {' and '.join(self.knowledge.tables)} a batch must say which images it has: take lightly's "
                 "LightlyDataset, or wrap a data set in slr_plugin.adapters.lightly.Indexed"
             )
-        known = self.knowledge.of(batch[self.place_of_images])
-        return [*batch[: self.place_of_images], known, *batch[self.place_of_images + 1 :]]
-
-    def _warn_of_long_queue(self, images: Any) -> None:
-        queue_size = len(self._losses[0].memory_bank)
-        if hasattr(images, "__len__") and queue_size > len(images):
-            warnings.warn(
-                f"the queue of {queue_size:,} keys is longer than the training set of {len(images):,} images: it holds "
-                f"earlier keys of the batch's own images, as negatives; set {self.queue_setting} well below that, "
-                f"{max(1, len(images) // 3)} say",
-                stacklevel=2,
-            )
+        batch = list(batch)
+        batch[self.place_of_images] = self.knowledge.of(batch[self.place_of_images])
+        return batch
 
 
 def schedule(confidence: Any, total_steps: int) -> Any:
@@ -105,3 +100,13 @@ def schedule(confidence: Any, total_steps: int) -> Any:
     if len(confidence) != 2:
         raise ValueError(f"confidence must be a number, (m1, m2) or a callable, got {confidence}")
     return CosineConfidence(confidence[0], confidence[1], total_steps)
+
+
+def mixing_generator(step: int) -> torch.Generator:
+    """A generator with a seed of the global seed, the process, and the step at which a run begins or goes on.
+
+    Lightning seeds all processes alike: they would all mix alike. It is made where the training begins, since none can
+    be sent to the processes that a strategy spawns.
+    """
+    seed = np.random.SeedSequence([torch.initial_seed(), rank(), step]).generate_state(1)
+    return torch.Generator().manual_seed(int(seed[0]))

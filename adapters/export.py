@@ -8,10 +8,10 @@ has the names of the network that was trained; or with ``--to detectron2`` it en
 
 - torchvision's, trained above 64 pixels: ``model = resnet18(); model.fc = torch.nn.Identity()``, or timm's,
   ``timm.create_model("resnet18", num_classes=0, checkpoint_path=OUTPUT)``;
-- torchvision's with the stem for small images, which lightly's recipe takes at 64 pixels or below: ``model =
-  slr_plugin.adapters.lightly.cifar_stem(resnet18()); model.fc = torch.nn.Identity()``. It does not load into timm's;
+- torchvision's with the stem for small images, which lightly's recipe takes at 64 pixels or below, and timm has not:
+  ``model = slr_plugin.adapters.lightly.cifar_stem(resnet18()); model.fc = torch.nn.Identity()``;
 - lightly's, ``resnet9`` and all with ``--width``: ``model = lightly.models.ResNetGenerator("resnet-9", WIDTH)``, with
-  ``strict=False``, as the file has no classifier. It loads into neither torchvision's nor timm's.
+  ``strict=False``, as the file has no classifier.
 
 detectron2's defaults belong to another ResNet. Set ``MODEL.RESNETS.DEPTH`` (for 18 and 34 also ``RES2_OUT_CHANNELS``
 64), ``STRIDE_IN_1X1`` False, ``INPUT.FORMAT`` RGB, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` to the pretraining's
@@ -52,7 +52,22 @@ def read_backbone(checkpoint: str | Path, momentum: bool = False) -> dict[str, T
         OSError: the file is not there or cannot be opened.
         ValueError: it is no checkpoint, could run code, or has no backbone.
     """
-    state = _read_state(Path(checkpoint))
+    try:
+        if tarfile.is_tarfile(checkpoint):
+            raise ValueError("torch before 2.6 runs the code in tar archives in spite of weights_only=True")
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of damaged or foreign bytes torch.load raises what it will
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{checkpoint} is damaged, or needs {needed[1] if needed else 'objects'}, whose loading can run code; if "
+            "you trust it, load it with weights_only=False and save {'state_dict': its state_dict} alone"
+        ) from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f'{checkpoint} is no checkpoint of Lightning: it has no dictionary "state_dict"')
+    state = {_WRAPPERS.sub("", str(name)): value for name, value in state.items()}
     prefixes = _MOMENTUM if momentum else ("backbone.",)
     found = {name.partition(".")[2]: value for name, value in state.items() if name.startswith(prefixes)}
     if not found:
@@ -72,9 +87,7 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]
     state = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
     foreign = sorted(name for name in state if not _RESNET.fullmatch(name))
     if foreign or "conv1.weight" not in state:
-        raise ValueError(
-            f"only torchvision's ResNets with basic or bottleneck blocks fit detectron2; not theirs: {foreign[:3]}"
-        )
+        raise ValueError(f"only torchvision's ResNets with basic or bottleneck blocks fit; not theirs: {foreign[:3]}")
     stem = tuple(state["conv1.weight"].shape)
     if stem[2:] != (7, 7):
         raise ValueError(f"detectron2's stem is a 7 x 7 convolution, but conv1.weight, for small images, is {stem}")
@@ -97,11 +110,9 @@ def write(state: Mapping[str, Tensor], output: str | Path, to: str = "torchvisio
     """
     output = Path(output)
     if output.suffix != _SUFFIX.get(to):
-        wanted = "a file that ends in .safetensors for torchvision, .pkl for detectron2"
-        raise ValueError(f"output must be {wanted}; got {output} for {to}")
-    content: Mapping[str, Any]
+        raise ValueError(f"output must end in .safetensors for torchvision, .pkl for detectron2; got {output} for {to}")
     if to == "detectron2":
-        content = to_detectron2(state)
+        content: Any = to_detectron2(state)
         data = _pickle(content)
     else:
         require("lightly", "safetensors")
@@ -133,28 +144,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{arguments.output}: {tensors} tensors; --help says how to load it")
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint's values by name, without the names of wrappers; run no code that may be in it."""
-    try:
-        if tarfile.is_tarfile(checkpoint):
-            raise ValueError("torch before 2.6 runs the code in tar archives in spite of weights_only=True")
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # of damaged or foreign bytes torch.load raises what it will
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{checkpoint} needs {needed[1]}, and loading that can run code; if you trust it, load it with "
-            "weights_only=False and save {'state_dict': its state_dict} alone"
-            if needed
-            else f"{checkpoint} is damaged, or nothing that torch.load reads safely; name a checkpoint of Lightning"
-        ) from error
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f'{checkpoint} is no checkpoint of Lightning: it has no dictionary "state_dict"')
-    return {_WRAPPERS.sub("", str(name)): value for name, value in state.items()}
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

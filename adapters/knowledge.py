@@ -1,8 +1,7 @@
 """What is known of images beside their pixels: ids of groups, or features of another network.
 
-A table has a row for each image of the data set, in its order: of torchvision's ImageFolder and lightly's
-LightlyDataset, class folders and the files in them by name (``ImageFolder(DIR).samples``); of CIFAR and STL-10, that of
-torchvision; of a folder that solo-learn reads without classes, files by name.
+A table has a row for each image in the data set's order: of torchvision's ImageFolder and lightly's LightlyDataset,
+that of ``ImageFolder(DIR).samples``; of a folder that solo-learn reads without classes, files by name.
 """
 
 from __future__ import annotations
@@ -65,11 +64,10 @@ class Knowledge:
         """Take the order of a data set, or of that of which it is a part; ValueError unless every image has a row."""
         while isinstance(dataset, Subset):
             dataset = dataset.dataset
+        count = len(dataset)
         for name, table in self.tables.items():
-            if len(table) != len(dataset):
-                raise ValueError(
-                    f"{name} must have a row for each of the {len(dataset)} training images, got {len(table)}"
-                )
+            if len(table) != count:
+                raise ValueError(f"{name} must have a row for each of the {count} training images, got {len(table)}")
         if hasattr(dataset, "get_filenames"):  # LightlyDataset, whose batches hold names
             self._rows = {name: row for row, name in enumerate(dataset.get_filenames())}
         elif isinstance(names := getattr(dataset, "images", None), list):  # solo-learn's folder, in no order
@@ -88,25 +86,17 @@ def read(prefix: str, groups: str | Path | None = None, estimator: str | Path | 
     """The tables in files, as :class:`Knowledge` takes them; ``prefix`` is what users write before their names.
 
     ``groups`` is a text with a whole number a line, or an .npy file of whole numbers (n,); ``estimator`` an .npy file
-    of numbers (n, e). Features in float32 are read from the file as they are needed.
-
-    Raises:
-        ValueError: a file is missing, damaged, or holds something else; one line that begins with prefix and name.
+    of numbers (n, e). A file that is missing, damaged, or holds something else is a ValueError of one line.
     """
-    tables = {}
-    for name, path in (("groups", groups), ("estimator", estimator)):
-        if path is not None:
-            tables[name] = read_table(prefix + name, path, is_ids=name == "groups")
-    return tables
+    files = {"groups": groups, "estimator": estimator}
+    return {name: read_table(prefix + name, path, name == "groups") for name, path in files.items() if path is not None}
 
 
 def read_table(option: str, path: str | Path, is_ids: bool = False) -> Tensor:
-    """The table in one file, of ids or of features; raises as :func:`read`."""
+    """The table in one file, of ids or of features; features in float32 are read as they are needed."""
     try:
-        if Path(path).suffix == ".npy":
-            table = np.load(path, mmap_mode="c")
-        else:
-            table = np.loadtxt(path, dtype=np.int64, ndmin=1)
+        is_text = Path(path).suffix != ".npy"
+        table = np.loadtxt(path, dtype=np.int64, ndmin=1) if is_text else np.load(path, mmap_mode="c")
         if table.dtype.kind in "iu" or not is_ids:
             table = table.astype(np.int64 if is_ids else np.float32, copy=False)
         known = Knowledge(**{"groups" if is_ids else "estimator": torch.from_numpy(table)})

@@ -30,12 +30,12 @@ def targets(batch: Any) -> Tensor:
 class LabelQualityCallback(Callback):
     """Logs ``labels/<field>`` of :class:`slr_plugin.diagnostics.LabelQuality` once per epoch.
 
-    Every :class:`slr_plugin.SLRLoss` in the module is watched, and the mean over them is logged. A measurement builds
-    one dense (s, K) matrix of labels. With several processes, those of process 0 are logged. The classes of the keys in
-    the queue are saved in checkpoints. Classes are -1 where unknown; training never sees them.
+    It is the mean over every :class:`slr_plugin.SLRLoss` in the module. A measurement builds one dense (s, K) matrix of
+    labels. With several processes, those of process 0 are logged. Classes are -1 where unknown; training never sees
+    them. Checkpoints keep the classes of the keys in the queue.
 
     Args:
-        every_n_steps: measure in every n-th step, >= 1.
+        every_n_steps: measure in every n-th step, >= 1, and in the first of an epoch.
         classes: the classes (s,) of a batch as the trainer gives it.
 
     Attributes:
@@ -43,7 +43,6 @@ class LabelQualityCallback(Callback):
 
     Raises:
         ValueError: ``every_n_steps`` is below 1, or at the start of training there is no SLRLoss in the module.
-        TypeError: ``every_n_steps`` is not an integer.
     """
 
     def __init__(self, every_n_steps: int = 50, classes: Callable[[Any], Tensor] = targets) -> None:
@@ -51,7 +50,6 @@ class LabelQualityCallback(Callback):
         self.every_n_steps = every_n_steps
         self.classes = classes
         self.quality: LabelQuality | None = None
-        self._is_new = True  # whether no batch was seen since the training began or went on
         self._monitors: list[LabelMonitor] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -63,15 +61,10 @@ class LabelQualityCallback(Callback):
         if not self._monitors:
             raise ValueError(f"{type(pl_module).__name__} has no slr_plugin.SLRLoss whose labels could be measured")
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measure the first batch, also where an epoch goes on in its middle and would have nothing measured."""
-        self._is_new = True
-
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Tell the classes, which the loss is not given."""
-        measures, self._is_new = self._is_new or batch_idx % self.every_n_steps == 0, False
         for monitor in self._monitors:
-            monitor.announce(self.classes(batch), measures)
+            monitor.announce(self.classes(batch), not monitor.measured or batch_idx % self.every_n_steps == 0)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means."""

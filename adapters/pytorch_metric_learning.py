@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ require("metric-learning", "pytorch_metric_learning")
 
 from pytorch_metric_learning.distances import CosineSimilarity  # noqa: E402
 from pytorch_metric_learning.losses import BaseMetricLossFunction  # noqa: E402
+from pytorch_metric_learning.utils import common_functions as c_f  # noqa: E402
 
 __all__ = ["SLRLoss"]
 
@@ -41,25 +42,22 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
     queries, second ones the keys, which enter the queue without a label. Further rows of ``ref_emb`` do not.
 
     A queue takes the place of CrossBatchMemory, and ``gather_distributed=True`` that of DistributedLossWrapper (every
-    process brings equally many samples that share a label with another of its own); neither wraps this loss, nor does a
-    miner choose its pairs. For mixed queries call ``loss.criterion(queries, keys, mixed, mix)``.
+    process brings equally many samples that share a label with another of its own). No miner chooses the pairs.
+    For mixed queries call ``loss.criterion(queries, keys, mixed, mix)``.
 
     SelfSupervisedLoss takes a loss if its class has one of thirteen names. This class therefore goes by the name of the
-    loss that it replaces: ``type(loss).__name__ == "NTXentLoss"``. Nothing of pytorch-metric-learning is changed, and
-    pickled losses and printed ones say SLRLoss.
+    loss that it replaces: ``type(loss).__name__ == "NTXentLoss"``. Pickled losses and printed ones say SLRLoss.
 
     Args:
-        temperature: as in :class:`slr_plugin.SLRLoss`, and so are ``memory_bank_size``, ``gather_distributed``,
-            ``sharpening``, ``confidence``, ``refined_weight``, ``in_batch_keys``, ``same_group`` and ``estimator_dim``.
-            With the last, call ``loss.criterion(queries, keys, estimator=...)``: labels do not bring features.
+        temperature: as in :class:`slr_plugin.SLRLoss`, and so are all others. ``in_batch_keys=False`` is for numbered
+            pairs. With ``estimator_dim`` call ``loss.criterion(queries, keys, estimator=...)``.
         **kwargs: those of BaseMetricLossFunction: ``embedding_regularizer``, ``embedding_reg_weight``, ``reducer`` (of
-            the regulariser alone: the loss is one number), ``collect_stats``, and as ``distance`` CosineSimilarity,
-            which it is anyway.
+            the regulariser alone: the loss is one number) and ``collect_stats``. The distance is the cosine.
 
     Attributes:
         criterion: the :class:`slr_plugin.SLRLoss`, whose settings may be assigned.
-        positive_weight: with ``collect_stats=True``, from its ``stats`` of the last call, as a number that their record
-            keeper logs; so are ``alpha``, ``beta``, ``mu`` and ``label_entropy``.
+        positive_weight: a number of the last call for their record keeper, with ``collect_stats=True``; so are
+            ``alpha``, ``beta``, ``mu`` and ``label_entropy``, the other ``stats`` of SLRLoss.
 
     Raises:
         ValueError: an argument is out of range; in a call, no label occurs twice, or pairs were mined.
@@ -86,11 +84,7 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(self.distance, CosineSimilarity):
-            raise ValueError(
-                f"distance must be CosineSimilarity, got {type(self.distance).__name__}: the refined labels are made "
-                "of cosines; leave the argument out"
-            )
+        c_f.assert_distance_type(self, CosineSimilarity)
         self.criterion = _LossByLabels(
             temperature,
             memory_bank_size,
@@ -105,16 +99,11 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
         self.add_to_recordable_attributes(list_of_names=_STATS, is_stat=True)
 
     def compute_loss(
-        self, embeddings: Tensor, labels: Tensor | None, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor | None
+        self, embeddings: Tensor, labels: Tensor, indices_tuple: Any, ref_emb: Tensor, ref_labels: Tensor
     ) -> dict[str, dict[str, Any]]:
         """What BaseMetricLossFunction's ``forward`` calls and reduces."""
-        if indices_tuple is not None:
-            raise ValueError(
-                "SLRLoss compares all pairs and takes no indices_tuple: leave the miner out (mined negatives may come "
-                "as ref_emb), and set memory_bank_size=(n, d) in place of CrossBatchMemory"
-            )
-        if labels is None or ref_labels is None:
-            raise ValueError("SLRLoss needs labels that say which samples belong together: use SelfSupervisedLoss")
+        c_f.indices_tuple_not_supported(indices_tuple)
+        c_f.labels_required(labels)
         loss = self.criterion.by_labels(embeddings, labels, ref_emb, ref_labels)
         if self.collect_stats:
             for name in _STATS:
@@ -132,18 +121,12 @@ class SLRLoss(BaseMetricLossFunction):  # type: ignore[misc]  # pytorch-metric-l
 SLRLoss.__name__ = "NTXentLoss"  # see its docstring; pickle goes by __qualname__, which stays
 
 
-class _Keys(NamedTuple):
-    """The keys of a call by labels, which all come as further negatives."""
-
-    labels: Tensor  # (m,)
-    positive: Tensor  # (r,) the key that is a row's positive
-    own: Tensor | None  # (r,) the key that is the row itself
-
-
 class _LossByLabels(slr_plugin.SLRLoss):
     """The loss with a call in which equal labels say which keys are a row's."""
 
-    _keys: _Keys | None = None  # of the call in progress
+    # Of a call by labels in progress, whose keys all come as further negatives: their labels (m,), the key (r,) that is
+    # each row's positive, and the one (r,) that is the row itself, if they are one set.
+    _keys: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def by_labels(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
         """Compare samples with others (those of one set if they are the same tensor)."""
@@ -155,16 +138,11 @@ class _LossByLabels(slr_plugin.SLRLoss):
             negatives = keys[count:] if len(keys) > count else None
             loss: Tensor = self(embeddings[:count], keys[:count], negatives=negatives)
             return loss
-        if not self.in_batch_keys:
-            raise ValueError("in_batch_keys=False takes pairs of views, as SelfSupervisedLoss numbers them, no classes")
         rows, positive = _pairs(labels, refines=self.confidence != 0) if is_one_set else _matches(labels, ref_labels)
         if not len(rows):
-            raise ValueError(
-                "no sample has a key of its label: sample several of each class (MPerClassSampler) and drop a last, "
-                "small batch, or pass two views to SelfSupervisedLoss; negative labels belong to nobody"
-            )
+            raise ValueError("no sample has a key of its label: take MPerClassSampler, or SelfSupervisedLoss")
         self.symmetric = False
-        self._keys = _Keys(ref_labels, positive, rows if is_one_set else None)
+        self._keys = ref_labels, positive, rows if is_one_set else None
         try:
             loss = self(embeddings[rows], ref_emb[positive], negatives=ref_emb, groups=labels[rows])
         finally:
@@ -173,25 +151,23 @@ class _LossByLabels(slr_plugin.SLRLoss):
 
     def _key_set(self, features: Any) -> KeySet:
         """Those of a call as they are, and not once more as positives of the rows."""
-        key_set, of_call = super()._key_set(features), self._keys
-        if of_call is None or key_set.key_groups is None:
+        key_set = super()._key_set(features)
+        if self._keys is None or key_set.key_groups is None:
             return key_set
-        keys, labels, first = key_set.keys[key_set.batch_count :], of_call.labels, 0
+        (labels, positive, own), first = self._keys, 0
+        keys = key_set.keys[key_set.batch_count :]
         if len(keys) > len(labels):  # gathered
             labels, first = distributed.gather(labels, "labels"), distributed.rank() * len(labels)
         known = labels >= 0
         return key_set._replace(
             keys=keys,
-            positive_index=of_call.positive + first,
-            self_index=None if of_call.own is None else of_call.own + first,
+            positive_index=positive + first,
+            self_index=None if own is None else own + first,
             batch_count=len(keys),
             key_groups=torch.cat([labels, key_set.key_groups[len(key_set.keys) :]]),
             keys_to_enqueue=keys[known],
             groups_to_enqueue=labels[known],
         )
-
-    def _get_name(self) -> str:
-        return "SLRLoss"
 
 
 def _are_numbered(labels: Tensor, ref_labels: Tensor) -> bool:

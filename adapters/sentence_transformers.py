@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from slr_plugin import SLRLoss
 from slr_plugin.adapters._require import require
-from slr_plugin.checks import check_integer, check_number
 
 require("sentence-transformers", "sentence_transformers", "accelerate", "datasets")
 
@@ -29,9 +28,7 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     Columns are anchor, positive and any number of negatives. The labels are those of :class:`slr_plugin.SLRLoss`: a
     share of each anchor's label moves from its positive to the documents that look like it, such as copies of the
-    positive. With ``confidence=0`` and no queue, value and gradient are MultipleNegativesRankingLoss's. What is known
-    of the documents is the data set's column ``label``: ids with ``same_group``, features with ``estimator_dim``, and
-    else it is not used.
+    positive. With ``confidence=0`` and no queue, value and gradient are MultipleNegativesRankingLoss's.
 
     In ``SentenceTransformerTrainer``, add :class:`SelfLabelingCallback` if there is a queue or a schedule.
 
@@ -39,23 +36,19 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         model: a SentenceTransformer.
         scale: 1 / temperature.
         similarity_fct: None or ``util.cos_sim``: the loss compares by cosine.
-        sharpening: tau' in (0, 1], sharpens the estimator of the labels.
-        confidence: mu >= 0, a number or a schedule ``step -> mu``, such as
-            ``CosineConfidence(0.0, 1.0, total_steps=...)``. 0 means one-hot labels.
-        refined_weight: lambda in [0, 1], the share of the refined label; the rest is one-hot.
+        sharpening: as in :class:`slr_plugin.SLRLoss`, and so are ``confidence`` and ``refined_weight``.
         memory_bank_size: the number of past documents that are further negatives, as wide as the first batch's, or
             ``(n, d)``. They are not trained. 0 in MatryoshkaLoss, which changes the width, and in AdaptiveLayerLoss and
             Matryoshka2dLoss, which would enqueue the documents of a batch several times.
-        same_group: the column ``label`` holds whole numbers, ids of documents (negative: unknown), and the other
-            documents of a pair's id, in the batch and in the queue, are ``"positive"`` too or ``"ignored"``.
+        same_group: the data set's column ``label`` holds whole numbers, ids of documents (negative: unknown), and the
+            other documents of a pair's id, in the batch and in the queue, are ``"positive"`` too or ``"ignored"``.
         estimator_dim: the column ``label`` holds vectors of this width, such as another model's embeddings of the
             documents, which estimate the labels in the place of the positives.
         gather_across_devices: compare with the documents of all processes: loss and gradient are then those of one
             process with the whole batch. Needs equally large batches: ``dataloader_drop_last=True``.
         directions: ``("query_to_doc",)``, or with ``"doc_to_query"`` the mean of both, each with labels and a queue of
             its own, as MultipleNegativesRankingLoss with ``partition_mode="per_direction"``.
-        mini_batch_size: embed so many texts at a time and cache their gradients, as CachedMultipleNegativesRankingLoss
-            does: the memory of a small batch, the negatives of a large one, for a second forward pass. None: do not.
+        mini_batch_size: embed so many texts at a time and cache their gradients, as CachedMultipleNegativesRankingLoss.
 
     Attributes:
         criteria: the :class:`slr_plugin.SLRLoss` of each direction. Their settings may be assigned at any time.
@@ -82,18 +75,13 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_number("scale", scale, low=1e-8)
         if similarity_fct is not None and similarity_fct_name(similarity_fct) != "cos_sim":
-            raise ValueError(
-                f"similarity_fct must be None or cos_sim, got {similarity_fct_name(similarity_fct)}: the loss compares "
-                "by cosine; MultipleNegativesRankingLoss takes other similarities"
-            )
+            found = similarity_fct_name(similarity_fct)
+            raise ValueError(f"similarity_fct must be None or cos_sim, got {found}: the loss compares by cosine")
         if tuple(directions) not in (DIRECTIONS[:1], DIRECTIONS):
             raise ValueError(f"directions must be {DIRECTIONS[:1]} or {DIRECTIONS}, got {directions!r}")
-        if mini_batch_size is not None:
-            check_integer("mini_batch_size", mini_batch_size, low=1)
-            if has_static_embedding_input(model):
-                raise ValueError("mini_batch_size must be None for a StaticEmbedding, whose batches cannot be split")
+        if mini_batch_size is not None and has_static_embedding_input(model):
+            raise ValueError("mini_batch_size must be None for a StaticEmbedding, whose batches cannot be split")
         if same_group is not None and estimator_dim is not None:
             raise ValueError("the column label holds either ids or features: pass same_group or estimator_dim")
         self.model = model
@@ -118,34 +106,24 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """Embed the columns and compute the loss; ``labels`` is the column ``label``: see ``same_group``."""
-        sentence_features = list(sentence_features)
-        if len(sentence_features) < 2:
-            raise ValueError(f"the loss needs the columns anchor and positive, got {len(sentence_features)} column")
         if self.uses_gradient_cache:
             cached: Tensor = self.forward_cached(sentence_features, labels)  # type: ignore[operator]
             return cached
-        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
-
-    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-        """Compute the loss of embedded columns, (s, d) each."""
-        if self.knowledge and labels is None:
-            raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
-        known = {self.knowledge: labels} if self.knowledge else {}
-        anchors, positives, *negatives = embeddings
-        further = torch.cat(negatives) if negatives else None
-        losses = []
-        for direction, criterion in self.criteria.items():
-            if direction == "query_to_doc":
-                losses.append(criterion(anchors, positives, negatives=further, **known))
-            else:
-                losses.append(criterion(positives, anchors, **known))
-        return torch.stack(losses).mean()
+        return self.calculate_loss([[column] for column in embed_columns(self.model, sentence_features)], labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """Compute the loss of embedded mini-batches, column by column; the gradient caching calls it."""
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        if self.knowledge and labels is None:
+            raise ValueError("same_group and estimator_dim need a column 'label' in the data set, of ids or features")
+        known = {self.knowledge: labels} if self.knowledge else {}
+        anchors, positives, *negatives = (torch.cat(column) for column in reps)
+        further = torch.cat(negatives) if negatives else None
+        losses = [self.criteria["query_to_doc"](anchors, positives, negatives=further, **known)]
+        if "doc_to_query" in self.criteria:
+            losses.append(self.criteria["doc_to_query"](positives, anchors, **known))
+        loss = torch.stack(losses).mean()
         if with_backward:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach() if with_backward else loss
@@ -183,17 +161,18 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
 class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the type checker
     """Keeps the queue and the schedule of a trainer's losses in its checkpoints, and logs what the labels are like.
 
-    ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The trainer saves its model but not its loss; this
-    writes the losses' queues and steps into ``checkpoint-N/slr_loss.pt`` and reads them where training is resumed: from
-    ``output_dir``, or from the training arguments' ``resume_from_checkpoint``. The schedule follows the trainer's
-    ``global_step``, whatever the gradient accumulation and however often a loss such as MatryoshkaLoss calls. Beside
-    the loss, the trainer logs the means of :attr:`slr_plugin.SLRLoss.stats` as ``slr/positive_weight`` and so on, of
-    the evaluation during training as ``eval_slr/positive_weight``.
+    ``trainer.add_callback(SelfLabelingCallback(trainer))`` is all. The losses' queues and steps, which the trainer does
+    not save, go into ``checkpoint-N/slr_loss.pt``, and are read where training is resumed: from ``output_dir``, or from
+    the training arguments' ``resume_from_checkpoint``. The schedule follows the trainer's ``global_step``, whatever the
+    gradient accumulation. Means of :attr:`slr_plugin.SLRLoss.stats` are logged as ``slr/positive_weight`` and so on.
 
     Without ``gather_across_devices`` every process has a queue of its own; that of process 0 is saved.
 
     Args:
         trainer: a SentenceTransformerTrainer. Its loss may be one in a MatryoshkaLoss, or a dict of losses.
+
+    Raises:
+        ValueError: at the start of training there is no SLRLoss, or the checkpoint is of other losses.
     """
 
     FILE = "slr_loss.pt"
@@ -222,11 +201,9 @@ class SelfLabelingCallback(TrainerCallback):  # type: ignore[misc]  # Any to the
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the losses into the checkpoint that the trainer has just written."""
-        folder = self._folder(args, state)
-        if args.should_save and folder.is_dir():
-            torch.save(
-                {path: criterion.state_dict() for path, criterion in self.criteria().items()}, folder / self.FILE
-            )
+        if args.should_save:
+            states = {path: criterion.state_dict() for path, criterion in self.criteria().items()}
+            torch.save(states, self._folder(args, state) / self.FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the losses."""

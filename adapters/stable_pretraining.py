@@ -1,14 +1,4 @@
-"""SANE as a ``forward`` of stable-pretraining's Module, from Python or by its name in a YAML.
-
-module:
-  _target_: stable_pretraining.Module
-  forward: slr_plugin.adapters.stable_pretraining.sane
-  backbone: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
-  projector: {_target_: stable_pretraining.backbone.TeacherStudentWrapper, student: ...}
-  criterion: {_target_: slr_plugin.SLRLoss, temperature: 0.2, memory_bank_size: [4096, 128]}
-  mixup: {_target_: slr_plugin.MomentumMixup, kappa: 2.0}
-  optim: ...
-"""
+"""SANE as a ``forward`` of stable-pretraining's Module, from Python or by its name in a YAML."""
 
 from __future__ import annotations
 
@@ -19,8 +9,8 @@ import torch
 from torch import Tensor
 
 from slr_plugin import SLRLoss
-from slr_plugin.adapters._random import mixing_generator
 from slr_plugin.adapters._require import require
+from slr_plugin.adapters._run import mixing_generator
 
 require("stable-pretraining", "stable_pretraining")
 
@@ -34,10 +24,6 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
     and the teachers the second ones, the keys. Their Manager adds the callback that updates teachers; give a plain
     Trainer a TeacherStudentCallback. Where they are not, both views are trained. Queue and step are in checkpoints.
 
-    What is known comes with the batch: ``batch["groups"]`` (s,), ids of samples that belong together, and
-    ``batch["estimator"]`` (s, e), features that estimate the labels, for which a criterion with a queue has
-    ``estimator_dim=e``. They stand beside the views, or in the first view as everything of an image does.
-
     A schedule of the confidence goes by ``trainer.global_step``: give CosineConfidence the run's optimizer steps as
     ``total_steps``. With several processes give the loss ``gather_distributed=True``. Logs ``{stage}/loss`` and
     the loss's statistics as ``slr/...``.
@@ -46,8 +32,8 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
         self: the Module, with attributes ``backbone`` and ``projector``, both or neither TeacherStudentWrappers;
             ``criterion``, a :class:`slr_plugin.SLRLoss` (or another loss of two views, as a baseline); and ``mixup``, a
             :class:`slr_plugin.MomentumMixup`, or None for none.
-        batch: as MultiViewTransform makes it, of two views with ``image`` and perhaps ``label``. Beside training one
-            view is enough.
+        batch: as MultiViewTransform makes it, of two views with ``image`` and perhaps ``label``; one is enough beside
+            training. ``groups`` (s,) and ``estimator`` (s, e), beside the views or in the first, go to the criterion.
         stage: ``"fit"``, ``"validate"`` or another, for the log.
 
     Returns:
@@ -55,17 +41,14 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
         Embeddings are the trained backbone's: of the queries, or of both views if both are trained.
 
     Raises:
-        ValueError: not two views in training, or a teacher for the backbone or the projector alone.
+        ValueError: not two views in training.
     """
     views = _views(batch)
-    has_teacher = hasattr(self.backbone, "forward_teacher")
-    if has_teacher != hasattr(self.projector, "forward_teacher"):
-        raise ValueError("backbone and projector must both be TeacherStudentWrappers, or neither: got one of them")
-    backbone, projector = (
-        network.forward_student if has_teacher else network for network in (self.backbone, self.projector)
-    )
     if self.training and len(views) != 2:
         raise ValueError(f"SANE needs two views of each image in training, got {len(views)}: use MultiViewTransform")
+    networks = self.backbone, self.projector
+    has_teacher = any(hasattr(network, "forward_teacher") for network in networks)
+    backbone, projector = (network.forward_student for network in networks) if has_teacher else networks
     encoded = views[:1] if self.training and has_teacher else views
     embeddings = [backbone(view["image"]) for view in encoded]
     out = {"embedding": torch.cat(embeddings)}
@@ -84,14 +67,13 @@ def sane(self: Any, batch: Mapping[str, Any], stage: str) -> dict[str, Tensor]:
             mixup.generator = mixing_generator(self.trainer.global_step)
         mixed, mix = mixup(queries, positives)
         projections += [projector(backbone(mixed)), mix]
-    refines = isinstance(self.criterion, SLRLoss)
     known = {}
-    if refines:
+    if isinstance(self.criterion, SLRLoss):
         self.criterion.set_step(self.trainer.global_step)
         known = {name: place[name] for place in (views[0], batch) for name in ("groups", "estimator") if name in place}
     out["loss"] = self.criterion(*projections, **known)
     self.log(f"{stage}/loss", out["loss"], on_step=True, on_epoch=True, sync_dist=True, batch_size=len(queries))
-    if refines:
+    if isinstance(self.criterion, SLRLoss):
         stats = {f"slr/{name}": value for name, value in self.criterion.stats.items()}
         self.log_dict(stats, on_step=True, on_epoch=True, batch_size=len(queries))
     return out

@@ -304,7 +304,7 @@ def test_another_architecture_is_refused_by_detectron2(other, said):
 
 # -------------------------------------------------------------------------------------------------------------- errors
 
-UNREADABLE = "is damaged, or nothing that torch.load reads safely; name a checkpoint of Lightning"
+UNREADABLE = "is damaged, or needs "
 ONES = torch.ones(3)
 
 
@@ -374,14 +374,14 @@ def test_a_checkpoint_that_could_run_code_is_not_loaded(tmp_path, capsys, zipped
     content = {"state_dict": state, "hyper_parameters": argparse.Namespace(a=1)}
     torch.save(content, checkpoint, _use_new_zipfile_serialization=zipped)
     message = fails(capsys, checkpoint, tmp_path / "b.safetensors")
-    assert message.startswith(f"{checkpoint} needs argparse.Namespace, and loading that can run code")
+    assert message.startswith(f"{checkpoint} is damaged, or needs argparse.Namespace, whose loading can run code")
 
 
 @pytest.mark.parametrize(
     ("name", "to", "said"),
     [
-        ("b.pkl", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
-        ("b", "torchvision", "output must be a file that ends in .safetensors for torchvision"),
+        ("b.pkl", "torchvision", "output must end in .safetensors for torchvision"),
+        ("b", "torchvision", "output must end in .safetensors for torchvision"),
         ("b.safetensors", "detectron2", ".pkl for detectron2; got "),
         ("b.onnx", "onnx", "onnx"),
         ("b.pkl", "detectron2", "only torchvision's ResNets"),

@@ -227,11 +227,6 @@ def test_their_loop_trains_with_a_queue_and_a_schedule():
         assert criterion.step == len(list(Batches()))
 
 
-def test_a_queue_would_meet_the_pairs_again_in_accumulation():
-    with pytest.raises(ValueError, match="accum_freq"):
-        train(small_clip(), SLRClipLoss(memory_bank_size=(10, DIM)), 3)
-
-
 def test_it_can_be_copied_after_a_call_and_holds_no_graph():
     images, texts, exponent = model_output()
     loss = SLRClipLoss(memory_bank_size=(10, DIM))
@@ -261,12 +256,8 @@ def test_what_it_does_not_take_is_refused():
         SLRClipLoss()(images, texts, scale, torch.tensor(-10.0))
     with pytest.raises(ValueError, match="use_horovod must be False"):
         SLRClipLoss(use_horovod=True)
-    with pytest.raises(ValueError, match=r"one shape, got \(7, 8\) and \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"\(7, 8\) and \(6, 8\)"):
         SLRClipLoss()(images, texts[:6], scale)
-    with pytest.raises(ValueError, match="world_size"):
-        SLRClipLoss(world_size=0)
-    with pytest.raises(RuntimeError, match="process 0 of 1"):
-        SLRClipLoss(world_size=2)(images, texts, scale)
     with pytest.raises(ValueError, match="confidence"):
         SLRClipLoss(confidence=-1.0)
 
@@ -308,10 +299,6 @@ def test_queues_of_processes_are_equal(processes):
     first, second = (results["queue"] for results in processes)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert first["criteria.image_to_text.memory_bank.bank_ptr"] == WORLD * BATCH
-
-
-def test_another_number_of_processes_than_said_is_an_error(processes):
-    assert f"world_size={WORLD + 1}, but this is process 1 of {WORLD}" in processes[1]["error"]
 
 
 def test_its_labels_are_there_to_look_at():

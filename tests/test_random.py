@@ -2,7 +2,7 @@
 
 import torch
 
-from slr_plugin.adapters import _random
+from slr_plugin.adapters import _run
 
 
 def test_no_two_runs_processes_or_continuations_share_draws(monkeypatch):
@@ -11,8 +11,8 @@ def test_no_two_runs_processes_or_continuations_share_draws(monkeypatch):
         for process in (0, 1):
             for step in (0, 1):
                 torch.manual_seed(seed)
-                monkeypatch.setattr(_random, "rank", lambda process=process: process)
-                mixing = _random.mixing_generator(step).initial_seed()
-                assert _random.mixing_generator(step).initial_seed() == mixing
+                monkeypatch.setattr(_run, "rank", lambda process=process: process)
+                mixing = _run.mixing_generator(step).initial_seed()
+                assert _run.mixing_generator(step).initial_seed() == mixing
                 seen.add(mixing)
     assert len(seen) == 12

@@ -28,9 +28,8 @@ from _solo_learn import BATCH, CLASSES, CLONE, Record, build, config, loader, mo
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from solo.args.pretrain import parse_cfg
-from solo.data.pretrain_dataloader import prepare_dataloader
 from solo.methods import METHODS
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset
 
 from slr_plugin import CosineConfidence
 from slr_plugin.adapters.solo_learn import SANE, register
@@ -242,14 +241,6 @@ def test_a_run_without_a_known_end_needs_a_constant_confidence(folder):
         train(unending, DataLoader(Stream(batches), batch_size=None))
     constant = build(scheduler={"name": "none"}, method_kwargs={"confidence": 0.5})
     assert train(constant, DataLoader(Stream(batches), batch_size=None), max_epochs=1).global_step == 5
-
-
-def test_fewer_images_than_a_batch_are_an_error(folder):
-    few = Subset(loader(config(), folder / "train").dataset, range(BATCH - 1))
-    batches = prepare_dataloader(few, batch_size=BATCH, num_workers=0)
-    with pytest.raises(ValueError, match=f"nothing was trained: .*optimizer.batch_size={BATCH}, .*set a smaller"):
-        train(build(), batches)
-    train(build(), batches, limit_train_batches=0)  # asked for
 
 
 def test_images_without_classes(folder, tmp_path):

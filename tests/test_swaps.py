@@ -48,7 +48,9 @@ def leaves(*sizes, dim=128):
 
 def check_equal(ours, theirs, inputs, atol=1e-6):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=atol)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in (ours, theirs)), rtol=1e-5, atol=atol)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (ours, theirs)), rtol=1e-5, atol=atol
+    )
 
 
 def of_two_views(page, theirs, ours):

@@ -12,24 +12,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from slr_plugin.adapters._require import require
+from slr_plugin.adapters._require import install, require
 
 require("solo", "hydra", "lightning", "torchvision")
 
-from slr_plugin.adapters.solo_learn.registry import RegisterSANE as RegisterSANE  # noqa: E402
-from slr_plugin.adapters.solo_learn.registry import register as register  # noqa: E402
-from slr_plugin.adapters.solo_learn.registry import require_solo_learn as _require_solo_learn  # noqa: E402
+from hydra.experimental.callback import Callback  # noqa: E402
 
 if TYPE_CHECKING:
     from slr_plugin.adapters.solo_learn.method import SANE as SANE
 
 __all__ = ["SANE", "RegisterSANE", "register"]
+CLONE = "git clone https://github.com/vturrisi/solo-learn"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SANE":
-        _require_solo_learn()
+    if name != "SANE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         from slr_plugin.adapters.solo_learn.method import SANE
+    except ImportError as error:
+        raise ImportError(
+            f"solo-learn is not importable ({error}): get it with {CLONE}, then run its scripts, or add the clone to "
+            "PYTHONPATH. PyPI's release of 2021 is too old: pip uninstall solo-learn. What it needs: "
+            + install("solo"),
+            name="solo",
+        ) from error
+    return SANE
 
-        return SANE
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def register() -> None:
+    """Add ``sane`` to ``solo.methods.METHODS``; calling it again changes nothing.
+
+    Raises:
+        ImportError: there is no solo-learn, or it is PyPI's release of 2021.
+    """
+    method = __getattr__("SANE")
+    from solo.methods import METHODS
+
+    METHODS["sane"] = method
+
+
+class RegisterSANE(Callback):
+    """Registers the method before solo-learn's script looks for it: ``hydra.callbacks.slr._target_`` names it."""
+
+    def on_job_start(self, config: Any, **kwargs: Any) -> None:
+        """Called by Hydra before the script's main function."""
+        register()

@@ -3,14 +3,8 @@
     git clone https://github.com/vturrisi/solo-learn
     python -m slr_plugin.adapters.solo_learn SCRIPT.py [the script's own arguments]
 
-SCRIPT.py is solo-learn/main_knn.py, say. main_pretrain.py needs no launcher with a configuration of ours. In the clone,
-on a CPU and on a folder of images:
-
-    python main_pretrain.py --config-path pkg://slr_plugin.adapters.solo_learn.configs --config-name sane-cpu
-        data.dataset=custom data.train_path=DIR/train data.val_path=DIR/val
-
-main_linear.py needs neither; on a CPU add to it
-``accelerator=cpu "devices='1'" strategy=auto sync_batchnorm=False precision=32``.
+SCRIPT.py is solo-learn/main_knn.py, say. main_linear.py needs no launcher, and neither does main_pretrain.py with
+``--config-path pkg://slr_plugin.adapters.solo_learn.configs --config-name sane-cifar10``, or sane-cpu on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slr_plugin.adapters.solo_learn.registry import CLONE, SoloLearnMissingError, register
+from slr_plugin.adapters.solo_learn import CLONE, register
 
 # Lightning starts DDP's further processes as ``python -m`` this module with the script's arguments alone.
 _SCRIPT = "SLR_PLUGIN_SOLO_LEARN_SCRIPT"
@@ -45,15 +39,13 @@ def run(path: Path, arguments: Sequence[str]) -> None:
     script a ``__main__`` of its own, as runpy gives it, they would run the script without the method.
     """
     if not path.is_file():
-        raise SystemExit(
-            f"there is no script {path}; get solo-learn's with: {CLONE}, and pass solo-learn/main_pretrain.py"
-        )
+        raise SystemExit(f"there is no script {path}; get solo-learn's with: {CLONE}")
     path = path.resolve()
     os.environ[_SCRIPT] = str(path)
     sys.path.insert(0, str(path.parent))
     try:
         register()
-    except SoloLearnMissingError as error:
+    except ImportError as error:
         raise SystemExit(str(error)) from error
     sys.argv = [str(path), *arguments]
     script = sys.modules["__main__"]

@@ -14,11 +14,10 @@ from solo.utils.misc import omegaconf_select
 from solo.utils.momentum import initialize_momentum_params
 from torch import Tensor, nn
 
-from slr_plugin import MomentumMixup, SLRLoss
-from slr_plugin.adapters._run import SelfLabelingModule, schedule
+from slr_plugin.adapters._run import SelfLabelingModule
 from slr_plugin.adapters.knowledge import Knowledge, read
 from slr_plugin.adapters.lightning import LabelQualityCallback
-from slr_plugin.adapters.solo_learn.settings import FILES, LOSS_SETTINGS, add_defaults, check, start_and_end
+from slr_plugin.adapters.solo_learn.settings import add_defaults, build, check_crops, confidence_of
 from slr_plugin.adapters.solo_learn.symmetric import mix_views, symmetric_loss
 
 _SETTINGS = "slr_plugin_method_kwargs"  # in a checkpoint
@@ -34,26 +33,23 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
 
     - With two large crops alone, each is mixed with the other.
     - Small crops are mixed in place of the large ones, each with its direction's positive, a large crop, resized. They
-      serve the two directions in turn. The directions weigh alike: of five small crops the three of the first count a
-      sixth each, the two of the second a quarter. A small crop of full size is written ``crop_size: [224]``, since
-      solo-learn counts crops as large by their size.
+      serve the two directions in turn, which weigh alike: of five small crops the three of the first count a sixth
+      each. A small crop of full size is written ``crop_size: [224]``: solo-learn counts crops as large by their size.
     - With ``strong_crops: true`` small crops are the positives that are mixed in, and the large ones, resized, the
       queries. So strong augmentation never reaches the keys or the labels.
 
     ``method_kwargs`` (defaults: the paper's, of ``presets.CIFAR10`` for CIFAR and ``presets.IMAGENET`` else):
 
     - ``proj_hidden_dim``, ``proj_output_dim``: of the two-layer projector, 2048 and 256 as in mocov2plus;
-    - ``temperature``, ``queue_size``: tau > 0, and the length of either queue, for any batch size;
-    - ``sharpening``: tau' in (0, 1];
+    - ``queue_size``: the length of either queue, for any batch size;
+    - ``temperature``, ``sharpening``, ``refined_weight``, ``same_group``: as in :class:`slr_plugin.SLRLoss`;
     - ``confidence``: ``[m1, m2]``, mu grows from m1 to m2 over the run; a number is constant, 0 means one-hot labels;
-    - ``refined_weight``: lambda in [0, 1];
     - ``kappa``: > 0, theta ~ Beta(kappa, kappa); null or false: nothing is mixed, labels are refined all the same;
     - ``strong_crops``: see above, false by default;
     - ``in_batch_keys``: false for mocov2plus's keys, the own positive and the queue; needs ``kappa: null`` and no small
       crops. With ``confidence: 0`` the loss is then mocov2plus's;
-    - ``groups``, ``estimator``: files of what is known of the training images, see
-      ``read`` in ``adapters/knowledge.py``; ids of images that belong together, and features that
-      estimate the labels. ``same_group``: ``"positive"`` or ``"ignored"``, as in :class:`slr_plugin.SLRLoss`;
+    - ``groups``, ``estimator``: files of what is known of the training images, see ``read`` in
+      ``adapters/knowledge.py``: ids of images that belong together, and features that estimate the labels;
     - ``label_quality_every``: at every n-th step, n >= 1, logs what
       :class:`slr_plugin.adapters.lightning.LabelQualityCallback` finds by the classes; null, the default, does not.
 
@@ -68,25 +64,19 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         settings = cfg.method_kwargs
-        check(settings, self.num_large_crops, self.num_small_crops)
-        start, end = start_and_end(settings.confidence)
-        self.confidence = start if start == end else (start, end)
+        check_crops(settings, self.num_large_crops, self.num_small_crops)
         self.strong_crops: bool = settings.strong_crops
-        self.knowledge = Knowledge(**read("method_kwargs.", **{name: settings[name] for name in FILES}))
+        self.knowledge = Knowledge(**read("method_kwargs.", settings.groups, settings.estimator))
         if self.knowledge.tables and omegaconf_select(cfg, "data.format") == "dali":
             raise ValueError("method_kwargs.groups and estimator need the numbers of images, which DALI does not give")
-
+        losses, self.mixup = build(settings, self.knowledge.estimator_dim)
+        self.confidence = confidence_of(settings)
+        # By view of the query. No submodule may be called backbone or encoder: main_linear.py renames by these words.
+        self.criteria: Any = nn.ModuleList(losses)
+        self._follow(*losses)
         self.projector = self._new_projector(settings)
         self.momentum_projector = self._new_projector(settings)
         initialize_momentum_params(self.projector, self.momentum_projector)
-        options = {name: settings[name] for name in LOSS_SETTINGS}
-        options["memory_bank_size"] = (settings.queue_size, settings.proj_output_dim)
-        options["estimator_dim"] = self.knowledge.estimator_dim
-        options["confidence"] = schedule(self.confidence, total_steps=1)  # until the run's length is known
-        # By view of the query. No submodule may be called backbone or encoder: main_linear.py renames by these words.
-        self.criteria: Any = nn.ModuleList(SLRLoss(gather_distributed=True, **options) for _ in range(2))
-        self.mixup = None if settings.kappa is None else MomentumMixup(settings.kappa)
-        self._follow(*self.criteria)
 
     @staticmethod
     def add_and_assert_specific_cfg(cfg: DictConfig) -> DictConfig:
@@ -132,24 +122,16 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         if step := self.trainer.global_step:
             self.momentum_updater.update_tau(step, self.trainer.estimated_stepping_batches)
 
-    def on_fit_end(self) -> None:
-        """Raise where there was nothing to train on, about which Lightning ends without an error."""
-        if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
-            raise ValueError(
-                f"nothing was trained: the images of a process do not fill one batch of optimizer.batch_size="
-                f"{self.batch_size}, and solo-learn drops a batch that is not full; set a smaller optimizer.batch_size"
-            )
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[_SETTINGS] = self._settings()
+        checkpoint[_SETTINGS] = OmegaConf.to_container(self.cfg.method_kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Warn where a run goes on with other settings: solo-learn's automatic resumption does not compare them."""
         super().on_load_checkpoint(checkpoint)
-        now = self._settings()
-        before = checkpoint.get(_SETTINGS, now)
+        now: Any = OmegaConf.to_container(self.cfg.method_kwargs)
+        before = checkpoint.get(_SETTINGS, now) | {"label_quality_every": now["label_quality_every"]}  # watches only
         changed = [f"{name} from {before.get(name)} to {new}" for name, new in now.items() if before.get(name) != new]
         if changed:
             warnings.warn(
@@ -186,11 +168,6 @@ class SANE(SelfLabelingModule, BaseMomentumMethod):  # type: ignore[misc]  # sol
         class_loss = torch.where(has_classes, out["loss"], torch.zeros_like(out["loss"]))
         total: Tensor = loss + class_loss
         return total
-
-    def _settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = OmegaConf.to_container(self.cfg.method_kwargs)  # type: ignore[assignment]
-        settings.pop("label_quality_every")  # watching changes nothing
-        return settings
 
     def _new_projector(self, settings: DictConfig) -> nn.Sequential:
         return nn.Sequential(

@@ -1,32 +1,25 @@
-"""``method_kwargs`` of solo-learn's configuration: defaults and checks."""
+"""``method_kwargs`` of solo-learn's configuration: defaults, checks, and what is built of them."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from slr_plugin import MomentumMixup, SLRLoss
-from slr_plugin.checks import check_flag, check_integer, check_number
+from slr_plugin.adapters._run import schedule
+from slr_plugin.checks import check_confidence, check_integer
 from slr_plugin.presets import CIFAR10, IMAGENET
 
-LOSS_SETTINGS = ("temperature", "sharpening", "refined_weight", "in_batch_keys", "same_group")  # as SLRLoss takes them
-_BY_DATA = ("queue_size", "sharpening", "confidence", "kappa")  # in which the paper's two presets differ
-FILES = ("groups", "estimator")  # of what is known
-_OPTIONAL = ("kappa", "label_quality_every", *FILES)  # off if null, which solo-learn also writes "None", or false
+_LOSS = ("temperature", "sharpening", "refined_weight", "in_batch_keys", "same_group")  # as SLRLoss takes them
+_OPTIONAL = ("kappa", "label_quality_every", "groups", "estimator")  # off if null, "None" (solo-learn's null), or false
 
 
 def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
     """Add what is not set, in place: the paper's values, for CIFAR or for ImageNet, and mocov2plus's projector.
 
-    Warns where the paper's values for ImageNet are taken for other data.
-
     Raises:
         ValueError: an unknown name.
-        TypeError: ``settings`` holds no names.
     """
-    if not isinstance(settings, MutableMapping):
-        raise TypeError(f"method_kwargs must hold names and values, such as kappa: 2.0, got {settings}")
     preset = CIFAR10 if dataset in ("cifar10", "cifar100") else IMAGENET
     defaults = {
         "proj_hidden_dim": 2048,
@@ -48,14 +41,6 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
         raise ValueError(
             f"method_kwargs.{', method_kwargs.'.join(unknown)}: unknown to sane; it takes {', '.join(defaults)}"
         )
-    silent = [name for name in _BY_DATA if name not in settings]
-    if silent and dataset not in ("cifar10", "cifar100", "imagenet", "imagenet100"):
-        taken = ", ".join(f"{name}={defaults[name]}" for name in silent)
-        warnings.warn(
-            f"the paper has no settings for data.dataset={dataset}, so method_kwargs takes those for ImageNet: {taken}"
-            "; set them yourself (for small images CIFAR's, as in sane-cifar10.yaml)",
-            stacklevel=2,
-        )
     for name, default in defaults.items():
         if name not in settings:
             settings[name] = default
@@ -63,24 +48,8 @@ def add_defaults(settings: MutableMapping[str, Any], dataset: str) -> None:
             settings[name] = None
 
 
-def check(settings: MutableMapping[str, Any], num_large_crops: int, num_small_crops: int) -> None:
-    """Raise ValueError or TypeError, naming the setting, for what cannot be trained with."""
-    try:
-        for name in ("proj_hidden_dim", "proj_output_dim", "queue_size"):
-            check_integer(name, settings[name], low=1)
-        check_flag("strong_crops", settings["strong_crops"])
-        check_number("temperature", settings["temperature"], low=0.0)
-        if settings["label_quality_every"] is not None:
-            check_integer("label_quality_every", settings["label_quality_every"], low=1)
-        for confidence in start_and_end(settings["confidence"]):
-            SLRLoss(confidence=confidence, **{name: settings[name] for name in LOSS_SETTINGS})
-        if settings["kappa"] is not None:
-            MomentumMixup(settings["kappa"])
-        for name in FILES:
-            if not isinstance(settings[name], str | None):
-                raise TypeError(f"{name} must be the path of a file, got {settings[name]}")
-    except (TypeError, ValueError) as error:  # its message begins with the argument's name
-        raise type(error)(f"method_kwargs.{error}") from None
+def check_crops(settings: MutableMapping[str, Any], num_large_crops: int, num_small_crops: int) -> None:
+    """Raise ValueError for crops that cannot be trained with."""
     small = "pipelines after the first, with another crop_size, or one written as a list, crop_size: [224]"
     if num_large_crops != 2 or num_small_crops == 1:
         raise ValueError(
@@ -96,9 +65,27 @@ def check(settings: MutableMapping[str, Any], num_large_crops: int, num_small_cr
         )
 
 
-def start_and_end(confidence: Any) -> tuple[Any, Any]:
-    """The confidence as (m1, m2), of that or of one number."""
-    pair = confidence if isinstance(confidence, Sequence) and not isinstance(confidence, str) else [confidence] * 2
+def confidence_of(settings: MutableMapping[str, Any]) -> float | tuple[float, float]:
+    """The confidence ``(m1, m2)`` over the run, or one number where it does not grow."""
+    value = settings["confidence"]
+    pair = value if isinstance(value, Sequence) and not isinstance(value, str) else [value] * 2
     if len(pair) != 2:
-        raise ValueError(f"confidence must be [m1, m2] or a number, got {confidence}")
-    return pair[0], pair[1]
+        raise ValueError(f"confidence must be [m1, m2] or a number, got {value}")
+    start, end = (check_confidence("confidence", mu) for mu in pair)
+    return start if start == end else (start, end)
+
+
+def build(
+    settings: MutableMapping[str, Any], estimator_dim: int | None = None
+) -> tuple[list[SLRLoss], MomentumMixup | None]:
+    """The losses of both directions, and the mixup; raises ValueError or TypeError that names the setting."""
+    try:
+        for name in ("proj_hidden_dim", "proj_output_dim", "queue_size"):
+            check_integer(name, settings[name], low=1)
+        options = {name: settings[name] for name in _LOSS}
+        options["memory_bank_size"] = (settings["queue_size"], settings["proj_output_dim"])
+        options["confidence"] = schedule(confidence_of(settings), total_steps=1)  # until the run's length is known
+        losses = [SLRLoss(gather_distributed=True, estimator_dim=estimator_dim, **options) for _ in range(2)]
+        return losses, None if settings["kappa"] is None else MomentumMixup(settings["kappa"])
+    except (TypeError, ValueError) as error:  # its message begins with the argument's name
+        raise type(error)(f"method_kwargs.{error}") from None

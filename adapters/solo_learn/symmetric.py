@@ -14,18 +14,11 @@ from slr_plugin import Mix, MomentumMixup, SLRLoss
 def mix_views(
     large: Sequence[Tensor], small: Sequence[Tensor], mixup: MomentumMixup | None, strong: bool
 ) -> list[tuple[Tensor, Mix]]:
-    """What the trained network sees besides the two large crops, and how it was mixed.
+    """What the trained network sees besides the two large crops, and how it was mixed, of direction 0, 1, 0, ...
 
-    Args:
-        large: two batches of images (s, channels, side, side); in direction v ``large[v]`` are the queries,
-            ``large[1 - v]`` the positives.
-        small: further crops of the same images, of any sizes. If there are some, they are mixed in place of the large
-            ones, with a large one resized.
-        mixup: None leaves the small crops as they are.
-        strong: small crops are positives, mixed into the large queries. Otherwise they are queries.
-
-    Returns:
-        Mixed images of direction 0, of direction 1, of direction 0, ...
+    In direction v the images (s, channels, side, side) of ``large[v]`` are the queries, ``large[1 - v]`` the positives.
+    Further crops in ``small``, of any sizes, are mixed in place of the large ones, with a large one resized: as
+    positives if ``strong``, else as queries. Without a mixup they stay as they are.
     """
     if mixup is None:
         theta = torch.ones(len(large[0]), device=large[0].device)
@@ -34,8 +27,10 @@ def mix_views(
         return [mixup(large[0], large[1]), mixup(large[1], large[0])]
     mixed = []
     for place, crop in enumerate(small):
-        query, positive = large[place % 2], large[1 - place % 2]
-        mixed.append(mixup(_resized(query, crop), crop) if strong else mixup(crop, _resized(positive, crop)))
+        whole = large[place % 2] if strong else large[1 - place % 2]
+        if whole.shape != crop.shape:
+            whole = F.interpolate(whole, crop.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+        mixed.append(mixup(whole, crop) if strong else mixup(crop, whole))
     return mixed
 
 
@@ -53,8 +48,8 @@ def symmetric_loss(
         criteria: one per direction.
         queries: (s, d) features of the two large crops by the trained network.
         positives: (s, d) features of the two large crops by the momentum network.
-        mixed: (s, d) features of what :func:`mix_views` returned, in its order.
-        mixes: and how it was mixed.
+        mixed: (s, d) features of what :func:`mix_views` returned, in its order, and ``mixes``.
+        mixes: see there.
         known: what is known of the images, as SLRLoss takes it.
     """
     losses = [
@@ -62,9 +57,3 @@ def symmetric_loss(
         for view, criterion in enumerate(criteria)
     ]
     return torch.stack(losses).mean()
-
-
-def _resized(images: Tensor, like: Tensor) -> Tensor:
-    if images.shape == like.shape:
-        return images
-    return F.interpolate(images, like.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
