@@ -109,7 +109,11 @@ class SelfLabelingRankingLoss(CachedLossMixin, nn.Module):  # type: ignore[misc]
         if self.uses_gradient_cache:
             cached: Tensor = self.forward_cached(sentence_features, labels)  # type: ignore[operator]
             return cached
-        return self.calculate_loss([[column] for column in embed_columns(self.model, sentence_features)], labels)
+        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        """Compute the loss of embedded columns; the losses of sparse encoders call it."""
+        return self.calculate_loss([[column] for column in embeddings], labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

@@ -36,13 +36,13 @@ class LabelQuality(NamedTuple):
         v = {name: value.item() for name, value in self._asdict().items()}
         if v["own"] != v["own"]:
             return "LabelQuality: not a number, as where no query has a class and another key with one"
+        purity = "none" if v["purity"] != v["purity"] else f"{v['purity']:.1%}"  # of one-hot labels
         unknown = 1 - v["own"] - v["same"] - v["other"]
         lines = [
             "LabelQuality",
             f"  label mass    {v['own']:.1%} own positive, {v['same']:.1%} other keys of the own class, "
             f"{v['other']:.1%} other classes" + (f", {unknown:.1%} unknown ones" if unknown > 5e-4 else ""),
-            f"  purity        {v['purity']:.1%} of what lies on other keys is on the own class; chance is "
-            f"{v['chance']:.1%}",
+            f"  purity        {purity} of what lies on other keys is on the own class; chance is {v['chance']:.1%}",
             f"  nearest       {v['nearest']:.1%} of the largest other keys are of the own class",
             f"  distance      {v['distance']:.3f} from the true labels; one-hot {v['one_hot_distance']:.3f}, blind "
             f"{v['blind_distance']:.3f}",
