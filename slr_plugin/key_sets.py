@@ -141,9 +141,6 @@ def build_key_set(
         offset: the index of this process's first sample among them.
         queue_groups: (n,) ids of the queue's groups.
         ignores_group: whether other keys of a row's group are left out; else they are positives too.
-
-    Raises:
-        ValueError: a row would have no keys, or mixed queries would lack their partner's positive.
     """
     queries, positives, negatives = features.queries, features.positives, features.negatives
     if features.mixes and not in_batch_keys:

@@ -143,7 +143,8 @@ class SLRLoss(HasState):
         Raises:
             ValueError: shapes, devices, list lengths or mixing indices do not fit; nothing has changed then.
             TypeError: an argument is not a tensor, or not of a float dtype.
-            RuntimeError: activation checkpointing makes the call again after the queue or the schedule moved on.
+            RuntimeError: ``create_graph=True``, or activation checkpointing makes the call again after the queue or the
+                schedule moved on.
         """
         features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
         updates = self._updates(out0, update)

@@ -44,7 +44,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slr_plugin import refinery
 from slr_plugin._inputs import unit_rows
@@ -128,9 +127,13 @@ class _WithGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times that of the loss."""
+        # Under create_graph=True only. ``once_differentiable`` would stay silent, since nothing here records a gradient.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "SLRLoss has no second derivative: its gradient is in closed form; drop create_graph=True"
+            )
         gradients = ctx.saved_tensors
         return None, *[gradient * grad for gradient in gradients], *[None] * len(gradients)
 

@@ -90,9 +90,8 @@ def test_labels_are_float32_under_autocast(memory_bank_size):
 def test_derivatives_that_would_be_wrong_are_refused(memory_bank_size, confidence):
     criterion = SLRLoss(0.2, memory_bank_size, confidence=confidence)
     queries, keys = features(), features(seed=1, grad=False)
-    (gradient,) = torch.autograd.grad(criterion(queries, keys), queries, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(criterion(queries, keys), queries, create_graph=True)
     with forward_ad.dual_level(), pytest.raises(RuntimeError):
         criterion(forward_ad.make_dual(queries.detach(), torch.ones_like(queries)), keys)
 

@@ -116,7 +116,7 @@ def test_opcheck(apart):
     rows, keys, queue = tensors()
     _, values, queue_values = tensors(dim=5) if apart else (None, None, None)
     given = Pass(rows, keys, queue, values, queue_values, hidden=HIDDEN, chunk=4)
-    torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, (*given, True))
+    torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, tuple(given))
     stats = softmax_stats(given)
     rest = stats.reference, stats.offset, stats.mean
     torch.library.opcheck(torch.ops.slr_plugin.keys_gradient.default, (*given, *rest))
