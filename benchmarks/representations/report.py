@@ -215,6 +215,12 @@ STUDIES = {
         budgets=("fourteen",),
         primary=("simclr-cold-sharp-gradients", "linear"),
     ),
+    "fourteen-rivals": Study(
+        "Other ways to use all pixels",
+        "gradients-clusters",
+        ("gradients-clusters", "simclr-cold-sharp-gradients", "gradients-regression"),
+        budgets=("fourteen",),
+    ),
     # Decided before the runs of this budget.
     "guesses": Study(
         f"Guesses of a classifier, {GUESSED_FROM} images labelled, drawn for every seed",
