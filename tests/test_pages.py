@@ -83,8 +83,9 @@ def test_the_readmes_whole_method_advances_and_says_what_it_found(capsys):
     assert "positive_weight" in capsys.readouterr().out
 
 
-def test_the_readme_is_short():
+def test_the_readme_and_the_results_are_short():
     assert len(TEXTS[PAGES[0]].split()) <= 1000
+    assert len((ROOT / "RESULTS.md").read_text(encoding="utf-8").split()) <= 2500
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: str(getattr(value, "name", value)))
