@@ -51,7 +51,7 @@ def _operator(name: str, compute: Callable[..., Any], arguments: str, fake: Call
 
     def flat(*args: Any) -> Any:
         found = compute(Pass(*args[: len(Pass._fields)]), *args[len(Pass._fields) :])
-        return tuple(found) if isinstance(found, tuple) else found
+        return tuple(x.clone() for x in found) if isinstance(found, tuple) else found  # which must share no memory
 
     operator = torch.library.custom_op(f"slr_plugin::{name}", flat, mutates_args=(), schema=f"({_PASS}{arguments}")
     operator.register_fake(fake)

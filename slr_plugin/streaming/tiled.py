@@ -36,7 +36,7 @@ LEAST_WIDTH, LEAST_PAIRS = 256, 2**17  # of a tile, however many workers there a
 # A pass over at least so many pairs of rows and keys is shared. Handing it over costs up to 8 ms, while the threads of
 # torch's last operation still spin.
 SHARED_PAIRS = 2**23
-# Columns beside a tile's keys: the first takes what is hidden in other tiles, and so many keep rows aligned.
+# Columns before a tile's keys, and as many after them: they take what is hidden in other tiles, and keep rows aligned.
 SPARE = 16
 # Logits of at most so many bits need no running maximum: their weights stay below 2^32, and float32 reaches 2^127.
 SAFE_BITS = 32
@@ -90,7 +90,7 @@ class Tile(NamedTuple):
     keys: slice  # by their number among all keys
     block: Tensor  # the keys (w, d), on the device and in the dtype of the rows
     values: Tensor  # (w, v)
-    memory: Tensor  # for the largest tile, with ``SPARE`` further columns
+    memory: Tensor  # for the largest tile, with twice ``SPARE`` further columns
 
 
 class Tiling:
@@ -133,7 +133,7 @@ class Tiling:
 
     def _tiles(self, worker: int) -> Iterator[Tile]:
         rows = self.given.rows
-        memory = rows.new_empty(self.height * (self.width + SPARE))
+        memory = rows.new_empty(self.height * (self.width + 2 * SPARE))
         for source, first, here, there in self.cuts[worker :: self.workers]:
             block = source.keys[there].to(rows)
             values = block if source.values is source.keys else source.values[there].to(rows)
@@ -142,12 +142,12 @@ class Tiling:
     def logits(self, tile: Tile) -> Tensor:
         """The logits of a tile in bits, in its memory; minus infinity where hidden."""
         given, height, width = self.given, tile.rows.stop - tile.rows.start, tile.keys.stop - tile.keys.start
-        table = tile.memory[: height * (width + SPARE)].view(height, width + SPARE)
-        logits = table[:, :width]
+        table = tile.memory[: height * (width + 2 * SPARE)].view(height, width + 2 * SPARE)
+        logits = table[:, SPARE : SPARE + width]
         torch.addmm(logits, given.rows[tile.rows], tile.block.T, beta=0, alpha=given.scale / LN2, out=logits)
         if given.hidden is not None and tile.keys.start < len(given.keys):  # the queue's keys are not hidden
-            column = given.hidden[tile.rows] - tile.keys.start
-            table.scatter_(1, column.masked_fill_(column < 0, width).clamp_(max=width), -torch.inf)
+            column = given.hidden[tile.rows] + (SPARE - tile.keys.start)
+            table.scatter_(1, column.clamp_(SPARE - 1, SPARE + width), -torch.inf)
         if given.row_groups is not None and given.key_groups is not None:
             rows, keys = given.row_groups[tile.rows], given.key_groups[tile.keys]
             if rows.device.type != "cpu" or bool(torch.isin(keys, rows).any()):  # few tiles hold two of one group
@@ -186,8 +186,9 @@ def softmax_stats(given: Pass) -> SoftmaxStats:
         reference, offset = torch.full_like(total, bound / LN2), (total * math.exp(-bound)).log_()
     else:
         reference, offset = _finite(shift[:, 0]), total.log()
-    total = total.clamp(min=torch.finfo(total.dtype).tiny)  # of a row that sees no key, whose sums are 0
-    return SoftmaxStats(reference, offset, table[:, width + 1] / total, table[:, :width] / total[:, None])
+    # A row that sees no key has sums of 0. In place, as the table is as large as the rows.
+    table.div_(total.clamp(min=torch.finfo(total.dtype).tiny)[:, None])
+    return SoftmaxStats(reference, offset, table[:, width + 1], table[:, :width])
 
 
 def keys_gradient(given: Pass, reference: Tensor, offset: Tensor, row_values: Tensor) -> Tensor:
