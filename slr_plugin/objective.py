@@ -129,7 +129,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times that of the loss."""
-        # Under create_graph=True only. ``once_differentiable`` would stay silent, since nothing here records a gradient.
+        # Under create_graph=True only. ``once_differentiable`` would be silent, since nothing here records a gradient.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "SLRLoss has no second derivative: its gradient is in closed form; drop create_graph=True"
