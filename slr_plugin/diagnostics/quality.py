@@ -25,7 +25,7 @@ class LabelQuality(NamedTuple):
     own: Tensor  #: label mass on the own positive; the three masses sum to 1 where all keys have a class
     same: Tensor  #: label mass on other keys of the own class
     other: Tensor  #: label mass on keys of other classes
-    chance: Tensor  #: the share of the own class among the other keys: the purity of a blind estimator
+    chance: Tensor  #: the share of the own class among the other keys, which is the purity of a blind estimator
     nearest: Tensor  #: how often the other key with the largest label is of the own class
     distance: Tensor  #: E ||label - true label||, where the true label is uniform over the keys of the own class
     one_hot_distance: Tensor  #: that of the label that stays on the own positive
