@@ -246,7 +246,7 @@ def seen(loss, *args, **kwargs):
 
     loss.criterion._key_set = watch
     loss(*args, **kwargs)
-    return found[-1], slr_plugin.dense.labels(found[-1], loss.criterion.settings_at(0, torch.float64, True))
+    return found[-1], slr_plugin.dense.labels(found[-1], loss.criterion.settings_at(0, torch.float64))
 
 
 @pytest.mark.parametrize("same_group", ["positive", "ignored"])

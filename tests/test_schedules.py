@@ -131,7 +131,6 @@ def test_settings_cannot_change_and_copies_are_equal():
         (TypeError, "queue_size must be an integer", {"queue_size": 4096.0}),
         (ValueError, "batch_size must be >= 1, got 0", {"batch_size": 0}),
         (ValueError, "epochs must be >= 1, got -1", {"epochs": -1}),
-        (ValueError, "learning_rate must be >= 0.0, got -0.1", {"learning_rate": -0.1}),
         (ValueError, r"confidence must be \(m1, m2\), .* got 1.0", {"confidence": 1.0}),
         (ValueError, r"confidence must be \(m1, m2\), .* got \(0, 1, 2\)", {"confidence": (0, 1, 2)}),
         (ValueError, "start must be", {"confidence": (-1, 1)}),
