@@ -68,6 +68,9 @@ def test_one_hot_labels_give_their_loss(columns, directions):
     theirs = MultipleNegativesRankingLoss(model, 13.0, directions=directions, partition_mode=mode)
     ours = SelfLabelingRankingLoss(model, 13.0, cos_sim, confidence=0.0, directions=directions)
     torch.testing.assert_close(value_and_gradient(ours, batch), value_and_gradient(theirs, batch), rtol=0, atol=1e-12)
+    embeddings = columns_of(model, batch)  # as the losses of sparse encoders call it
+    values = [loss.compute_loss_from_embeddings(embeddings, None) for loss in (ours, theirs)]
+    torch.testing.assert_close(*values, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("queue", [0, 5])
