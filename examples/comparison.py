@@ -34,6 +34,7 @@ Record = dict[str, Any]
 TEMPERATURE = 0.2
 RATES, SHARPENINGS = (0.01, 0.03, 0.1), (1.0, 0.5)
 MIXED = ("mixup", "both")
+GROUPED = ("supcon", "apart")  # told which samples belong together
 
 
 class Task(NamedTuple):
@@ -125,7 +126,7 @@ def train(method: str, task: Task, chosen: Tensor, settings: Settings, steps: in
     """Train an encoder on some of the samples."""
     torch.manual_seed(seed)
     kind, known = taken_apart(method, task)
-    method = {"beside": known, "supcon": "supcon", "apart": "apart"}.get(kind, method)
+    method = known if kind == "beside" else kind if kind in GROUPED else method
     encoder, projection = task.encoder(), head()
     networks, second = [encoder, projection], None
     if kind == "predict":
@@ -153,7 +154,7 @@ def train(method: str, task: Task, chosen: Tensor, settings: Settings, steps: in
         if kind == "predict":
             target = task.estimators[known][batch]
             loss = 1 - torch.stack([F.cosine_similarity(predictor(part), target) for part in projections]).mean()
-        elif kind in ("supcon", "apart"):
+        elif kind in GROUPED:
             loss = criterion(*projections, groups=task.estimators[known][batch].argmax(1))
         elif method in MIXED:
             mixed, mix = mixup(first, other)

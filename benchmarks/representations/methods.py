@@ -57,6 +57,8 @@ FEATURE_WORDS = {
     "classes": "the classes",
     **{f"classes-{percent}": f"classes that are right for {percent} % of the pairs" for percent in PURITIES},
 }
+# Features that a budget's encoders do not see, and that are gone in use.
+ABSENT_IN_USE = {"imagenet": "the teacher's features", "gradients": FEATURE_WORDS["gradients"]}
 
 
 @dataclass(frozen=True)
@@ -298,15 +300,12 @@ METHODS: dict[str, Method] = {
         _slr_loss(WHOLE_BATCH | {"sharpening": 0.1}),
         features="imagenet",
     ),
-    **{
-        f"{name}-regression": _told(f"{text} are predicted", Regressed, name)
-        for name, text in (("imagenet", "the teacher's features"), ("gradients", "histograms of gradients"))
-    },
+    **{f"{name}-regression": _told(f"{text} are predicted", Regressed, name) for name, text in ABSENT_IN_USE.items()},
     **{
         f"{name}-clusters": _told(
             f"cross-entropy with {CLUSTERS} clusters of {text}", lambda known: Classified(_cluster_targets(known)), name
         )
-        for name, text in (("imagenet", "the teacher's features"), ("gradients", "histograms of gradients"))
+        for name, text in ABSENT_IN_USE.items()
     },
     "imagenet-supcon": _told(
         "SupCon, 0.1, the groups are these clusters",
