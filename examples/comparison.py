@@ -1,5 +1,9 @@
 """Compares ways to train an encoder without labels on any samples; signals.py, tabular.py and views.py hold data.
 
+    python examples/comparison.py RECORDS.jsonl PAGE.md
+
+writes tables of records into a page, between ``<!-- table: DATA -->`` and ``<!-- end -->``.
+
 Every method trains on pairs of augmented views without a queue, chooses its settings on held-out training groups, and
 is judged on held-out groups by its neighbours and by a linear classifier. Methods with mixed queries take two thirds of
 the steps, since a step costs them three passes where the others have two. Beside labels from what is known stand its
@@ -12,6 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -335,6 +341,17 @@ def table(results: Mapping[str, Results], folds: int) -> str:
     return "\n".join(lines)
 
 
+def fill(page: str, records: Records) -> str:
+    """The page with a table of records between the marks of every data set."""
+
+    def filled(found: re.Match[str]) -> str:
+        name = found[2]
+        folds = records.of(data=name)[0]["folds"]
+        return f"{found[1]}{table({name: records.results(name, folds)}, folds)}\n"
+
+    return re.sub(r"(<!-- table: (.+) -->\n).*?(?=<!-- end -->)", filled, page, flags=re.DOTALL)
+
+
 def draw(results: Mapping[str, Results], folds: int, path: Path) -> None:
     """Differences to NT-Xent with their intervals, a panel for each data set."""
     titles = [title for title in dict.fromkeys(itertools.chain(*results.values())) if title != "NT-Xent"]
@@ -404,3 +421,8 @@ def corrupt(samples: Tensor, pool: Tensor, share: float = 0.4) -> Tensor:
 def standardised(table: Tensor) -> Tensor:
     """Columns of mean 0 and deviation 1."""
     return (table - table.mean(0)) / table.std(0).clamp(min=1e-6)
+
+
+if __name__ == "__main__":
+    _, records, page = sys.argv
+    Path(page).write_text(fill(Path(page).read_text(), Records(Path(records))))

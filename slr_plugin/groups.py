@@ -39,7 +39,7 @@ def group_labels(key_set: KeySet) -> GroupLabels:
     ids, size = groups.sort().values, len(groups)
 
     def places(of: Tensor) -> Tensor:
-        """Where ids stand among the rows' ids; others go to spare places, many, since ``index_add`` waits at one."""
+        """Where ids stand among the rows' ids; others go to many spare places, as additions to one would queue up."""
         place = torch.searchsorted(ids, of).clamp(max=size - 1)
         spare = size + torch.arange(len(of), device=of.device) % size
         return place.where((ids[place] == of) & (of >= 0), spare)
@@ -52,7 +52,7 @@ def group_labels(key_set: KeySet) -> GroupLabels:
         counts = counts.index_add(0, place, counts.new_ones(1).expand(len(of)))
     place = places(groups)
     sums, counts = sums[place], counts[place]
-    if key_set.has_both_views():  # among the keys are the rows themselves
+    if key_set.sees_both_views():  # among the keys are the rows themselves
         sums, counts = sums - rows, counts - 1
     if key_set.positive_index is None:
         sums, counts = sums + positives, counts + 1

@@ -1,7 +1,20 @@
 """Which keys each row sees, and which of them is its positive: the one place that knows.
 
 A *row* is a trained feature with a positive. The streaming pass leaves the positive out, and the objective adds it
-back; mixed queries see all keys. To add a key set, write its case in ``build_key_set``.
+back; mixed queries see all keys.
+
+========================  ==============================  ==========================  ==============================
+key set                   rows                            keys                        a row does not see
+========================  ==============================  ==========================  ==============================
+the paper's               queries                         positives, queue
+MoCo's                    queries                         queue                       the positives but its own
+SimCLR's                  both views                      both views                  itself: ``self_index``
+its mixed queries'        the second views                the second views
+CLIP's                    images and texts                images and texts            its own kind: ``cross``
+========================  ==============================  ==========================  ==============================
+
+Further negatives join the keys, and groups may hide more. To add a key set, write its case in ``build_key_set``: what a
+row does not see is an index in ``hidden``. The last two have ``for_mixed`` and ``build_cross_key_set``.
 """
 
 from __future__ import annotations
@@ -36,13 +49,17 @@ class KeySet(NamedTuple):
     key_groups: Tensor | None = None  # (K,) of ``keys`` and then ``queue``
     groups_to_enqueue: Tensor | None = None  # (S,)
     ignores_group: bool = False  # whether rows do not see other keys of their group; else those are positives too
-    cross: bool = False  # both views are rows and see the other view's keys only, as images see texts
+    cross: bool = False  # images and texts are rows, and see the other kind only, with their positive among it
 
     # Methods, since torch.compile cannot trace a property of a tuple in torch 2.4.
 
-    def has_both_views(self) -> bool:
-        """Whether both views are rows: row i and row i + r/2 are of one sample, and positives of each other."""
+    def sees_both_views(self) -> bool:
+        """Whether rows are both views and see both; rows i and i + r/2 are of one sample, and each other's positive."""
         return self.self_index is not None
+
+    def rows_are_keys(self) -> bool:
+        """Whether rows and keys are one tensor, as both views are on one process, whose pass is then symmetric."""
+        return self.keys is self.rows
 
     def hidden(self) -> Tensor | None:
         """The keys (r, h) that the pass leaves out: each row's positive, and the row itself."""
@@ -53,7 +70,7 @@ class KeySet(NamedTuple):
         """The key set that mixed queries see and their labels spread over: of both views, the second ones."""
         if self.positive_index is None or self.self_index is None:
             return self
-        samples, first_views = len(self.rows) // 2, self.batch_count // 2
+        samples, first_views = len(self.rows) // 2, self.batch_count // 2  # counts: keys are first, then second views
         positives, index = self.positives[:samples], self.positive_index[:samples] - first_views
         return KeySet(
             positives,
@@ -167,7 +184,8 @@ def build_key_set(
     if symmetric:
         rows = batch = unit_rows(torch.cat([queries, positives]))
         if gather:
-            batch = torch.cat(gather(torch.cat(rows.chunk(2), dim=1)).chunk(2, dim=1))  # one exchange
+            views_of_samples = torch.cat(rows.chunk(2), dim=1)  # side by side, for one exchange
+            batch = torch.cat(gather(views_of_samples).chunk(2, dim=1))
         views, first_views = 2, len(batch) // 2
         positives, to_enqueue = rows.roll(len(queries), 0), batch[first_views:]
         self_index = torch.cat([index, index + first_views])
@@ -235,7 +253,7 @@ def build_cross_key_set(features: Features) -> KeySet:
 
 def warn_if_alone(key_set: KeySet, loss: Tensor, stacklevel: int) -> None:
     """Warn of a loss that trains nothing, since no row sees a key besides its positive."""
-    views = 2 if key_set.cross or key_set.has_both_views() else 1
+    views = 2 if key_set.cross or key_set.sees_both_views() else 1
     sees_none = key_set.positive_index is not None and key_set.queue is None and len(key_set.keys) == views
     if sees_none and loss.requires_grad and not torch.compiler.is_compiling():
         warnings.warn(

@@ -82,7 +82,6 @@ class SLRLoss(HasState):
     """
 
     _labels: Labels | None  # of the last call
-    _confidence: float | Tensor
 
     def __init__(
         self,
@@ -147,12 +146,11 @@ class SLRLoss(HasState):
                 schedule moved on.
         """
         features = checked_features(out0, out1, mixed, mix, negatives, estimator, groups)
-        updates = self._updates(out0, update)
+        updates = self._decide_update(out0, update)
         with no_autocast(out0.device):
             key_set = self._key_set(features)
             settings = self.settings_at(self.step, key_set.rows.dtype)
             loss, self._labels = slr_objective(key_set, features.crops, features.mixes, settings)
-        self._confidence = settings.confidence
         warn_if_alone(key_set, loss, stacklevel=5)  # the caller of the module
         if updates:
             self._advance(key_set)
@@ -161,12 +159,7 @@ class SLRLoss(HasState):
     @property
     def stats(self) -> dict[str, Tensor]:
         """Detached scalars of the last call, see above; empty before the first."""
-        if self._labels is None:
-            return {}
-        averages = self._labels.averages()
-        # No copy from the host, which a CUDA graph could not record.
-        mu = (averages["alpha"].new_zeros(1) + self._confidence)[0]
-        return averages | {"mu": mu}
+        return {} if self._labels is None else self._labels.averages()
 
     def labels(
         self,
@@ -235,6 +228,8 @@ class SLRLoss(HasState):
         if not bank.dim:
             bank.set_dim(features.queries.shape[1])
             key_set = key_set._replace(queue=bank.bank)
-        if gathers and bank.share(functools.partial(broadcast, device=device)):
+        if gathers and bank.share(
+            functools.partial(broadcast, device=device)
+        ):  # in place: the key set holds the buffers
             broadcast(self.step, device)
         return key_set

@@ -17,13 +17,13 @@ Three targets occur, and mixing labels (8) or averaging the two terms of (9) is 
 =====================  =======================================================================================
 row                    target
 =====================  =======================================================================================
-one-hot                the positive :math:`g_i`
-refined, not mixed     :math:`(1 - \lambda) g_i + \lambda t_i`, of the refinery :math:`t_i = (1 - v_i) g_i + v_i a_i`
+not refined            :math:`t^0_i`: the positive :math:`g_i`, or where groups are known the mean of the group's keys
+refined, not mixed     :math:`(1 - \lambda) t^0_i + \lambda t_i`, of the refinery :math:`t_i`, which is
+                       :math:`(1 - v_i) g_i + v_i a_i + (t^0_i - g_i) / z_i`
 mixed with row j       :math:`\theta_i t_i + (1 - \theta_i) t_j`
 =====================  =======================================================================================
 
-Where groups are known, :math:`t^0_i`, the mean of the group's keys, stands in the place of the one-hot label's target
-:math:`g_i`. A row's positive is hidden in the pass and added back here, as
+A row's positive is hidden in the pass and added back here, as
 :math:`\log(1 + e^{\ell_i - \langle f_i, g_i \rangle / \tau})`.
 
 The gradient is in closed form and computed with the value. Labels are constants; with :math:`\sigma_{ik}` the softmax
@@ -69,28 +69,32 @@ def slr_objective(
     """
     mixed = unit_rows(torch.cat(list(crops)) if len(crops) > 1 else crops[0]) if crops else None
     label_keys = key_set.for_mixed() if crops else key_set
-    apart = mixed is not None and key_set.has_both_views()  # whether these are not the key set itself
+    apart = mixed is not None and key_set.sees_both_views()
     known = group_labels(key_set)
     known_of_samples = group_labels(label_keys) if apart else known
     has_groups = known.targets is not key_set.positives
-    inputs = Inputs(
-        rows=key_set.rows,
-        mixed=mixed,
-        positives=key_set.positives if key_set.positive_index is None else None,
-        keys=None if key_set.keys is key_set.rows else key_set.keys,
+    # What the loss may be differentiated by. Known targets are means of keys, through which autograd goes on.
+    through_keys = _trained(
+        positives=key_set.positives if key_set.positive_index is None else None,  # else they are among the keys
+        keys=None if key_set.rows_are_keys() else key_set.keys,
         known=known.targets if has_groups else None,
         known_of_samples=known_of_samples.targets if has_groups and apart else None,
-        temperature=settings.temperature if isinstance(settings.temperature, Tensor) else None,
     )
-    needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    keys_too = key_set.keys is key_set.rows or any(needed[2:6])  # what reaches keys, as such or through targets
+    inputs = _trained(rows=key_set.rows, mixed=mixed, temperature=settings.temperature)
+    keys_too = len(through_keys) > 0 or (key_set.rows_are_keys() and len(inputs) > 0)
+    inputs.update(through_keys)
     with torch.no_grad():
-        call = Call(key_set, label_keys, mixed, mixes, known, known_of_samples, settings)
-        loss, labels, gradients = _evaluate(call, any(needed), keys_too)
-    if not any(needed):
+        call = Call(key_set, label_keys, apart, mixed, mixes, known, known_of_samples, settings)
+        loss, labels, gradients = _evaluate(call, len(inputs) > 0, keys_too)
+    if not inputs:
         return loss, labels
-    pairs = [pair for *pair, needs in zip(inputs, gradients, needed, strict=True) if needs]
-    return _WithGradients.apply(loss, *[x for x, _ in pairs], *[x for _, x in pairs]), labels
+    return _WithGradients.apply(loss, *inputs.values(), *[gradients[name] for name in inputs]), labels
+
+
+def _trained(**inputs: Tensor | float | None) -> dict[str, Tensor]:
+    """Those that ask for a gradient."""
+    is_recorded = torch.is_grad_enabled()
+    return {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad and is_recorded}
 
 
 class Call(NamedTuple):
@@ -98,23 +102,12 @@ class Call(NamedTuple):
 
     key_set: KeySet  # the rows and their keys
     label_keys: KeySet  # the keys that refined labels spread over and mixed queries see
+    apart: bool  # whether that is another key set: mixed queries see the second views alone
     mixed: Tensor | None
     mixes: Sequence[Mix]
     known: GroupLabels  # of the rows
     known_of_samples: GroupLabels  # of the rows of ``label_keys``
     settings: Settings
-
-
-class Inputs(NamedTuple):
-    """What a loss may be differentiated by, or its gradients; None for what there is not."""
-
-    rows: Tensor | None = None
-    mixed: Tensor | None = None
-    positives: Tensor | None = None  # where they are not among the keys
-    keys: Tensor | None = None  # where they are not the rows
-    known: Tensor | None = None  # the known targets of the rows
-    known_of_samples: Tensor | None = None  # and of the samples that are mixed, where they see other keys
-    temperature: Tensor | None = None
 
 
 class _WithGradients(torch.autograd.Function):
@@ -138,8 +131,8 @@ class _WithGradients(torch.autograd.Function):
         return None, *[gradient * grad for gradient in gradients], *[None] * len(gradients)
 
 
-def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor, Labels, Inputs]:
-    """The loss, its labels and its gradients."""
+def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor, Labels, dict[str, Tensor]]:
+    """The loss, its labels, and its gradients by name."""
     key_set, mixed, settings = call.key_set, call.mixed, call.settings
     rows, positives, temperature = key_set.rows, key_set.positives, settings.temperature
     inverse, refined_weight = 1 / temperature, settings.refined_weight
@@ -149,7 +142,7 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
     # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
     of_rows = passes.rows.by_block["rows"]
     # Of the other keys' log-sum-exp over the positive's logit.
-    excess = of_rows.logsumexp_minus(_dot(rows, positives) * inverse)
+    excess = of_rows.logsumexp_minus(_dot(rows, positives), inverse)
     loss = F.softplus(excess, threshold=40.0)  # beyond 40 nothing is left of the 1 in float64
     target = call.known.targets
     if mixed is None and settings.refines:
@@ -159,100 +152,108 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
     loss = loss.mean()
     if mixed is not None:  # equation (8): the targets of mixed queries are those of the two samples, mixed
         mixed_target, of_mixed = _mixed(refined, call.mixes), passes.mixed.by_block["mixed"]
-        loss = loss.lerp(of_mixed.logsumexp_minus(_dot(mixed, mixed_target) * inverse).mean(), refined_weight)
+        loss = loss.lerp(of_mixed.logsumexp_minus(_dot(mixed, mixed_target), inverse).mean(), refined_weight)
     if not needs_gradients:
-        return loss, labels, Inputs()
+        return loss, labels, {}
 
     # Of rows and mixed queries: the softmax's mean of the keys, minus the target.
     pull = inverse * ((1.0 if mixed is None else 1 - refined_weight) / len(rows))
     others = torch.sigmoid(excess)  # the softmax's weight on the keys besides the positive
-    both = of_mixed_row = of_temperature = None  # both: the softmax's part of rows that are keys too
+    both = None  # of rows that are keys too, the softmax's part as both
     if passes.one_hot_pairs:
         both = symmetric_gradient(passes.rows.given, passes.rows.stats, pull * others)
         of_row = (positives * (1 - others)[:, None]).sub_(target).mul_(pull)
     else:
         of_row = torch.lerp(positives, of_rows.mean, others[:, None]).sub_(target).mul_(pull)
+    gradients = {"rows": of_row}
     if mixed is not None:
-        of_mixed_row = (of_mixed.mean - mixed_target).mul_(inverse * (refined_weight / len(mixed)))
+        gradients["mixed"] = (of_mixed.mean - mixed_target).mul_(inverse * (refined_weight / len(mixed)))
     if isinstance(temperature, Tensor):  # all logits are proportional to 1 / tau
-        of_temperature = -inverse * _dot(rows, of_row).sum()
-        if mixed is not None and of_mixed_row is not None:
-            of_temperature -= inverse * _dot(mixed, of_mixed_row).sum()
+        by_scale = _dot(rows, of_row).sum()
+        if mixed is not None:
+            by_scale += _dot(mixed, gradients["mixed"]).sum()
         if both is not None:  # which has the part of the rows twice, once as that of the keys
-            of_temperature -= inverse * _dot(rows, both).sum() / 2
-    gradients = Inputs(of_row, of_mixed_row, temperature=of_temperature)
+            by_scale += _dot(rows, both).sum() / 2
+        gradients["temperature"] = -inverse * by_scale
     if keys_too:
         del refined, target  # the passes over the keys need the memory
-        gradients = _with_keys(gradients, call, passes, labels, pull, others, both)
+        gradients.update(_of_keys(call, passes, labels, pull, others, both))
+        if key_set.rows_are_keys():
+            of_row.add_(gradients["keys"])
     return loss, labels, gradients
 
 
-def _with_keys(
-    gradients: Inputs,
+def _of_keys(
     call: Call,
     passes: Passes,
     labels: Labels,
     pull: float | Tensor,
     others: Tensor,
     both: Tensor | None,
-) -> Inputs:
-    """The gradients with those of the keys: as the softmax's keys, and through the targets, which are means of them.
+) -> dict[str, Tensor]:
+    """The gradients that reach keys: as the softmax's keys, and through the targets, which are means of them.
 
-    Were the positive the target of every row, it would get -w f, with w the softmax's weight on the other keys times
-    ``pull``. A part of the label that lies on other keys gives its share of -pull f to them, and takes it back from the
-    positive.
+    =========================================  =======================  ================================================
+    gradient                                   of                       goes to
+    =========================================  =======================  ================================================
+    w f, w = pull * others                     the softmax of rows      the other keys by their share of the softmax,
+                                                                        and minus w f to the positive, which would be
+                                                                        all if it were the target
+    push f'                                    that of mixed queries    all keys by their share of the softmax
+    minus pull f or push f', times the share   the targets              1 / z of it to the known target, v to the other
+    of the label                                                        keys by q, the rest to the positive
+    =========================================  =======================  ================================================
 
     Args:
-        gradients: of rows, mixed queries and temperature.
         call: what is differentiated.
         passes: over its keys.
         labels: of its rows.
-        pull: the derivative of the loss by a row's logits, where labels and softmax are 1.
+        pull: the derivative of the loss by a row's cosine where the softmax is 1; ``push`` is that of mixed queries.
         others: (r,) the softmax's weight on the keys besides the positive.
         both: of rows that are the keys, the softmax's part of both; None otherwise.
     """
-    key_set, label_keys, mixed, mixes, known, _, settings = call
-    rows, inverse, refined_weight = key_set.rows, 1 / settings.temperature, settings.refined_weight
-    samples, apart = len(label_keys.rows), mixed is not None and key_set.has_both_views()
+    key_set, label_keys, apart, mixed, mixes, known, _, settings = call
+    rows, refined_weight = key_set.rows, settings.refined_weight
+    labelled = len(label_keys.rows)
 
-    of_others = rows * (pull * others)[:, None]
-    of_positive, of_refined = -of_others, rows * (-refined_weight * pull)
-    passes.rows.send("rows", of_others)
+    of_softmax = rows * (pull * others)[:, None]
+    of_positive, of_refined = -of_softmax, rows * (-refined_weight * pull)
+    passes.rows.send("rows", of_softmax)
     if mixed is not None:
-        push = inverse * (refined_weight / len(mixed))
+        push = (refined_weight / len(mixed)) / settings.temperature
         passes.mixed.send("mixed", mixed * push)
-        of_refined = torch.zeros_like(rows[:samples])
-        for crop, (theta, partner) in zip(torch.split(mixed, samples), mixes, strict=True):
+        of_refined = torch.zeros_like(rows[:labelled])
+        for crop, (theta, partner) in zip(torch.split(mixed, labelled), mixes, strict=True):
             part = crop * _column(theta, mixed)
             of_refined.sub_(part).index_add_(0, partner, part - crop)
-        of_positive[:samples] += of_refined.mul_(push)
-    of_known = of_known_of_samples = None
+        of_refined.mul_(push)
+        of_positive[:labelled] += of_refined
+    gradients = {"positives": of_positive}
     if known.targets is not key_set.positives:
-        of_known_of_samples = of_refined * labels.known_weight[:, None]
-        of_positive[:samples] -= of_known_of_samples
+        of_known_of_samples = of_refined * labels.known_weight()[:, None]
+        of_positive[:labelled] -= of_known_of_samples
         of_known = rows * (-pull if mixed is not None else (refined_weight - 1) * pull)
         of_positive -= of_known
         if not apart:
             of_known += of_known_of_samples
+        gradients["known"], gradients["known_of_samples"] = of_known, of_known_of_samples
     if settings.refines:
-        of_others = of_refined.mul_(labels.rest_weight[:, None])
-        of_positive[:samples] -= of_others
-        if label_keys.has_both_views():  # each view estimates the other's label
-            of_others = of_others.roll(-(samples // 2), 0)
-        passes.estimators.send(passes.block, of_others)
-    del of_refined, of_others
-    of_keys = passes.rows.keys_gradient() if both is None else both
-    of_label_keys = of_keys[len(of_keys) - len(label_keys.keys) :]
+        of_estimators = of_refined.mul_(labels.rest_weight[:, None])
+        of_positive[:labelled] -= of_estimators
+        if label_keys.sees_both_views():  # each view estimates the other's label
+            of_estimators = of_estimators.roll(-(labelled // 2), 0)
+        passes.estimators.send(passes.block, of_estimators)
+        del of_estimators
+    del of_refined, of_softmax
+    of_keys = gradients["keys"] = passes.rows.keys_gradient() if both is None else both
+    of_label_keys = of_keys[len(of_keys) - len(label_keys.keys) :]  # a view: what is added to it reaches of_keys
     if apart:
         of_label_keys += passes.mixed.keys_gradient()
     if passes.estimators is not passes.rows and passes.estimators is not passes.mixed:
         of_label_keys += passes.estimators.keys_gradient()
     if key_set.positive_index is not None:
         of_keys.index_add_(0, key_set.positive_index, of_positive)
-    if key_set.keys is rows and gradients.rows is not None:
-        gradients.rows.add_(of_keys)
-    of_row, of_mixed_row, *_, of_temperature = gradients  # torch.compile cannot trace _replace in torch 2.4
-    return Inputs(of_row, of_mixed_row, of_positive, of_keys, of_known, of_known_of_samples, of_temperature)
+    return gradients
 
 
 def _labels_and_targets(call: Call, passes: Passes) -> tuple[Labels, Tensor]:
@@ -261,20 +262,21 @@ def _labels_and_targets(call: Call, passes: Passes) -> tuple[Labels, Tensor]:
     if not settings.refines:
         return refinery.unrefined(label_keys.rows, known.positive_share), known.targets
     stats = passes.estimators.by_block[passes.block]
-    if label_keys.has_both_views():  # each view estimates the other's label
+    if label_keys.sees_both_views():  # each view estimates the other's label
         stats = stats.roll(len(label_keys.positives) // 2)
     estimators = label_keys if label_keys.estimator is None else label_keys.estimator
-    inverse = 1 / (settings.temperature * settings.sharpening)
-    positive_logit = _dot(estimators.positives, estimators.positives) * inverse
+    scale = 1 / (settings.temperature * settings.sharpening)
+    positive_cosine = _dot(estimators.positives, estimators.positives)  # positives estimate; 1, but for a row of zeros
     # Means of other values say nothing of the estimators' logits, and labels of groups have another entropy.
     tells_entropy = label_keys.estimator is None and known.targets is label_keys.positives
-    mean_logit = _dot(label_keys.positives, stats.mean) * inverse if tells_entropy else None
-    labels = refinery.refine(stats, positive_logit, mean_logit, settings.confidence, known.positive_share)
+    mean_cosine = _dot(label_keys.positives, stats.mean) if tells_entropy else None
+    labels = refinery.refine(stats, positive_cosine, mean_cosine, scale, settings.confidence, known.positive_share)
     return labels, labels.targets(known.targets, label_keys.positives, stats.mean)
 
 
 def _mixed(targets: Tensor, mixes: Sequence[Mix]) -> Tensor:
-    return torch.cat([targets[partner].lerp(targets, _column(theta, targets)) for theta, partner in mixes])
+    mixed = [targets[partner].lerp(targets, _column(theta, targets)) for theta, partner in mixes]
+    return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
 def _column(weights: Tensor, like: Tensor) -> Tensor:

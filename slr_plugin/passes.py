@@ -27,15 +27,16 @@ class Passes(NamedTuple):
 def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings: Settings) -> Passes:
     """Compare rows, mixed queries and estimators of the labels with their keys, in as few passes as these allow.
 
-    ===========================  ======================================================================================
-    compared                     in
-    ===========================  ======================================================================================
-    rows                         the first pass
-    mixed queries                the first pass; with two views a second one, since they see the second views alone
-    positives, as estimators     the pass of the mixed queries; where both views are rows, these are the positives, and
-                                 take a third pass if sharpening is not 1
-    other estimators             a third pass over their own keys, which averages the keys that labels spread over
-    ===========================  ======================================================================================
+    =================================  ================================================================================
+    keys, queries                      passes
+    =================================  ================================================================================
+    one direction                      rows, positives as estimators, and mixed queries in one
+    both views, nothing mixed          rows, which are the positives, as estimators; once more if sharpening is not 1
+    both views, mixed queries          rows; second views as estimators, and mixed queries, which see these alone
+    =================================  ================================================================================
+
+    Features that estimate in the positives' place take a pass of their own over their own keys; what it averages are
+    the keys that labels spread over. Labels that are not refined need no estimators.
 
     Args:
         key_set: the rows and their keys.
@@ -44,13 +45,15 @@ def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings:
         settings: the numbers.
     """
     temperature, sharpening, estimator = settings.temperature, settings.sharpening, label_keys.estimator
-    positives_join = settings.refines and estimator is None and not label_keys.has_both_views()
-    joining = {} if mixed is None else {"mixed": mixed}
+    positives_join = settings.refines and estimator is None and not label_keys.sees_both_views()
+    joining = {}
     if positives_join:  # divided by tau', they have the logits of tau tau' at the temperature tau
         joining["estimators"] = label_keys.positives if sharpening == 1 else label_keys.positives / sharpening
+    if mixed is not None:
+        joining["mixed"] = mixed
     longest = 1 / sharpening if positives_join else 1.0
-    one_hot_pairs = key_set.keys is key_set.rows and mixed is None and not settings.refines
-    if mixed is not None and key_set.has_both_views():
+    one_hot_pairs = key_set.rows_are_keys() and mixed is None and not settings.refines
+    if mixed is not None and key_set.sees_both_views():
         of_rows = Comparison(key_set, {"rows": key_set.rows}, temperature, settings)
         of_mixed = Comparison(label_keys, joining, temperature, settings, longest)
     else:
@@ -60,8 +63,8 @@ def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings:
         return Passes(of_rows, of_mixed, of_mixed, "estimators", one_hot_pairs)
     of_estimators = of_rows
     if settings.refines and (estimator is not None or sharpening != 1):
-        keys, values = (label_keys, None) if estimator is None else (estimator, label_keys)
-        of_estimators = Comparison(keys, {"rows": keys.rows}, temperature * sharpening, settings, values=values)
+        keys, averaged = (label_keys, None) if estimator is None else (estimator, label_keys)
+        of_estimators = Comparison(keys, {"rows": keys.rows}, temperature * sharpening, settings, averaged=averaged)
     return Passes(of_rows, of_mixed, of_estimators, "rows", one_hot_pairs)
 
 
@@ -75,19 +78,19 @@ class Comparison:
         temperature: float | Tensor,
         settings: Settings,
         longest: float = 1.0,
-        values: KeySet | None = None,
+        averaged: KeySet | None = None,
         means: bool = True,
     ) -> None:
         """Compute the statistics.
 
         Args:
             key_set: the keys.
-            blocks: (n, d) each. Mixed queries see all keys; other blocks belong to the key set's rows one to one, and
-                see what those see.
+            blocks: (n, d) each. Mixed queries, the last ones, see all keys; other blocks belong to the key set's rows
+                one to one, and see what those see.
             temperature: of the logits.
             settings: the numbers.
             longest: the length that no row exceeds.
-            values: what is averaged in the place of the keys: those of this key set.
+            averaged: the keys of this key set are averaged in the place of the others.
             means: whether means of the keys are needed.
         """
         self.sizes = {name: len(block) for name, block in blocks.items()}
@@ -102,8 +105,8 @@ class Comparison:
             rows,
             key_set.keys,
             key_set.queue,
-            values=values.keys if values is not None else None if means else key_set.keys[:, :0],
-            queue_values=None if values is None else values.queue,
+            values=averaged.keys if averaged is not None else None if means else key_set.keys[:, :0],
+            queue_values=None if averaged is None else averaged.queue,
             hidden=self._by_block(key_set.hidden()),
             row_groups=self._by_block(groups),
             key_groups=None if groups is None else key_set.key_groups,
@@ -119,19 +122,16 @@ class Comparison:
         self.row_values: dict[str, Tensor] = {}
 
     def _by_block(self, mask: Tensor | None) -> Tensor | None:
-        """What the key set's rows do not see, for the rows of all blocks."""
-        if mask is None or list(self.sizes) == ["rows"]:
-            return mask
-        return torch.cat(
-            [mask.new_full((n, *mask.shape[1:]), -1) if name == "mixed" else mask for name, n in self.sizes.items()]
-        )
+        """What the key set's rows do not see, for the blocks before the mixed queries."""
+        masks = [mask for name in self.sizes if name != "mixed" and mask is not None]
+        return torch.cat(masks) if len(masks) > 1 else masks[0] if masks else None
 
     def send(self, block: str, values: Tensor) -> None:
-        """Let the gradient of the keys be the sum of these (n, d), by the softmax of the block's rows."""
+        """Let the gradient of the keys be the sum of these (n, d), by the softmax of the block's rows; changes them."""
         self.row_values[block] = self.row_values[block].add_(values) if block in self.row_values else values
 
     def keys_gradient(self) -> Tensor:
-        """The gradient (b, d) of the keys by what was sent."""
+        """The gradient (b, d) of the keys, or of those averaged in their place, by what was sent."""
         zero = torch.zeros_like(next(iter(self.row_values.values()))[:1])
         parts = [self.row_values.get(name, zero).expand(size, -1) for name, size in self.sizes.items()]
         return keys_gradient(self.given, self.stats, torch.cat(parts) if len(parts) > 1 else parts[0])

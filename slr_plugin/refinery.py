@@ -14,15 +14,16 @@ refined label over K keys is never written out. With :math:`s_{ii}` the logit of
     \max_k q_{ik} = m_i, \quad
     \max_k p_{ik} = \max(p_{ii}, (1 - p_{ii}) \max_k q_{ik}),
 
-and because :math:`p_{ik} = (1 - p_{ii}) q_{ik}` off the positive, with the known label :math:`y^0_i`, which is one-hot
-where no groups are known,
+and because :math:`p_{ik} = (1 - p_{ii}) q_{ik}` off the positive and :math:`1 - \alpha_i - \beta_i = 1 / z_i`, with the
+known label :math:`y^0_i`, which is one-hot where no groups are known,
 
 .. math::
     \bar y_i = \tfrac{1}{z_i}\, y^0_i + \alpha_i p_{ii}\, \mathrm{onehot}_i + v_i\, q_i, \quad
-    v_i = \alpha_i (1 - p_{ii}) + \beta_i .
+    v_i = \alpha_i (1 - p_{ii}) + \beta_i
+        = \frac{\max_k p_{ik}\, (1 - p_{ii}) + \max_k q_{ik}}{1 / \mu + \max_k p_{ik} + \max_k q_{ik}} .
 
-The loss sees the label only through its target centroid, with :math:`g_i` the positive and :math:`t^0_i` the centroid
-of the known label,
+These weights sum to 1, so that :math:`\alpha_i p_{ii} = 1 - v_i - 1/z_i`. The loss sees the label only through its
+target centroid, with :math:`g_i` the positive and :math:`t^0_i` the centroid of the known label,
 
 .. math::
     t_i = \sum_k \bar y_{ik} \bar b_k = (1 - v_i)\, g_i + v_i\, a_i + \tfrac{1}{z_i} (t^0_i - g_i) .
@@ -41,32 +42,41 @@ from slr_plugin.streaming import SoftmaxStats
 class Labels(NamedTuple):
     """Refined labels in closed form; fields are (r,), or (1,) where equal for all rows, and constant to autograd."""
 
-    known_weight: Tensor  # 1 / z, the weight of the known label
-    own_weight: Tensor  # alpha p_ii, what p adds to the positive
     rest_weight: Tensor  # v, what lies on q
-    alpha: Tensor  # the share of p
-    beta: Tensor  # the share of q
+    p_own: Tensor  # p_ii
+    p_max: Tensor
+    q_max: Tensor
+    confidence: Tensor | float  # mu
     positive_share: Tensor | float  # weight of the positive in the known label
     rest_entropy: Tensor  # of what lies on other keys, in nats
+
+    def known_weight(self) -> Tensor:
+        """1 / z, the weight of the known label."""
+        return (1 + self.confidence * (self.p_max + self.q_max)).reciprocal()
 
     def targets(self, known: Tensor, positives: Tensor, centroids: Tensor) -> Tensor:
         """The target centroids t, (r, d), from those of the known labels, the positives, and of q."""
         targets = torch.lerp(positives, centroids, self.rest_weight[:, None])
-        return targets if known is positives else targets + self.known_weight[:, None] * (known - positives)
+        return targets if known is positives else targets + self.known_weight()[:, None] * (known - positives)
 
     def averages(self) -> dict[str, Tensor]:
-        """The means of positive weight, alpha, beta and entropy of the whole label, by their names in SLRLoss.stats."""
-        positive = self.known_weight * self.positive_share + self.own_weight
-        rest = 1 - positive
-        entropy = rest * self.rest_entropy + torch.special.entr(positive) + torch.special.entr(rest)
-        means = {"positive_weight": positive, "alpha": self.alpha, "beta": self.beta, "label_entropy": entropy}
-        return {name: value.mean() for name, value in means.items()}
+        """The means over the rows by their names in SLRLoss.stats; the entropy is that of the whole label."""
+        known = self.known_weight()
+        share = self.confidence * known
+        alpha = share * self.p_max
+        positive = known * self.positive_share + alpha * self.p_own
+        rest, entr = 1 - positive, torch.special.entr
+        entropy = rest * self.rest_entropy.clamp(min=0) + entr(positive) + entr(rest)
+        values = {"positive_weight": positive, "alpha": alpha, "beta": share * self.q_max, "label_entropy": entropy}
+        # No copy from the host, which a CUDA graph could not record.
+        return {name: value.mean() for name, value in values.items()} | {"mu": (0 * known + self.confidence)[0]}
 
 
 def refine(
     stats: SoftmaxStats,
-    positive_logit: Tensor,
-    mean_logit: Tensor | None,
+    positive_cosine: Tensor,
+    mean_cosine: Tensor | None,
+    scale: Tensor | float,
     confidence: Tensor | float,
     positive_share: Tensor | float,
 ) -> Labels:
@@ -74,21 +84,18 @@ def refine(
 
     Args:
         stats: of r estimators; a label is one-hot where there are no other keys.
-        positive_logit: (r,) :math:`s_{ii}`.
-        mean_logit: (r,) :math:`\sum_k q_{ik} s_{ik}`, for the entropy; None leaves that not a number.
+        positive_cosine: (r,) of each estimator with its positive.
+        mean_cosine: (r,) with the mean of the others, for the entropy; None leaves that not a number.
+        scale: 1 / (tau tau'), which makes logits of cosines.
         confidence: the prior confidence mu >= 0.
         positive_share: (r,) or 1.0, the weight of the positive in the known label.
     """
-    margin, q_max = stats.logsumexp_minus(positive_logit), stats.max_weight
+    margin, q_max = stats.logsumexp_minus(positive_cosine, scale), stats.max_weight
     p_own, p_others = torch.sigmoid(-margin), torch.sigmoid(margin)  # never 1 - p, which cancels
     p_max = torch.maximum(p_own, p_others * q_max)
-    scaled = torch.stack([p_max, q_max]) * confidence
-    known = (1 + scaled.sum(0)).reciprocal()
-    alpha, beta = scaled * known
-    entropy = torch.full_like(known, torch.nan) if mean_logit is None else stats.logsumexp_minus(mean_logit)
-    return Labels(
-        known, alpha * p_own, torch.addcmul(beta, alpha, p_others), alpha, beta, positive_share, entropy.clamp(min=0)
-    )
+    rest_weight = torch.addcmul(q_max, p_max, p_others) / (p_max + q_max + 1 / confidence)
+    entropy = torch.full_like(p_own, torch.nan) if mean_cosine is None else stats.logsumexp_minus(mean_cosine, scale)
+    return Labels(rest_weight, p_own, p_max, q_max, confidence, positive_share, entropy)
 
 
 def unrefined(like: Tensor, positive_share: Tensor | float) -> Labels:
@@ -97,6 +104,4 @@ def unrefined(like: Tensor, positive_share: Tensor | float) -> Labels:
     The rest is spread evenly, over ``1 / positive_share - 1`` other keys.
     """
     none = like.new_zeros(1)
-    return Labels(
-        none + 1, none, none, none, none, positive_share, (1 / (none + positive_share) - 1).clamp(min=1.0).log()
-    )
+    return Labels(none, none, none, none, 0.0, positive_share, (1 / (none + positive_share) - 1).clamp(min=1.0).log())

@@ -1,8 +1,18 @@
 """What a call of the loss leaves behind: the queue and the step count. When they advance, and how they are loaded.
 
-Activation checkpointing computes a call again in the backward. The reentrant kind records a gradient only then, so the
-second run is the one that counts; in every other kind the first run has advanced the queue and the schedule already.
-What torch keeps private tells of that; where a torch does not tell, the answer is the usual case.
+Activation checkpointing computes a call again in the backward:
+
+==============  ==================================================  ====================================================
+checkpointing   the first run                                       the second run
+==============  ==================================================  ====================================================
+non-reentrant   advances queue and schedule                         advances nothing; an error if there is either, since
+                                                                    its keys or its confidence are others
+reentrant       is idle, as no gradient is recorded                 advances; an error if another call did in between
+either, with    is idle                                             is idle; an error if another call advanced
+update=False
+==============  ==================================================  ====================================================
+
+What torch keeps private tells the cases; a torch that does not is taken to compute every call once.
 """
 
 from __future__ import annotations
@@ -57,8 +67,8 @@ class HasState(HasSettings):
         self.memory_bank.reset_parameters()
         self.step.zero_()
 
-    def _updates(self, out0: Tensor, update: bool | None) -> bool:
-        """Whether the queue and the schedule advance after a call; raises if they have done so for it already."""
+    def _decide_update(self, out0: Tensor, update: bool | None) -> bool:
+        """Return whether the queue and the schedule advance after a call; raise if they have for it already."""
         updates = check_flag("update", out0.requires_grad and torch.is_grad_enabled() if update is None else update)
         if torch.compiler.is_compiling():
             return updates
@@ -66,14 +76,14 @@ class HasState(HasSettings):
             if not updates:
                 self._step_of_idle_call = self.step.clone()
             return updates
-        # A repetition is right where the first run advanced nothing, and nothing has advanced since.
-        first_was_quiet = _is_in_reentrant_checkpoint() or not updates
-        if self._moves_on() and not (first_was_quiet and self._step_of_idle_call == self.step):
+        # A repetition is right where the first run advanced nothing, and no other call has since.
+        first_was_idle = not updates or (_is_in_reentrant_checkpoint() and update is None)
+        if self._moves_on() and not (first_was_idle and self._step_of_idle_call == self.step):
             raise RuntimeError(
                 "activation checkpointing computes SLRLoss again after its queue or schedule moved on, so its gradient "
                 "would be wrong: checkpoint the encoder without the loss, which needs O(s d) memory anyway"
             )
-        return updates and first_was_quiet
+        return updates and first_was_idle
 
     def _moves_on(self) -> bool:
         """Whether a later call can differ: there is a queue or a schedule."""

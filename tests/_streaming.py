@@ -26,4 +26,4 @@ def dense(rows, keys, queue, scale, hidden=HIDDEN, values=None, queue_values=Non
 
 def parts(stats):
     """Softmax statistics as :func:`dense` returns them."""
-    return stats.reference * math.log(2) + stats.offset, stats.max_weight, stats.mean
+    return stats.reference_bits * math.log(2) + stats.offset, stats.max_weight, stats.mean

@@ -46,7 +46,7 @@ def test_so_does_the_pass(size, bound, pretended_gpu):
         given = Pass(rows, keys, queue, hidden=hidden, scale=5.0, bound=bound)
         with OnTheDevice():
             stats = tiled.softmax_stats(given)
-            gradient = tiled.keys_gradient(given, stats.reference, stats.offset, stats.mean)
+            gradient = tiled.keys_gradient(given, stats.reference_bits, stats.offset, stats.mean)
     assert gradient.device.type == "cuda"
 
 

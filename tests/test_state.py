@@ -239,6 +239,14 @@ def test_checkpointing_gives_the_plain_gradient_once_or_says_what_to_do(kind, wa
         torch.testing.assert_close(got[1][name], value)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("update", [None, True, False])
+def test_a_checkpointed_call_without_queue_and_schedule_counts_once(update, use_reentrant):
+    criterion, x = SLRLoss(0.2), torch.randn(8, 16, requires_grad=True)
+    checkpoint(lambda x: criterion(x, x.flip(1), update=update), x, use_reentrant=use_reentrant).backward()
+    assert criterion.step == (update is not False)
+
+
 @pytest.mark.parametrize("between", [None, log], ids=["alone", "logged"])
 def test_reentrant_checkpointing_is_no_worse_than_ntxents(between):
     def ntxent():

@@ -118,7 +118,7 @@ def test_opcheck(apart):
     given = Pass(rows, keys, queue, values, queue_values, hidden=HIDDEN, chunk=4)
     torch.library.opcheck(torch.ops.slr_plugin.softmax_stats.default, tuple(given))
     stats = softmax_stats(given)
-    rest = stats.reference, stats.offset, stats.mean
+    rest = stats.reference_bits, stats.offset, stats.mean
     torch.library.opcheck(torch.ops.slr_plugin.keys_gradient.default, (*given, *rest))
     square = Pass(rows, rows, symmetric=True)
     rest = softmax_stats(square)[:2]

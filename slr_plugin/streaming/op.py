@@ -31,8 +31,8 @@ def softmax_stats(given: Pass) -> SoftmaxStats:
 def keys_gradient(given: Pass, stats: SoftmaxStats, row_values: Tensor) -> Tensor:
     r"""Compute :math:`\sum_i s_{ik} u_i` (b, v) of every key k, for row values u (r, v), from the pass's statistics."""
     if torch.compiler.is_compiling():
-        return _keys_gradient(*given, stats.reference, stats.offset, row_values)  # type: ignore[no-any-return]
-    return tiled.keys_gradient(given, stats.reference, stats.offset, row_values)
+        return _keys_gradient(*given, stats.reference_bits, stats.offset, row_values)  # type: ignore[no-any-return]
+    return tiled.keys_gradient(given, stats.reference_bits, stats.offset, row_values)
 
 
 def symmetric_gradient(given: Pass, stats: SoftmaxStats, weights: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ def symmetric_gradient(given: Pass, stats: SoftmaxStats, weights: Tensor) -> Ten
     without means: give it ``values`` (b, 0).
     """
     if torch.compiler.is_compiling():
-        return _symmetric_gradient(*given, stats.reference, stats.offset, weights)  # type: ignore[no-any-return]
-    return tiled.symmetric_gradient(given, stats.reference, stats.offset, weights)
+        return _symmetric_gradient(*given, stats.reference_bits, stats.offset, weights)  # type: ignore[no-any-return]
+    return tiled.symmetric_gradient(given, stats.reference_bits, stats.offset, weights)
 
 
 def _operator(name: str, compute: Callable[..., Any], arguments: str, fake: Callable[..., Any]) -> Any:

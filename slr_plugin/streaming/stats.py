@@ -41,8 +41,8 @@ class Pass(NamedTuple):
     queue: Tensor | None = None  # (n, d) further keys, numbered after ``keys``; any float dtype, any device
     values: Tensor | None = None  # (b, v), what is averaged, where that is not the keys
     queue_values: Tensor | None = None  # (n, v), likewise for ``queue``
-    hidden: Tensor | None = None  # (r, h) int64, the numbers of the ``keys`` that each row does not see; -1 for none
-    row_groups: Tensor | None = None  # (r,) ids: a row does not see the keys with its own one, unless it is negative
+    hidden: Tensor | None = None  # (q, h) int64, the numbers of the ``keys`` that the first q rows do not see; or -1
+    row_groups: Tensor | None = None  # (q,) ids: these rows do not see the keys with their own one, if not negative
     key_groups: Tensor | None = None  # (b + n,) of the keys and then the queue
     scale: float = 1.0  # the factor c
     bound: float = math.inf  # no logit is larger in magnitude; a small bound saves the running maximum
@@ -67,14 +67,17 @@ class SoftmaxStats(NamedTuple):
     :math:`(\rho_i - x) + (\ell_i - \rho_i)` keeps digits that :math:`\ell_i - x` loses.
     """
 
-    reference: Tensor  # (r,) rho in bits, which is rho / ln 2, as the pass has it
+    reference_bits: Tensor  # (r,) rho / ln 2, as the pass has it; all else is in nats
     offset: Tensor  # (r,) l - rho; -inf where a row sees no key
     max_weight: Tensor  # (r,) m; 0 where a row sees no key
     mean: Tensor  # (r, v) a; 0 where a row sees no key
 
-    def logsumexp_minus(self, logit: Tensor) -> Tensor:
-        """The log-sum-exp minus a logit (r,): large numbers are subtracted first."""
-        return self.offset - torch.sub(logit, self.reference, alpha=LN2)
+    def logsumexp_minus(self, cosine: Tensor, scale: float | Tensor) -> Tensor:
+        """The log-sum-exp minus the logit of a cosine (r,): large numbers are subtracted first."""
+        if isinstance(scale, Tensor):
+            cosine, scale = cosine * scale, 1.0
+        # offset - (scale cosine - rho)
+        return self.offset.sub(cosine.sub(self.reference_bits, alpha=LN2 / scale), alpha=scale)
 
     def roll(self, count: int) -> SoftmaxStats:
         """The statistics with every row ``count`` further on, the last ones first."""

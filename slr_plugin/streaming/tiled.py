@@ -36,8 +36,7 @@ LEAST_WIDTH, LEAST_PAIRS = 256, 2**17  # of a tile, however many workers there a
 # A pass over at least so many pairs of rows and keys is shared. Handing it over costs up to 8 ms, while the threads of
 # torch's last operation still spin.
 SHARED_PAIRS = 2**23
-# Columns before a tile's keys, and as many after them: they take what is hidden in other tiles, and keep rows aligned.
-SPARE = 16
+SPARE = 16  # columns before a tile's keys, and as many after them, which keep rows aligned: see ``logits``
 # Logits of at most so many bits need no running maximum: their weights stay below 2^32, and float32 reaches 2^127.
 SAFE_BITS = 32
 
@@ -146,16 +145,17 @@ class Tiling:
         logits = table[:, SPARE : SPARE + width]
         torch.addmm(logits, given.rows[tile.rows], tile.block.T, beta=0, alpha=given.scale / LN2, out=logits)
         if given.hidden is not None and tile.keys.start < len(given.keys):  # the queue's keys are not hidden
+            # A number outside this tile lands in a spare column.
             column = given.hidden[tile.rows] + (SPARE - tile.keys.start)
-            table.scatter_(1, column.clamp_(SPARE - 1, SPARE + width), -torch.inf)
+            table[: len(column)].scatter_(1, column.clamp_(SPARE - 1, SPARE + width), -torch.inf)
         if given.row_groups is not None and given.key_groups is not None:
             rows, keys = given.row_groups[tile.rows], given.key_groups[tile.keys]
             if rows.device.type != "cpu" or bool(torch.isin(keys, rows).any()):  # few tiles hold two of one group
-                logits.masked_fill_((rows[:, None] == keys) & (rows[:, None] >= 0), -torch.inf)
+                logits[: len(rows)].masked_fill_((rows[:, None] == keys) & (rows[:, None] >= 0), -torch.inf)
         return logits
 
     def factor(self, offset: Tensor) -> Tensor:
-        """What the weights of a row are yet to be multiplied by, (r, 1), from the offsets of its statistics."""
+        """What weights 2^(logit - reference) of a row, or 2^logit if bounded, are yet to be multiplied by, (r, 1)."""
         # Finite for a row that sees no key; others have at least -2 * 32 ln 2.
         factor = offset.clamp(min=-64.0).neg_()
         return (factor.sub_(self.given.bound) if self.bounded else factor).exp_()[:, None]
