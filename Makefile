@@ -36,7 +36,7 @@ test-solo: $(VENV)/.dev ## Run SANE in solo-learn's own scripts (SOLO_LEARN_DIR=
 test-neighbours: $(NEIGHBOURS)/.ready ## Run pytorch-metric-learning's (METRIC_LEARNING_DIR=a clone) and stable-pretraining's own tests with our losses
 	PYTHONPATH=.ci TEST_DEVICE=cpu $(NEIGHBOURS)/bin/python -m pytest -p metric_learning_substitute -W default --rootdir $(METRIC_LEARNING_DIR) $(METRIC_LEARNING_DIR)/tests/losses/test_self_supervised_loss.py
 	PYTHONPATH=.ci SPT_CACHE_DIR=$(abspath $(NEIGHBOURS))/cache $(NEIGHBOURS)/bin/python -m pytest -p stable_pretraining_substitute -o addopts= -W default --pyargs stable_pretraining.tests.regression.test_methods
-	$(NEIGHBOURS)/bin/python -m pytest tests/test_pytorch_metric_learning.py tests/test_stable_pretraining.py tests/test_sentence_transformers.py tests/test_open_clip.py tests/test_neighbours.py tests/test_pages.py
+	$(NEIGHBOURS)/bin/python -m pytest tests/test_pytorch_metric_learning.py tests/test_stable_pretraining.py tests/test_sentence_transformers.py tests/test_open_clip.py tests/test_neighbours.py tests/test_pages.py tests/test_swaps.py
 
 upstream: $(VENV)/.dev $(NEIGHBOURS)/.ready ## Apply upstream/*.patch to fresh clones and run their tests (CLONES=a folder of clones, PROJECTS="lightly" for some)
 	VENV=$(VENV) NEIGHBOURS=$(NEIGHBOURS) CLONES=$(CLONES) .ci/upstream $(PROJECTS)

@@ -133,7 +133,8 @@ class SLRLoss(HasState):
             mixed: (s, d) outputs of the trained network for mixed queries, or a list for several crops.
             mix: what :class:`slr_plugin.MomentumMixup` returned with them; one per crop.
             negatives: (m, d) further keys that are nobody's positive, such as mined ones. They may be trained, and do
-                not enter the queue. With ``gather_distributed`` all processes bring equally many.
+                not enter the queue. With ``gather_distributed`` all processes bring equally many. Not beside
+                ``estimator``.
             estimator: (s, e) other features of the samples, which estimate the labels in the positives' place.
             groups: (s,) int64, ids of groups of samples that are known to belong together, negative for none. They
                 enter the queue with the keys.

@@ -60,20 +60,38 @@ class Preset:
         if not isinstance(self.confidence, tuple | list) or len(self.confidence) != 2:
             raise ValueError(f"confidence must be (m1, m2), its start and its end, got {self.confidence!r}")
 
-    def loss(self, dim: int, total_steps: int, **overrides: Any) -> SLRLoss:
-        """The :class:`slr_plugin.SLRLoss` for features of ``dim`` dimensions and a run of ``total_steps`` steps."""
+    def loss(self, dim: int | None = None, total_steps: int | None = None, **overrides: Any) -> SLRLoss:
+        """The :class:`slr_plugin.SLRLoss` with these settings, or with ``overrides`` of them.
+
+        Args:
+            dim: of the features, needed if there is a queue.
+            total_steps: of the run, needed if the confidence changes.
+            overrides: other arguments of SLRLoss.
+        """
         settings: dict[str, Any] = {
             "temperature": self.temperature,
-            "memory_bank_size": (self.queue_size, dim) if self.queue_size else 0,
             "sharpening": self.sharpening,
-            "confidence": CosineConfidence(*self.confidence, total_steps=total_steps),
             "refined_weight": self.refined_weight,
         }
+        start, end = self.confidence
+        if self.queue_size and "memory_bank_size" not in overrides:
+            settings["memory_bank_size"] = (self.queue_size, _needed("dim", dim, "these settings have a queue"))
+        if "confidence" not in overrides and start == end:
+            settings["confidence"] = start
+        elif "confidence" not in overrides:
+            steps = _needed("total_steps", total_steps, "the confidence changes over the run")
+            settings["confidence"] = CosineConfidence(start, end, steps)
         return SLRLoss(**(settings | overrides))
 
     def mixup(self, generator: torch.Generator | None = None) -> MomentumMixup:
         """The :class:`slr_plugin.MomentumMixup` with this kappa."""
         return MomentumMixup(kappa=self.kappa, generator=generator)
+
+
+def _needed(name: str, value: int | None, why: str) -> int:
+    if value is None:
+        raise ValueError(f"{name} must be passed: {why}")
+    return value
 
 
 #: The paper's settings for CIFAR-10.
@@ -95,8 +113,8 @@ CIFAR10 = Preset(
 #: here.
 IMAGENET = replace(CIFAR10, sharpening=1.0, confidence=(0.5, 10.0), kappa=0.1, queue_size=65536, epochs=200)
 
-#: Ours, for two trained views and calls with ``estimator``. The label is what the estimator says, but for a
-#: thousandth. A queue wants temperature 0.2 and ``estimator_dim``.
+#: Ours, for two trained views and ``estimator`` in every call, since without it the positives make the whole label. The
+#: label is what the estimator says, but for a thousandth. A queue wants temperature 0.2 and ``estimator_dim``.
 FROM_FEATURES = replace(
     CIFAR10,
     temperature=0.1,

@@ -1,6 +1,7 @@
 """The method as the paper prints it: every logit and every label in one dense matrix; and what the tests share.
 
-Written from the paper's equations alone. Labels are constants; the keys inside the logits may carry gradient.
+Written from the paper's equations alone, and from our definitions of groups, estimators and labels of both views.
+Labels are constants; the keys inside the logits may carry gradient.
 """
 
 from __future__ import annotations

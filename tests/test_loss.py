@@ -202,8 +202,15 @@ def test_presets_carry_the_papers_table():
     assert presets.CIFAR10.loss(2, 10, temperature=0.1).temperature == 0.1
 
 
+@pytest.mark.parametrize(("given", "missing"), [({"total_steps": 10}, "dim"), ({"dim": 4}, "total_steps")])
+def test_a_preset_asks_for_what_its_settings_need(given, missing):
+    with pytest.raises(ValueError, match=f"{missing} must be passed"):
+        presets.CIFAR10.loss(**given)
+    presets.CIFAR10.loss(**given, memory_bank_size=0, confidence=0.0)
+
+
 def test_the_preset_for_known_features_leaves_the_label_to_them():
-    criterion = presets.FROM_FEATURES.loss(dim=4, total_steps=10)
+    criterion = presets.FROM_FEATURES.loss()
     assert criterion.symmetric
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     out0, out1 = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))

@@ -97,7 +97,7 @@ def accuracy(samples):
 
 plain = pretrain(SLRLoss(0.1, confidence=0.0))
 grouped = pretrain(SLRLoss(0.1, confidence=0.0), ["groups"])
-estimated = pretrain(presets.FROM_FEATURES.loss(dim=64, total_steps=1), ["estimator"])
+estimated = pretrain(presets.FROM_FEATURES.loss(), ["estimator"])
 
 # %%
 # Judge all three by test images with their backgrounds. The last two lines are of no network:

@@ -29,7 +29,7 @@ classes = torch.from_numpy(digits.target)
 
 few = 300
 candidates = {"lower half": images[:few, 32:], "noise": torch.randn(few, 32)}
-criterion = presets.FROM_FEATURES.loss(dim=16, total_steps=1)
+criterion = presets.FROM_FEATURES.loss()
 both = classes[:few].repeat(2)  # once for each view
 for name, features in candidates.items():
     standardised = (features - features.mean(0)) / (features.std(0) + 0.1)
