@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import clip, groups, loss, processes, scaling, step, tiles
+from benchmarks import clip, groups, loss, operations, processes, scaling, step, tiles
 from benchmarks.representations import estimators, harness, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
@@ -49,6 +49,13 @@ def add_loss(parser: argparse.ArgumentParser) -> None:
         loss.run(args.sizes, args.device, args.rounds, args.precision, args.compile, args.load, args.output)
 
     parser.set_defaults(run=run)
+
+
+def add_operations(parser: argparse.ArgumentParser) -> None:
+    """Operations of the loss."""
+    parser.add_argument("--sizes", nargs="+", choices=sorted(loss.SIZES), default=list(operations.DEFAULT))
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="default: %(default)s")
+    parser.set_defaults(run=lambda args: operations.run(args.sizes, args.output))
 
 
 def add_clip(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(required=True)
     add_loss(names.add_parser("loss", help="time and memory of forward and backward, beside the peers"))
+    add_operations(names.add_parser("operations", help="how many operations the loss takes, beside the peers"))
     add_clip(names.add_parser("clip", help="the loss of images and texts, beside open_clip's"))
     add_groups(names.add_parser("groups", help="labels from known groups, beside SupCon's dense losses"))
     add_scaling(names.add_parser("scaling", help="how time and memory grow with keys, rows and dimension"))

@@ -45,7 +45,7 @@ def passes(size: Size, device: str) -> dict[str, Callable[[], Any]]:
     stats = tiled.softmax_stats(given)
     return {
         "forward": lambda: tiled.softmax_stats(given),
-        "backward": lambda: tiled.keys_gradient(given, stats.reference, stats.offset, rows),
+        "backward": lambda: tiled.keys_gradient(given, stats.reference_bits, stats.offset, rows),
     }
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("lightly")
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("info_nce")
 
-from benchmarks import __main__, clip, contenders, groups, load, loss, processes, scaling, step, tiles
+from benchmarks import __main__, clip, contenders, groups, load, loss, operations, processes, scaling, step, tiles
 from benchmarks.contenders import BASELINE, Size
 from slr_plugin import SLRLoss, presets
 from slr_plugin.streaming import threads, tiled
@@ -86,6 +86,15 @@ def test_busy_processes_end_when_the_measuring_process_dies():
     script = "import os; from benchmarks import load; busy = load.busy(1); busy.__enter__(); os._exit(0)"
     # Returns when the pipe is closed at every end: the busy process has inherited it.
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=True)
+
+
+def test_operations_are_counted(tmp_path, monkeypatch, one_thread):
+    size = Size(8, 16, 4)
+    assert operations.count(lambda: torch.zeros(3).view(3, 1) + 1) == 2
+    monkeypatch.setattr(operations, "SIZES", {"queue": size})
+    operations.run(["queue"], tmp_path)
+    (found,) = json.loads((tmp_path / "operations.json").read_text())["results"].values()
+    assert 0 < found["lightly NTXentLoss"] < found["SLRLoss, refinement"] < found["SLRLoss, refinement and mixup"]
 
 
 def test_every_tile_is_timed(tmp_path, monkeypatch):
