@@ -68,8 +68,8 @@ class Labels(NamedTuple):
         rest, entr = 1 - positive, torch.special.entr
         entropy = rest * self.rest_entropy.clamp(min=0) + entr(positive) + entr(rest)
         values = {"positive_weight": positive, "alpha": alpha, "beta": share * self.q_max, "label_entropy": entropy}
-        # No copy from the host, which a CUDA graph could not record.
-        return {name: value.mean() for name, value in values.items()} | {"mu": (0 * known + self.confidence)[0]}
+        mu = (known.new_zeros(1) + self.confidence)[0]  # no copy from the host, which a CUDA graph could not record
+        return {name: value.mean() for name, value in values.items()} | {"mu": mu}
 
 
 def refine(
