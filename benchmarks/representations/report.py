@@ -193,6 +193,12 @@ STUDIES = {
         budgets=("teacher",),
         primary=("imagenet-labels", "linear"),
     ),
+    "teacher-again": Study(
+        "The teacher, five other seeds",
+        "decoupled",
+        ("decoupled", "imagenet-labels", "imagenet-clusters"),
+        budgets=("teacher-again",),
+    ),
     "teacher-rivals": Study(
         "Other ways to use the teacher",
         "imagenet-clusters",
