@@ -354,6 +354,18 @@ def test_rates_go_on_while_the_best_is_at_an_end(accuracies, further):
     assert harness.further_rate(runs) == further
 
 
+def test_the_best_rate_is_trained_with_further_seeds_until_it_has_enough():
+    spent = replace(SMOKE, confirmations=2)
+
+    def further(**accuracies):
+        runs = {float(rate): [{"knn": value, "linear": value} for value in row] for rate, row in accuracies.items()}
+        return harness.further_runs("sane", runs, spent)
+
+    assert further(**{"0.1": [50], "0.3": [60]}) == [harness.Run("sane", 1, 0.3, True)]
+    assert further(**{"0.1": [50], "0.3": [60, 20]}) == [harness.Run("sane", 1, 0.1, True)]  # it was luck
+    assert further(**{"0.1": [50, 45], "0.3": [60, 20]}) == []
+
+
 def test_a_budget_that_widens_finds_a_best_rate_between_others(folder, tmp_path, monkeypatch):
     accuracy = {0.03: 40.0, 0.1: 50.0, 0.3333: 60.0, 1.111: 55.0}
     made = []

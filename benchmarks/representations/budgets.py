@@ -36,6 +36,7 @@ class Budget:
     ] = ()  # learning rates, of which each method takes its best on held-out images; (): the preset's
     widens: bool = False  # tries further rates, by the same factor, until a method's best is no longer at an end
     tuning_seeds: int = 2  # by whose mean a learning rate is chosen
+    confirmations: int = 1  # seeds that the best one must have: while it has fewer, it is trained with the next
     half: bool = True  # encoder in bfloat16
     halves_side: bool = False  # images are trained and judged with half of their pixels a side; what is known sees all
 
@@ -135,7 +136,9 @@ TEACHER = replace(
 # Fashion-MNIST again, for what is known of some images; 468 steps, without bfloat16, which some CPUs only imitate.
 # Accuracy has two hills over the rates, so that a search must not climb the nearest one.
 KNOWN_RATES = (0.0067, 0.02, 0.06, 0.18)
-KNOWN = replace(FASHION, epochs=6, evaluations=1, rates=KNOWN_RATES, widens=True, tuning_seeds=1, half=False)
+KNOWN = replace(
+    FASHION, epochs=6, evaluations=1, rates=KNOWN_RATES, widens=True, tuning_seeds=1, confirmations=2, half=False
+)
 # The same network on images of 14 pixels, whose labels come from all 28; 936 steps.
 FOURTEEN = replace(KNOWN, side=14, epochs=12, halves_side=True)
 # For the tests of the harness: a second or less, and no result.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.representations.budgets import BUDGETS
+from benchmarks.representations.budgets import BUDGETS, Budget
 from benchmarks.representations.data import Images, load
 from benchmarks.representations.methods import METHODS
 from benchmarks.representations.training import finished, training
@@ -63,11 +63,12 @@ def run(
                 _append(results, record | ({"held_out": True} if one.held_out else {}))
                 tqdm.write(f"{one}: kNN {record['knn']:.2f}, linear {record['linear']:.2f}")
 
-        wanted = list(itertools.product(trained, spent.rates)) if len(spent.rates) > 1 else []
-        while wanted:
-            finish([Run(method, seed, rate, True) for method, rate in wanted for seed in range(spent.tuning_seeds)])
-            further = ((method, further_rate(tuning(results)[method])) for method in trained if spent.widens)
-            wanted = [(method, rate) for method, rate in further if rate]
+        seeds_of_rates = list(itertools.product(spent.rates, range(spent.tuning_seeds)))
+        wanted = [Run(method, seed, rate, True) for method in trained for rate, seed in seeds_of_rates]
+        while wanted and len(spent.rates) > 1:
+            finish(wanted)
+            found = tuning(results)
+            wanted = [one for method in trained for one in further_runs(method, found[method], spent)]
         best = {method: best_rate(method, spent.rates, results) for method in trained}
         finish(
             [
@@ -114,6 +115,15 @@ def best_rate(method: str, rates: Sequence[float], results: Path) -> float | Non
 def best(runs: Mapping[float, Sequence[Record]]) -> float:
     """The learning rate whose runs have the best mean of kNN and linear accuracy."""
     return max(runs, key=lambda rate: sum(run["knn"] + run["linear"] for run in runs[rate]) / len(runs[rate]))
+
+
+def further_runs(method: str, runs: Mapping[float, Sequence[Record]], spent: Budget) -> list[Run]:
+    """What is to be trained before a learning rate is chosen: one beyond the best, or the best with one more seed."""
+    rate = further_rate(runs) if spent.widens else None
+    if rate:
+        return [Run(method, seed, rate, True) for seed in range(spent.tuning_seeds)]
+    leader = best(runs)
+    return [Run(method, len(runs[leader]), leader, True)] if len(runs[leader]) < spent.confirmations else []
 
 
 def further_rate(runs: Mapping[float, Sequence[Record]]) -> float | None:
