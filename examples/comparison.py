@@ -349,7 +349,7 @@ def fill(page: str, records: Records) -> str:
         folds = records.of(data=name)[0]["folds"]
         return f"{found[1]}{table({name: records.results(name, folds)}, folds)}\n"
 
-    return re.sub(r"(<!-- table: (.+) -->\n).*?(?=<!-- end -->)", filled, page, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: ([^\n]+) -->\n).*?(?=<!-- end -->)", filled, page, flags=re.DOTALL)
 
 
 def draw(results: Mapping[str, Results], folds: int, path: Path) -> None:

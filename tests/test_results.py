@@ -39,6 +39,13 @@ def test_the_tables_are_those_of_the_records():
         )
 
 
+@pytest.mark.parametrize("path", FOLDS, ids=lambda path: path.parent.name)
+def test_the_tables_of_folds_are_those_of_the_records(path):
+    page = path.with_name("README.md")
+    filled = comparison.fill(page.read_text(), comparison.Records(path))
+    assert filled == page.read_text(), f"run: python examples/comparison.py {path} {page}"
+
+
 def pairs(text):
     """Intervals, and kNN / linear accuracies, as text has them."""
     return set(re.findall(r"([+-]\d+\.\d\d) to ([+-]\d+\.\d\d)", text)), set(
