@@ -13,8 +13,11 @@ its mixed queries'        the second views                the second views
 CLIP's                    images and texts                images and texts            its own kind: ``cross``
 ========================  ==============================  ==========================  ==============================
 
-Further negatives join the keys, and groups may hide more. To add a key set, write its case in ``build_key_set``: what a
-row does not see is an index in ``hidden``. The last two have ``for_mixed`` and ``build_cross_key_set``.
+Further negatives join the keys, and groups may hide more. The last two come from ``for_mixed`` and
+``build_cross_key_set``. To add a key set, write its case in ``build_key_set``. What a row does not see is an index: it
+gets a field (``self_index`` means that rows are both views), and is left out in ``hidden`` for the pass, in
+``same_group`` and ``column_classes``, in ``dense.unseen``, and in ``groups.group_labels`` if it hides keys of a row's
+group. What is no index, as ``cross``, goes through ``passes.Comparison`` to ``streaming/``.
 """
 
 from __future__ import annotations

@@ -257,7 +257,11 @@ def _of_keys(
 
 
 def _labels_and_targets(call: Call, passes: Passes) -> tuple[Labels, Tensor]:
-    """The labels over ``label_keys``, and their target centroids."""
+    """The labels over ``label_keys``, and their target centroids.
+
+    Known labels are those of :func:`group_labels`, one-hot without groups. What :func:`compare` compared refines them:
+    the positives, which are the other view where both are rows, or ``estimator``. :func:`_mixed` mixes the targets.
+    """
     label_keys, known, settings = call.label_keys, call.known_of_samples, call.settings
     if not settings.refines:
         return refinery.unrefined(label_keys.rows, known.positive_share), known.targets
