@@ -113,9 +113,12 @@ def alone(share: Share, rounds: int) -> dict[str, float]:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with mock.patch("slr_plugin.loss.gather", gather):
+    exchange = mock.Mock(side_effect=gather)
+    instead = {"gather": exchange, "world_size": lambda: share.processes, "check_alike": lambda *_, **__: None}
+    with mock.patch.multiple("slr_plugin.loss", **instead):
         run = step(share)
         run()
+        assert exchange.called, "the loss has met its own keys alone"
         times = [seconds(run, "cpu") for _ in range(rounds)]
         peak = peak_memory(run, "cpu")
     torch.set_num_threads(threads)
