@@ -136,7 +136,7 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
     key_set, mixed, settings = call.key_set, call.mixed, call.settings
     rows, positives, temperature = key_set.rows, key_set.positives, settings.temperature
     inverse, refined_weight = 1 / temperature, settings.refined_weight
-    passes = compare(key_set, call.label_keys, mixed, settings)
+    passes = compare(key_set, call.label_keys, call.apart, mixed, settings)
     labels, refined = _labels_and_targets(call, passes)
 
     # L_c(x, y) = L_c(x, onehot) + <f, g - t> / tau
@@ -158,6 +158,7 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
 
     # Of rows and mixed queries: the softmax's mean of the keys, minus the target.
     pull = inverse * ((1.0 if mixed is None else 1 - refined_weight) / len(rows))
+    push = 0.0 if mixed is None else inverse * (refined_weight / len(mixed))
     others = torch.sigmoid(excess)  # the softmax's weight on the keys besides the positive
     both = None  # of rows that are keys too, the softmax's part as both
     if passes.one_hot_pairs:
@@ -167,7 +168,7 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
         of_row = torch.lerp(positives, of_rows.mean, others[:, None]).sub_(target).mul_(pull)
     gradients = {"rows": of_row}
     if mixed is not None:
-        gradients["mixed"] = (of_mixed.mean - mixed_target).mul_(inverse * (refined_weight / len(mixed)))
+        gradients["mixed"] = (of_mixed.mean - mixed_target).mul_(push)
     if isinstance(temperature, Tensor):  # all logits are proportional to 1 / tau
         by_scale = _dot(rows, of_row).sum()
         if mixed is not None:
@@ -177,7 +178,7 @@ def _evaluate(call: Call, needs_gradients: bool, keys_too: bool) -> tuple[Tensor
         gradients["temperature"] = -inverse * by_scale
     if keys_too:
         del refined, target  # the passes over the keys need the memory
-        gradients.update(_of_keys(call, passes, labels, pull, others, both))
+        gradients.update(_of_keys(call, passes, labels, pull, push, others, both))
         if key_set.rows_are_keys():
             of_row.add_(gradients["keys"])
     return loss, labels, gradients
@@ -188,6 +189,7 @@ def _of_keys(
     passes: Passes,
     labels: Labels,
     pull: float | Tensor,
+    push: float | Tensor,
     others: Tensor,
     both: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -208,7 +210,8 @@ def _of_keys(
         call: what is differentiated.
         passes: over its keys.
         labels: of its rows.
-        pull: the derivative of the loss by a row's cosine where the softmax is 1; ``push`` is that of mixed queries.
+        pull: the derivative of the loss by a row's cosine where the softmax is 1.
+        push: that by a mixed query's.
         others: (r,) the softmax's weight on the keys besides the positive.
         both: of rows that are the keys, the softmax's part of both; None otherwise.
     """
@@ -220,7 +223,6 @@ def _of_keys(
     of_positive, of_refined = -of_softmax, rows * (-refined_weight * pull)
     passes.rows.send("rows", of_softmax)
     if mixed is not None:
-        push = (refined_weight / len(mixed)) / settings.temperature
         passes.mixed.send("mixed", mixed * push)
         of_refined = torch.zeros_like(rows[:labelled])
         for crop, (theta, partner) in zip(torch.split(mixed, labelled), mixes, strict=True):

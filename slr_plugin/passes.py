@@ -24,7 +24,7 @@ class Passes(NamedTuple):
     one_hot_pairs: bool  # whether rows are the keys, and labels not refined: the gradient then takes one pass
 
 
-def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings: Settings) -> Passes:
+def compare(key_set: KeySet, label_keys: KeySet, apart: bool, mixed: Tensor | None, settings: Settings) -> Passes:
     """Compare rows, mixed queries and estimators of the labels with their keys, in as few passes as these allow.
 
     =================================  ================================================================================
@@ -41,6 +41,7 @@ def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings:
     Args:
         key_set: the rows and their keys.
         label_keys: the keys that labels spread over, which mixed queries see.
+        apart: whether that is another key set: mixed queries see the second views alone.
         mixed: (n, d) unit features of mixed queries, or None.
         settings: the numbers.
     """
@@ -53,7 +54,7 @@ def compare(key_set: KeySet, label_keys: KeySet, mixed: Tensor | None, settings:
         joining["mixed"] = mixed
     longest = 1 / sharpening if positives_join else 1.0
     one_hot_pairs = key_set.rows_are_keys() and mixed is None and not settings.refines
-    if mixed is not None and key_set.sees_both_views():
+    if apart:
         of_rows = Comparison(key_set, {"rows": key_set.rows}, temperature, settings)
         of_mixed = Comparison(label_keys, joining, temperature, settings, longest)
     else:
