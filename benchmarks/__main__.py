@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import clip, groups, loss, operations, processes, scaling, step, tiles
-from benchmarks.representations import estimators, harness, report
+from benchmarks.representations import estimators, harness, labelled, report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import load
 from benchmarks.representations.methods import METHODS
@@ -161,6 +161,25 @@ def add_estimators(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def add_labelled(parser: argparse.ArgumentParser) -> None:
+    """What a few labels are worth."""
+    add = parser.add_argument
+    add("--data", type=Path, metavar="DIR", help="as for representations; without it, draw what there is")
+    add("--seeds", type=int, default=5, help="runs of each method (default: %(default)s)")
+    add("--cache", type=Path, default=Path("outputs/views"), help="default: %(default)s")
+    add("--results", type=Path, default=Path("results"), help="records (default: %(default)s)")
+
+    def run(args: argparse.Namespace) -> None:
+        results = args.results / "labelled"
+        if args.data:
+            known = args.results / "representations" / labelled.BUDGET
+            labelled.run(args.seeds, args.data, known, results, args.cache)
+        page = results / "README.md"
+        page.write_text(report.fill(page.read_text(), {"labelled": labelled.table(results)}))
+
+    parser.set_defaults(run=run)
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -174,6 +193,7 @@ def main() -> None:
     add_tiles(names.add_parser("tiles", help="the pass over the keys in tiles of other sizes"))
     add_processes(names.add_parser("processes", help="what gathering over processes costs"))
     add_representations(names.add_parser("representations", help="accuracy of encoders trained with each method"))
+    add_labelled(names.add_parser("labelled", help="what encoders are worth to who has 250 labels"))
     add_estimators(names.add_parser("estimators", help="how well ways to weigh the other keys see classes"))
     args = parser.parse_args()
     args.run(args)

@@ -23,7 +23,17 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("installed without the repository", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.representations import baselines, data, estimators, features, harness, objectives, report, training
+from benchmarks.representations import (
+    baselines,
+    data,
+    estimators,
+    features,
+    harness,
+    labelled,
+    objectives,
+    report,
+    training,
+)
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.methods import METHODS
 from slr_plugin import CosineConfidence, Mix, MomentumMixup, SLRLoss, dense
@@ -326,11 +336,27 @@ def test_every_method_trains(name, images, views):
             "drawn-cross",
             "drawn-supcon",
             "classified",
+            "burst",  # without copies
             "groups-1",  # with hardly an image of a known class
         )
     )
     one_hot &= not name.endswith(("p+q", "sane", "gradients", "imagenet-labels")) and "whole" not in name
     assert soft_labels != one_hot
+
+
+def test_few_labels_are_all_that_an_encoder_is_judged_by(monkeypatch):
+    monkeypatch.setattr(labelled, "LABELLED", 40)
+    classes = torch.arange(120) % 4
+    train = training.Features(torch.randn(120, 8) + 3 * F.one_hot(classes, 8), classes)
+    test = training.Features(torch.randn(60, 8) + 3 * F.one_hot(classes[:60], 8), classes[:60])
+    few, every = labelled.judged((train, test), seed=0)
+    assert (few["labels"], every["labels"]) == (40, 120)
+    told = torch.randperm(120, generator=features.generator(0))[:40]  # as for the estimator "drawn-guesses"
+    others = torch.ones(120, dtype=torch.bool).scatter(0, told, False)
+    lied = train._replace(classes=torch.where(others, (classes + 1) % 4, classes))
+    told_lies, every_told_lies = labelled.judged((lied, test), seed=0)
+    assert told_lies == few
+    assert few["linear"] > 80 > every_told_lies["linear"]
 
 
 def test_an_encoder_in_bfloat16(images, tmp_path):

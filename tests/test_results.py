@@ -98,7 +98,7 @@ def test_every_interval_and_accuracy_is_that_of_the_records(document):
 
 def test_the_comparisons_that_were_to_decide_are_known_and_few():
     primary = {name: study.primary for name, study in report.STUDIES.items() if study.primary}
-    assert set(primary) <= {"teacher", "fourteen", "guesses", "known-classes"}
+    assert set(primary) <= {"teacher", "fourteen", "guesses", "known-classes", "histograms", "burst"}
     for name, (method, measure) in primary.items():
         assert method in report.STUDIES[name].methods
         assert measure in report.MEASURES

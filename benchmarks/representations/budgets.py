@@ -141,6 +141,8 @@ KNOWN = replace(
 )
 # The same network on images of 14 pixels, whose labels come from all 28; 936 steps.
 FOURTEEN = replace(KNOWN, side=14, epochs=12, halves_side=True)
+# 1,000 images in bursts of eight, as in `copies-8`, told or not; 496 steps.
+BURST = replace(KNOWN, train_images=8000, copies=8, epochs=8)
 # For the tests of the harness: a second or less, and no result.
 SMOKE = replace(
     CPU,
@@ -166,6 +168,7 @@ BUDGETS = {
     "teacher": TEACHER,
     "known": KNOWN,
     "fourteen": FOURTEEN,
+    "burst": BURST,
     "smoke": SMOKE,
 }
 

@@ -173,6 +173,18 @@ def _is_told(share: float, known: Tensor) -> Tensor:
     return (torch.rand(len(known), generator=generator(0)) < share).to(known.device)
 
 
+def _burst(summary: str, same_group: str) -> Method:
+    """One-hot labels over batch and queue, told which images are copies of one."""
+
+    def build(setup: Setup) -> Objective:
+        assert setup.estimators is not None
+        copied = setup.estimators.unique(dim=0, return_inverse=True)[1]  # (n,) the image that each is a copy of
+        criterion = _slr_loss(ONE_HOT | {"same_group": same_group})(setup._replace(estimators=None))
+        return Momentum(criterion, estimator=lambda batch: {"groups": copied[batch.index]})
+
+    return Method(summary, build, PLAIN, features="copies")
+
+
 def _partly_grouped(share: float, known: Tensor) -> Objective:
     return Grouped(SLRLoss(COLD, confidence=0.0), known.argmax(1).where(_is_told(share, known), -1))
 
@@ -363,6 +375,8 @@ METHODS: dict[str, Method] = {
     "sharp-copies": _slr(
         "all of the label, from what is a copy of what", False, WHOLE | {"sharpening": 0.25}, features="copies"
     ),
+    "burst-groups": _burst("copies are each other's positives", "positive"),
+    "burst-apart": _burst("copies are left out of the negatives", "ignored"),
     "eager": _slr("refined labels, mu 0.5 to 10", False, {"confidence": (0.5, 10.0)}),
     "sharp": _slr("tau' 0.25, mu 0.5 to 10, lambda 1", False, SHARP | {"refined_weight": 1.0}),
     # Momentum mixup and a pull towards alike images in BYOL.

@@ -242,6 +242,32 @@ STUDIES = {
         budgets=("known",),
         primary=("groups-5", "linear"),
     ),
+    "histograms": Study(
+        "Labels from histograms of gradients, and other ways to use them",
+        "simclr-cold",
+        (
+            "simclr-cold",
+            "simclr-cold-sharp-gradients",
+            "gradients-clusters",
+            "gradients-regression",
+            "alone-gradients",
+        ),
+        budgets=("known",),
+        primary=("simclr-cold-sharp-gradients", "linear"),
+    ),
+    "histograms-rivals": Study(
+        "The same against clusters",
+        "gradients-clusters",
+        ("gradients-clusters", "simclr-cold-sharp-gradients", "gradients-regression"),
+        budgets=("known",),
+    ),
+    "burst": Study(
+        "Copies, told by groups",
+        "one-hot",
+        ("one-hot", "burst-groups", "burst-apart"),
+        budgets=("burst",),
+        primary=("burst-groups", "linear"),
+    ),
     "long": Study(
         "Long trainings",
         "one-hot",
