@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -424,5 +423,8 @@ def standardised(table: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    _, records, page = sys.argv
-    Path(page).write_text(fill(Path(page).read_text(), Records(Path(records))))
+    parser = argparse.ArgumentParser(description="Write tables of records into a page, see above.")
+    parser.add_argument("records", type=Path, help="a .jsonl file")
+    parser.add_argument("page", type=Path, help="Markdown with marks")
+    args = parser.parse_args()
+    args.page.write_text(fill(args.page.read_text(), Records(args.records)))

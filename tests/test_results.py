@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -46,22 +48,24 @@ def test_the_tables_of_folds_are_those_of_the_records(path):
     assert filled == page.read_text(), f"run: python examples/comparison.py {path} {page}"
 
 
-def pairs(text):
-    """Intervals, and kNN / linear accuracies, as text has them."""
-    return set(re.findall(r"([+-]\d+\.\d\d) to ([+-]\d+\.\d\d)", text)), set(
-        re.findall(r"(?<![\d.+-])(\d\d\.\d\d) / (\d\d\.\d\d)", text)
+def numbers(text):
+    """Intervals, kNN / linear accuracies, and single differences, as text has them."""
+    return (
+        set(re.findall(r"([+-]\d+\.\d\d) to ([+-]\d+\.\d\d)", text)),
+        set(re.findall(r"(?<![\d.+-])(\d\d\.\d\d) / (\d\d\.\d\d)", text)),
+        set(re.findall(r"(?<![\d.])[+-]\d+\.\d\d(?![\d.])", text)),
     )
 
 
 @functools.cache
 def recorded():
-    """Every interval between two methods and all accuracies that can be computed from records, and those of tables.
+    """All accuracies and every difference between two methods, from the records of budgets and of folds.
 
-    The runs on folds of 2026-11-25 left tables and no records.
+    And what stands in tables of comparisons whose records are files of another kind.
     """
-    texts = [
-        re.sub(r"(\d\d\.\d\d) \| (\d\d\.\d\d)", r"\1 / \2", path.read_text()) for path in RESULTS.glob("*/README.md")
-    ]
+    recorded = {"representations", "views", "modalities", "labelled"}
+    others = [path.read_text() for path in RESULTS.glob("*/README.md") if path.parent.name not in recorded]
+    texts = ["\n".join(re.findall(r"^\|.*$", text, flags=re.MULTILINE)) for text in others]
     for budget in BUDGETS:
         found = harness.records(budget)
         texts += [report.sections(budget).get("rates", "")]
@@ -80,7 +84,12 @@ def recorded():
             for mine, other in itertools.permutations(scores.values(), 2):
                 if len(mine[0]) == len(other[0]):
                     texts += [comparison.difference(*parts, folds) for parts in zip(mine, other, strict=True)]
-    return tuple(set.union(*parts) for parts in zip(*map(pairs, texts), strict=True))
+    ranked = {}
+    for line in (RESULTS / "sentence_transformers" / "groups.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        ranked.setdefault(run["method"], []).append(run["mrr"])
+    texts += [report.interval(np.subtract(*pair)) for pair in itertools.permutations(ranked.values(), 2)]
+    return tuple(set.union(*parts) for parts in zip(*map(numbers, texts), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -88,11 +97,14 @@ def recorded():
     [
         "RESULTS.md",
         "results/representations/README.md",
+        "results/views/README.md",
+        "results/modalities/README.md",
         "README.md",
+        "docs/choose.md",
     ],
 )
-def test_every_interval_and_accuracy_is_that_of_the_records(document):
-    for said, known in zip(pairs((ROOT / document).read_text()), recorded(), strict=True):
+def test_every_interval_accuracy_and_difference_is_that_of_the_records(document):
+    for said, known in zip(numbers((ROOT / document).read_text()), recorded(), strict=True):
         assert not said - known
 
 
