@@ -100,7 +100,7 @@ GPU = Budget(
     strong_group=256,
 )
 # Five times the steps, each method at its own learning rate; some 25 minutes a run on a CPU core.
-CPU_LONG = replace(CPU, epochs=200, rates=(0.01, 0.025, 0.06))
+CPU_LONG = replace(CPU, epochs=200, rates=(0.01, 0.025, 0.06), widens=True)
 # Fashion-MNIST: 1,560 steps.
 FASHION = replace(
     CPU,
@@ -133,6 +133,8 @@ TEACHER = replace(
     tuning_seeds=1,
     half=False,
 )
+# The same with all images; not run yet.
+TEACHER_ALL = replace(TEACHER, train_images=None)
 # Fashion-MNIST again, for what is known of some images; 468 steps, without bfloat16, which some CPUs only imitate.
 # Accuracy has two hills over the rates, so that a search must not climb the nearest one.
 KNOWN_RATES = (0.0067, 0.02, 0.06, 0.18)
@@ -160,12 +162,14 @@ BUDGETS = {
     "cpu": CPU,
     "cpu-long": CPU_LONG,
     "gpu": GPU,
+    "gpu-100": replace(GPU, epochs=100),
     "fashion": FASHION,
     "few": FEW,
     **COPIES,
     "purity": PURITY,
     "purity-long": PURITY_LONG,
     "teacher": TEACHER,
+    "teacher-all": TEACHER_ALL,
     "known": KNOWN,
     "fourteen": FOURTEEN,
     "burst": BURST,

@@ -30,7 +30,7 @@ class Study(NamedTuple):
     reference: str  # differences are paired with this method's runs
     methods: tuple[str, ...]
     paper: Mapping[str, str] = {}
-    budgets: tuple[str, ...] = ("cpu", "gpu", "smoke")  # that it is run with
+    budgets: tuple[str, ...] = ("cpu", "gpu", "gpu-100", "smoke")  # that it is run with
     primary: tuple[str, str] | None = None  # method and measure of the comparison that was to decide, before it was run
 
 
@@ -190,7 +190,7 @@ STUDIES = {
             "imagenet-supcon",
             "alone-imagenet",
         ),
-        budgets=("teacher",),
+        budgets=("teacher", "teacher-all"),
         primary=("imagenet-labels", "linear"),
     ),
     "teacher-again": Study(
@@ -203,7 +203,7 @@ STUDIES = {
         "Other ways to use the teacher",
         "imagenet-clusters",
         ("imagenet-clusters", "imagenet-labels", "imagenet-regression"),
-        budgets=("teacher",),
+        budgets=("teacher", "teacher-all"),
     ),
     # The reference is the one that the held-out images chose, as results/representations/fourteen/README.md says.
     "fourteen": Study(
