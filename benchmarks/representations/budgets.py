@@ -128,9 +128,10 @@ TEACHER = replace(
     test_images=None,
     epochs=8,
     evaluations=1,
-    rates=(0.03, 0.1),
+    rates=(0.009, 0.03, 0.1, 0.3333),
     widens=True,
     tuning_seeds=1,
+    confirmations=2,
     half=False,
 )
 # The same with all images; not run yet.

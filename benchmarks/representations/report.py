@@ -32,6 +32,7 @@ class Study(NamedTuple):
     paper: Mapping[str, str] = {}
     budgets: tuple[str, ...] = ("cpu", "gpu", "gpu-100", "smoke")  # that it is run with
     primary: tuple[str, str] | None = None  # method and measure of the comparison that was to decide, before it was run
+    seeds: range = range(100)
 
 
 STUDIES = {
@@ -192,18 +193,28 @@ STUDIES = {
         ),
         budgets=("teacher", "teacher-all"),
         primary=("imagenet-labels", "linear"),
+        seeds=range(5),
     ),
     "teacher-again": Study(
         "The teacher, five other seeds",
         "decoupled",
-        ("decoupled", "imagenet-labels", "imagenet-clusters"),
-        budgets=("teacher-again",),
+        ("one-hot-batch", "decoupled", "imagenet-labels", "imagenet-clusters"),
+        budgets=("teacher",),
+        primary=("imagenet-labels", "linear"),
+        seeds=range(5, 10),
+    ),
+    "teacher-ten": Study(
+        "The teacher, all ten seeds",
+        "imagenet-labels",
+        ("one-hot-batch", "decoupled", "imagenet-labels", "imagenet-clusters"),
+        budgets=("teacher",),
     ),
     "teacher-rivals": Study(
         "Other ways to use the teacher",
         "imagenet-clusters",
-        ("imagenet-clusters", "imagenet-labels", "imagenet-regression"),
+        ("imagenet-clusters", "imagenet-labels", "imagenet-regression", "imagenet-supcon"),
         budgets=("teacher", "teacher-all"),
+        seeds=range(5),
     ),
     # The reference is the one that the held-out images chose, as results/representations/fourteen/README.md says.
     "fourteen": Study(
@@ -310,7 +321,11 @@ TITLES = {"labels": "Labels", "rates": "Learning rates, on held-out training ima
 
 def table(study: Study, records: Records) -> str:
     """The study as Markdown: mean and standard deviation, paired differences with Student's 95 % interval, cost."""
-    present = [method for method in study.methods if method in records]
+    records = {
+        method: {seed: run for seed, run in runs.items() if seed in study.seeds or not METHODS[method].trains}
+        for method, runs in records.items()
+    }
+    present = [method for method in study.methods if records.get(method)]
     reference = records.get(study.reference, {})
     header = ["method", "seeds", "kNN %", "linear %", "kNN difference", "linear difference", "cost"]
     lines = ["| " + " | ".join(header + ["paper's kNN / linear"] * bool(study.paper)) + " |"]
