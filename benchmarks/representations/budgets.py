@@ -121,7 +121,7 @@ COPIES = {f"copies-{copies}": replace(FEW, train_images=8000, copies=copies, epo
 # How pure labels must be, at the rate that every method with a queue chose; as long, and four times as long.
 PURITY = replace(FASHION, rates=(0.06,))
 PURITY_LONG = replace(PURITY, epochs=80)
-# A teacher that saw more pixels than the views have; 312 steps, a minute a run on a CPU core without bfloat16.
+# A teacher that is gone in use; 312 steps, a minute a run on a CPU core without bfloat16.
 TEACHER = replace(
     CPU,
     encoder=strided_resnet,

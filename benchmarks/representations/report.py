@@ -180,7 +180,7 @@ STUDIES = {
     ),
     # The references are those that the held-out images chose, as results/representations/teacher/README.md says.
     "teacher": Study(
-        "A teacher that saw more pixels",
+        "A teacher that is gone in use",
         "decoupled",
         (
             "one-hot-batch",
