@@ -86,6 +86,7 @@ def methods(task: Task) -> dict[str, str]:
             names[f"apart {name}"] = f"others of {name} left out"
         else:
             names[f"alone {name}"] = f"{name}, untrained"
+            names[f"joint {name}"] = f"raw features beside {name}, untrained"
             names[f"predict {name}"] = f"{name} predicted"
             names[f"beside {name}"] = f"labels from {name}, beside {name}"
     if task.partner:
@@ -93,7 +94,7 @@ def methods(task: Task) -> dict[str, str]:
     return names | {"classes": "labels that are told the classes"}
 
 
-UNTRAINED = ("raw", "alone")
+UNTRAINED = ("raw", "alone", "joint")
 
 
 def is_number(table: Tensor) -> bool:
@@ -197,13 +198,13 @@ def run(
 ) -> Scores:
     """Train on one part and judge on the other."""
     kind, known = taken_apart(method, task)
-    if kind == "raw":
+    if kind in ("raw", "joint"):
         features = task.raw
     elif kind == "alone":
         features = task.estimators[known]
     else:
         features = features_of(train(method, task, train_part, settings, steps, seed), task)
-    if kind == "beside":
+    if kind in ("beside", "joint"):
         features = torch.cat([F.normalize(part) for part in (features, task.estimators[known])], dim=1)
     return judge(features, task.classes, train_part, test_part)
 
