@@ -27,6 +27,7 @@ from benchmarks.representations.methods import METHODS
 RESULTS = ROOT / "results"
 BUDGETS = sorted(path.parent for path in RESULTS.glob(f"representations/*/{harness.FILE}"))
 FOLDS = [RESULTS / name / harness.FILE for name in ("views", "modalities")]
+README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "RESULTS.md", ROOT / "results" / "representations" / "README.md")}
 
 
@@ -117,6 +118,46 @@ def recorded():
 def test_every_interval_accuracy_and_difference_is_that_of_the_records(document):
     for said, known in zip(numbers((ROOT / document).read_text()), recorded(), strict=True):
         assert not said - known
+
+
+def of_budget(name, mine, other, seeds=range(100)):
+    """Both differences between two methods of a budget."""
+    found = harness.records(RESULTS / "representations" / name)
+    return [difference(found, mine, other, measure, seeds) for measure in report.MEASURES]
+
+
+def of_folds(path, data, mine, other):
+    """Both differences between two titles of a comparison on folds."""
+    results = comparison.Records(RESULTS / path / harness.FILE).results(data, folds=5)
+    columns = [zip(*results[title], strict=True) for title in (mine, other)]
+    return [comparison.difference(*pair, 5) for pair in zip(*columns, strict=True)]
+
+
+# What each row of the front page's table compares, in its order.
+FRONT_PAGE = [
+    lambda: of_budget("teacher", "imagenet-labels", "decoupled", range(5)),
+    lambda: of_budget("teacher", "imagenet-labels", "decoupled", range(5, 10)),
+    lambda: of_budget("teacher", "imagenet-labels", "imagenet-clusters"),
+    lambda: of_budget("known", "simclr-cold-sharp-gradients", "simclr-cold"),
+    lambda: of_folds("views", "fou", "labels from the other views", "NT-Xent"),
+    lambda: of_folds("views", "fou", "labels from the other views", "the other views predicted"),
+    lambda: of_folds("modalities", "speech", "SupCon with the recording", "NT-Xent"),
+    lambda: of_budget("known", "drawn-cross-entropy", "drawn-labels"),
+    lambda: of_budget("cpu", "sane", "moco"),
+    lambda: of_budget("cpu", "sane", "moco-longer"),
+    lambda: of_budget("cpu", "simclr-cold", "sane-cold"),
+]
+
+
+def test_every_row_of_the_front_page_is_the_difference_it_names():
+    rows = re.findall(
+        r"^\|.*\| (\S.*) \| (\S.*) \|$", README.split("## Does it help?")[1].split("## ")[0], re.MULTILINE
+    )[1:]
+    said = [[cell.replace("**", "") for cell in row] for row in rows if "--:" not in row]
+    assert len(said) == len(FRONT_PAGE)
+    for cells, compared in zip(said, FRONT_PAGE, strict=True):
+        for cell, computed in zip(cells, compared(), strict=True):
+            assert computed.startswith(cell)
 
 
 def test_the_comparisons_that_were_to_decide_are_known_and_few():
