@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import comparison
 
-from benchmarks.representations import harness, report
+from benchmarks.representations import harness, labelled, report
 from benchmarks.representations.methods import METHODS
 
 RESULTS = ROOT / "results"
@@ -47,6 +47,11 @@ def test_the_tables_of_folds_are_those_of_the_records(path):
     page = path.with_name("README.md")
     filled = comparison.fill(page.read_text(), comparison.Records(path))
     assert filled == page.read_text(), f"run: python examples/comparison.py {path} {page}"
+
+
+def test_the_table_of_few_labels_is_that_of_the_records():
+    page = (RESULTS / "labelled" / "README.md").read_text()
+    assert report.fill(page, {"labelled": labelled.table(RESULTS / "labelled")}) == page
 
 
 def numbers(text):
@@ -90,6 +95,14 @@ def recorded():
             for mine, other in itertools.permutations(scores.values(), 2):
                 if len(mine[0]) == len(other[0]):
                     texts += [comparison.difference(*parts, folds) for parts in zip(mine, other, strict=True)]
+    judged = {}
+    for run in sorted(harness.read(RESULTS / "labelled"), key=lambda run: run["seed"]):
+        for measure in report.MEASURES:
+            judged.setdefault((run["labels"], measure), {}).setdefault((run["method"], run["beside"]), []).append(
+                run[measure]
+            )
+    for scores in judged.values():
+        texts += [report.interval(np.subtract(*pair)) for pair in itertools.permutations(scores.values(), 2)]
     ranked = {}
     for line in (RESULTS / "sentence_transformers" / "groups.jsonl").read_text().splitlines():
         run = json.loads(line)
