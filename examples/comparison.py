@@ -86,7 +86,8 @@ def methods(task: Task) -> dict[str, str]:
             names[f"apart {name}"] = f"others of {name} left out"
         else:
             names[f"alone {name}"] = f"{name}, untrained"
-            names[f"joint {name}"] = f"raw features beside {name}, untrained"
+            if not torch.equal(table, task.raw):
+                names[f"joint {name}"] = f"raw features beside {name}, untrained"
             names[f"predict {name}"] = f"{name} predicted"
             names[f"beside {name}"] = f"labels from {name}, beside {name}"
     if task.partner:
