@@ -249,7 +249,11 @@ STUDIES = {
     "known-classes": Study(
         "Classes known for some of the images, as groups",
         "simclr-cold",
-        ("simclr-cold", *(f"{kind}-{percent}" for percent in KNOWN for kind in ("groups", "classified"))),
+        (
+            "simclr-cold",
+            *(f"{kind}-{percent}" for percent in KNOWN for kind in ("groups", "classified")),
+            "supcon-classes",
+        ),
         budgets=("known",),
         primary=("groups-5", "linear"),
     ),
