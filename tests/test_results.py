@@ -125,6 +125,7 @@ def recorded():
         "docs/diagnostics.md",
         "docs/groups.md",
         "docs/index.md",
+        "docs/results.md",
         "docs/sentence-transformers.md",
     ],
 )
