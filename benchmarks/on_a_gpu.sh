@@ -15,5 +15,5 @@ python -m pytest -q tests/test_representations.py -k recorded
 represent --budget cpu-long --jobs 20 --methods one-hot p+q mm sane one-hot-batch decoupled
 python -m benchmarks groups --device cuda --images 8192 32768 --output results/loss/gpu
 represent --budget teacher-all --methods decoupled imagenet-labels imagenet-clusters
-represent --budget gpu-100 --jobs 3 --seeds 1 --methods moco sane decoupled
+represent --budget gpu-100 --jobs 3 --seeds 1 --methods moco sane dcl
 python -m benchmarks loss --device cuda --precision high --output results/loss/gpu/high

@@ -76,8 +76,8 @@ def recorded():
 
     And what stands in tables of comparisons whose records are files of another kind.
     """
-    recorded = {"representations", "views", "modalities", "labelled"}
-    others = [path.read_text() for path in RESULTS.glob("*/README.md") if path.parent.name not in recorded]
+    from_records = {"representations", "views", "modalities", "labelled"}
+    others = [path.read_text() for path in RESULTS.glob("*/README.md") if path.parent.name not in from_records]
     texts = ["\n".join(re.findall(r"^\|.*$", text, flags=re.MULTILINE)) for text in others]
     for budget in BUDGETS:
         found = harness.records(budget)

@@ -32,7 +32,7 @@ class Study(NamedTuple):
     paper: Mapping[str, str] = {}
     budgets: tuple[str, ...] = ("cpu", "gpu", "gpu-100", "smoke")  # that it is run with
     primary: tuple[str, str] | None = None  # method and measure of the comparison that was to decide, before it was run
-    seeds: range = range(100)
+    seeds: range = range(100)  # in its table
 
 
 STUDIES = {
