@@ -64,7 +64,7 @@ class Labels(NamedTuple):
         known = self.known_weight()
         share = self.confidence * known
         alpha = share * self.p_max
-        positive = known * self.positive_share + alpha * self.p_own
+        positive = torch.addcmul(known * self.positive_share, alpha, self.p_own).clamp(max=1.0)  # rounding may exceed 1
         rest, entr = 1 - positive, torch.special.entr
         entropy = rest * self.rest_entropy.clamp(min=0) + entr(positive) + entr(rest)
         values = {"positive_weight": positive, "alpha": alpha, "beta": share * self.q_max, "label_entropy": entropy}

@@ -117,6 +117,15 @@ def test_schedule_sees_the_step_before_the_call_and_holds_in_evaluation(kind):
         assert all(type(step) is int for step in seen)
 
 
+@pytest.mark.parametrize("confidence", [0.3, 0.7, 10**0.0625, 3.0, 9.0])
+def test_a_label_without_other_keys_is_one_hot_in_the_stats_too(confidence):
+    criterion = SLRLoss(0.5, confidence=confidence, same_group="ignored")
+    criterion(torch.randn(16, 4, requires_grad=True), torch.randn(16, 4), groups=torch.zeros(16, dtype=torch.long))
+    stats = {name: value.item() for name, value in criterion.stats.items()}
+    assert stats["positive_weight"] <= 1
+    assert (stats["positive_weight"], stats["label_entropy"]) == pytest.approx((1, 0), abs=1e-5)
+
+
 def test_statistics_are_detached_scalars_of_the_last_call():
     criterion = SLRLoss(0.2, (16, 4), confidence=2.0)
     criterion(features(), features(seed=1))

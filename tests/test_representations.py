@@ -393,7 +393,7 @@ def test_the_best_rate_is_trained_with_further_seeds_until_it_has_enough():
 
 
 def test_a_budget_that_widens_finds_a_best_rate_between_others(folder, tmp_path, monkeypatch):
-    accuracy = {0.03: 40.0, 0.1: 50.0, 0.3333: 60.0, 1.111: 55.0}
+    accuracy = {0.009: 30.0, 0.03: 40.0, 0.1: 50.0, 0.3333: 60.0, 1.111: 55.0}
     made = []
 
     def instead(runs, start, pool):
@@ -405,7 +405,7 @@ def test_a_budget_that_widens_finds_a_best_rate_between_others(folder, tmp_path,
     monkeypatch.setattr(harness, "_in_processes", instead)
     for _ in range(2):  # the second time there is nothing to do
         harness.run(["moco", "alone-gradients"], 2, "teacher", folder, "cpu", 1, tmp_path / "a", tmp_path / "b")
-    assert [one.rate for one in made if one.held_out] == [0.03, 0.1, 0.3333, 1.111]
+    assert [one.rate for one in made if one.held_out] == [0.009, 0.03, 0.1, 0.3333, 1.111, 0.3333]
     final = [harness.Run("moco", 0, 0.3333), harness.Run("alone-gradients", 0), harness.Run("moco", 1, 0.3333)]
     assert [one for one in made if not one.held_out] == final
 
