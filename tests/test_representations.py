@@ -345,7 +345,7 @@ def test_every_method_trains(name, images, views):
 
 
 def test_few_labels_are_all_that_an_encoder_is_judged_by(monkeypatch):
-    monkeypatch.setattr(labelled, "LABELLED", 40)
+    monkeypatch.setattr(features, "LABELLED", 40)
     classes = torch.arange(120) % 4
     train = training.Features(torch.randn(120, 8) + 3 * F.one_hot(classes, 8), classes)
     test = training.Features(torch.randn(60, 8) + 3 * F.one_hot(classes[:60], 8), classes[:60])

@@ -78,10 +78,14 @@ def guesses(images: Images, training: Images, seed: int | None = None) -> Tensor
     """
     table, known = (gradients(part, training).cpu().numpy() for part in (images, training))
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    drawn = torch.arange(len(known)) if seed is None else torch.randperm(len(known), generator=generator(seed))
-    labelled = drawn[:LABELLED]
+    labelled = torch.arange(len(known))[:LABELLED] if seed is None else draw_labelled(len(known), seed)
     classifier.fit(known[labelled], training.classes.cpu()[labelled].numpy())
     return torch.from_numpy(classifier.predict_proba(table)).float().to(images.pixels.device)
+
+
+def draw_labelled(count: int, seed: int) -> Tensor:
+    """The numbers of the images, of so many, whose classes a seed knows."""
+    return torch.randperm(count, generator=generator(seed))[:LABELLED]
 
 
 def guessed_classes(purity: float, images: Images, training: Images) -> Tensor:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.representations import report
 from benchmarks.representations.budgets import BUDGETS
 from benchmarks.representations.data import Images, load
-from benchmarks.representations.features import LABELLED, generator, gradients
+from benchmarks.representations.features import LABELLED, draw_labelled, gradients
 from benchmarks.representations.harness import FILE, best_rate, read
 from benchmarks.representations.methods import METHODS
 from benchmarks.representations.objectives import Network
@@ -76,7 +76,7 @@ def judged(features: tuple[Features, ...], seed: int) -> Iterator[dict[str, Any]
         seed: of the images with a class, which are those of the estimator ``drawn-guesses``.
     """
     table, test = features
-    few = torch.randperm(len(table.classes), generator=generator(seed))[:LABELLED]
+    few = draw_labelled(len(table.classes), seed)
     for known, linear in ((few, few_labels_accuracy), (torch.arange(len(table.classes)), linear_accuracy)):
         part = Features(table.values[known], table.classes[known])
         arrays = [values.numpy() for one in (part, test) for values in one]
